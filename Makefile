@@ -1,0 +1,71 @@
+# Two commands: `make quickstart` trains the demonstration, `make test` proves the project.
+# Both install what they need into .venv once; where pip looks is pip's own setting.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
+	"$$p" -c '$(NEW_ENOUGH)' 2>/dev/null && echo "$$p" && break; done)
+
+# The launcher's ranks and DeepSpeed's compiler look for python and ninja on the path.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+# On a machine without an NVIDIA device the launcher would look for the GPUs that this names.
+ifeq ($(wildcard /dev/nvidia[0-9]* /dev/dxg),)
+unexport CUDA_VISIBLE_DEVICES
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-long test-gpu test-all lint types clean
+
+help:
+	@echo "make quickstart   install, fetch the demonstration, train it (minutes on two CPU cores)"
+	@echo "make test         install and run the tests; test-long the long ones, test-all every one"
+	@echo "make lint types   ruff; mypy"
+	@echo "make clean        remove .venv and caches; runs/ stays"
+
+$(BIN)/python:
+	@"$(PYTHON)" -c '$(NEW_ENOUGH)' 2>/dev/null || { \
+	echo "unic_ds needs Python 3.11 or newer; found: $(or $(PYTHON),none). Install one, or name" \
+	"it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[quickstart]' -c constraints.txt
+	@touch $@
+
+$(VENV)/.demo: demo-packages.txt $(VENV)/.installed
+	$(PIP) --no-deps -r demo-packages.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) -e '.[quickstart,dev]' -c constraints.txt
+	@touch $@
+
+quickstart: $(VENV)/.demo
+	$(BIN)/unic-ds quickstart
+	$(BIN)/deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json
+
+test: $(VENV)/.demo $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not soak and not gpu"
+
+test-long: $(VENV)/.demo $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow and not soak and not gpu"
+
+test-gpu: $(VENV)/.demo $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu
+
+test-all: $(VENV)/.demo $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build unic_ds.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

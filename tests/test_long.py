@@ -1,0 +1,53 @@
+"""What takes minutes: the quickstart as it is, over seeds, and recovery of several ranks."""
+
+import json
+import random
+import time
+
+import pytest
+from test_train import curve, kill_group, launched, ranks_and_port, run, start
+
+from unic_ds import quickstart
+
+pytestmark = pytest.mark.skipif(
+    bool(quickstart.missing_packages()), reason="the quickstart's packages are not installed"
+)
+MAIN = ["unic_ds/train.py", "--ds_config", "ds_configs/zero2.json"]
+
+
+def quickstart_rows(out, *more):
+    """The table of the main command in a folder of its own."""
+    run(["deepspeed", *ranks_and_port(1), *MAIN, "--out", str(out), *more], timeout=1800)
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_quickstart_teaches_its_student(tmp_path):
+    rows = quickstart_rows(tmp_path / "run")
+    assert rows["student after"]["knn"] > rows["student before"]["knn"]
+    assert rows["student after"]["linear"] > 0
+
+
+@pytest.mark.soak
+def test_three_seeds_reach_what_the_project_promises(tmp_path):
+    for seed in (0, 1, 2):
+        rows = quickstart_rows(tmp_path / f"seed{seed}", "--seed", str(seed))
+        after = rows["student after"]["knn"]
+        assert after >= rows["pixels"]["knn"] + 4, (seed, rows)
+        assert after >= rows["student before"]["knn"] + 10, (seed, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_two_ranks_killed_at_a_random_moment_give_the_same_curve(tmp_path, zero):
+    more = {"zero": zero, "optim__steps": 10, "run__save_every": 3, "eval__on": "false"}
+    run(launched(tmp_path / "whole", **more))
+    process = start(launched(tmp_path / "killed", **more))
+    latest = tmp_path / "killed" / "checkpoints" / "latest"
+    while not latest.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 1.5))
+    kill_group(process)
+    assert "resumed after step" in run(launched(tmp_path / "killed", **more))
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")

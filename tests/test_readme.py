@@ -1,0 +1,52 @@
+"""The README's words hold: its options exist, its code runs, its files are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from unic_ds import job, override
+from unic_ds.config import Teacher
+from unic_ds.teachers import sources
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_every_option_named_is_one():
+    known = {*job.DOOR, *override.option_names(), "run", "logdir"}
+    for name in re.findall(r"--([a-z_]+(?:\.[A-Za-z_]+)*)", TEXT):
+        general = re.sub(r"^teachers\.NAME\.", "teachers.NAME.", name)
+        assert general in known or name in {"num_gpus", "json", "help", "seed"}, name
+
+
+def test_every_file_of_the_map_exists():
+    listed = re.search(r"## The files\n```\n(.*?)```", TEXT, re.S).group(1)
+    for name in re.findall(r"\b(\w+\.py)\b", listed):
+        assert (ROOT / "unic_ds" / name).is_file(), name
+    for folder in re.findall(r"^(?:  )?(\w+)/", listed, re.M):
+        assert (ROOT / folder).is_dir() or (ROOT / "unic_ds" / folder).is_dir(), folder
+
+
+def test_the_command_of_your_own_run_is_understood(tmp_path):
+    command = re.search(r"--recipe unic_b --data.train DIR \\\n\s+--teachers (\S+)", TEXT).group(1)
+    teachers = override.parse_teachers(command)
+    assert [t.name for t in teachers] == ["dino", "clip"]
+    assert teachers[1].source == "open_clip:ViT-H-14-quickgelu/metaclip_fullcc"
+
+
+def test_a_teacher_of_your_own_works(tmp_path, monkeypatch):
+    (tmp_path / "my_teacher.py").write_text(re.search(r"```python\n(.*?)```", TEXT, re.S).group(1))
+    monkeypatch.syspath_prepend(tmp_path)
+    row = Teacher(name="mine", source="python:my_teacher:build", precision="fp32")
+    teacher = sources.load(row, grid=14, device=torch.device("cpu"))
+    tokens = teacher(torch.zeros(2, 3, teacher.size, teacher.size, dtype=torch.uint8))
+    assert tokens.cls_BC.shape == (2, 64)
+    assert tokens.patch_BNC.shape == (2, 196, 64)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "unic_b", "unic_l", "unic_g"])
+def test_every_recipe_of_the_table_can_be_asked_for(name):
+    assert f"| `{name}` |" in TEXT
+    assert job.configure(name, {}).recipe == name

@@ -1,0 +1,351 @@
+"""The stream of batches: the same on any ranks, after any seek, and with broken files in it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from pictures import encode, folder, orientation, photo
+
+from unic_ds.config import Data
+from unic_ds.data import Stream, passes, scan
+from unic_ds.data.reader import Reader, measure
+
+CPU = torch.device("cpu")
+COUNT = 24
+BACKENDS = ["dali", "torch"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return folder(tmp_path_factory.mktemp("pictures"), COUNT)
+
+
+def need(backend):
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali", reason="nvidia-dali-cuda130 is not installed")
+
+
+def stream(root, cfg=None, *, batch_size=8, micro=4, rank=0, world=1, sizes=(32, 48), seed=0):
+    cfg = cfg or Data(backend="torch")
+    return Stream(
+        scan(root),
+        cfg,
+        seed=seed,
+        sizes=sizes,
+        batch_size=batch_size,
+        micro=micro,
+        rank=rank,
+        world=world,
+        device=CPU,
+    )
+
+
+def take(batches, count):
+    """`count` batches, then the stream closed."""
+    taken = [next(batches) for _ in range(count)]
+    batches.close()
+    return taken
+
+
+def same(ours, theirs):
+    """Whether two batches hold the same samples and pixels."""
+    return (
+        np.array_equal(ours.index_B, theirs.index_B)
+        and np.array_equal(ours.position_B, theirs.position_B)
+        and all(torch.equal(ours.images[size], theirs.images[size]) for size in ours.images)
+    )
+
+
+def by_position(batches, batch_size, accumulation):
+    """(step, position) -> (sample, pixels) over all batches of one rank."""
+    rows = {}
+    for k, batch in enumerate(batches):
+        for b, position in enumerate(batch.position_B.tolist()):
+            pixels = {size: image_B3HW[b] for size, image_B3HW in batch.images.items()}
+            rows[k // accumulation, position] = (int(batch.index_B[b]), pixels)
+    return rows
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_number_of_ranks_sees_the_same_run(backend, pictures):
+    need(backend)
+    cfg = Data(backend=backend)
+    alone = by_position(take(stream(pictures, cfg, micro=8), 4), 8, 1)
+    for world, micro in ((2, 2), (4, 2)):
+        together = {}
+        for rank in range(world):
+            accumulation = 8 // (micro * world)
+            ours = stream(pictures, cfg, micro=micro, rank=rank, world=world)
+            together |= by_position(take(ours, 4 * accumulation), 8, accumulation)
+        assert together.keys() == alone.keys()
+        for place, (index, pixels) in alone.items():
+            assert together[place][0] == index
+            assert all(torch.equal(together[place][1][size], pixels[size]) for size in pixels)
+    assert sorted(alone[g // 8, g % 8][0] for g in range(COUNT)) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_seek_goes_on_where_a_run_left(backend, pictures):
+    need(backend)
+    cfg = Data(backend=backend, prefetch=3)
+    straight = take(stream(pictures, cfg), 12)
+    resumed = stream(pictures, cfg)
+    next(resumed)
+    resumed.seek(4)
+    assert all(same(a, b) for a, b in zip(take(resumed, 4), straight[8:], strict=True))
+
+
+def test_batches_hold_what_was_asked_for(pictures):
+    ours = stream(pictures, sizes=(32, 48, 32))
+    batch = next(ours)
+    assert list(batch.images) == [32, 48]
+    assert batch.images[32].shape == (4, 3, 32, 32) and batch.images[32].dtype == torch.uint8
+    assert batch.position_B.dtype == np.int64
+    assert next(ours).position_B.tolist() == [4, 5, 6, 7]
+    assert next(ours).position_B.tolist() == [0, 1, 2, 3]
+    assert ours.waited_s > 0
+    waited = ours.waited_s
+    ours.close()
+    assert ours.waited_s == waited
+    other = take(stream(pictures, seed=1), 1)[0]
+    assert not np.array_equal(batch.index_B, other.index_B)
+
+
+def test_a_batch_size_that_does_not_divide_is_refused(pictures):
+    with pytest.raises(ValueError, match="9 is not a multiple of micro batch 4 x 2 ranks"):
+        stream(pictures, batch_size=9, world=2)
+
+
+def harm(path, how):
+    """Make the JPEG at `path` unreadable."""
+    data = path.read_bytes()
+    png = encode(photo(60, 60), "PNG").tobytes()
+    if how == "vanished":
+        path.unlink()
+        return
+    path.write_bytes(
+        {
+            "empty": b"",
+            "gif": encode(photo(60, 60), "GIF").tobytes(),
+            "cut off": data[: len(data) * 2 // 3],
+            "no header": data[:40] + data[-2:],
+            "noise": b"\xff\xd8\xff" + bytes(range(256)) * 9,
+            "text": b"<html>404</html>",
+            "decoder": png[: len(png) // 2],  # the header is sound: only a decoder notices
+        }[how]
+    )
+
+
+HARMS = ["vanished", "empty", "gif", "cut off", "no header", "noise", "text", "decoder"]
+
+
+def copied(pictures, root, index):
+    """A copy of the folder, for sample `index` to be harmed in: (its path, its name)."""
+    shutil.copytree(pictures, root)
+    name = scan(root).names[index]
+    return root / name, name
+
+
+def expect_neighbour(batches, straight, bad, count):
+    """Every slot shows what an unharmed run shows, but that of `bad` its neighbour."""
+    met = 0
+    for batch, want in zip(batches, straight, strict=True):
+        hit_B = want.index_B == bad
+        met += hit_B.sum()
+        assert np.array_equal(batch.index_B, np.where(hit_B, (bad + 1) % count, want.index_B))
+        assert np.array_equal(batch.position_B, want.position_B)
+        for size, image_B3HW in batch.images.items():
+            assert torch.equal(image_B3HW[~hit_B], want.images[size][~hit_B])
+            changed = (image_B3HW != want.images[size]).flatten(1).any(1)
+            assert changed.tolist() == hit_B.tolist()
+    assert met == 2  # two epochs
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", HARMS)
+def test_a_bad_file_costs_its_slot_and_nothing_else(backend, how, pictures, tmp_path, caplog):
+    need(backend)
+    cfg = Data(backend=backend)
+    straight = take(stream(pictures, cfg), 12)
+    bad = int(straight[2].index_B[1])
+    path, name = copied(pictures, tmp_path / "copy", bad)
+    ours = stream(tmp_path / "copy", cfg)
+    harm(path, how)
+    with caplog.at_level(logging.WARNING, "unic_ds.data"):
+        expect_neighbour(take(ours, 12), straight, bad, COUNT)
+    assert [row[0] for row in ours.bad] == [name]
+    assert len(caplog.records) == 1 and name in caplog.text and ours.bad[0][1] in caplog.text
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_file_at_every_place_of_a_batch(backend, pictures, tmp_path):
+    need(backend)
+    cfg = Data(backend=backend)
+    straight = take(stream(pictures, cfg), 12)
+    root = tmp_path / "copy"
+    shutil.copytree(pictures, root)
+    for place in range(12):  # before, in and behind what is in flight at the start
+        bad = int(straight[place // 4].index_B[place % 4])
+        path = root / scan(root).names[bad]
+        sound = path.read_bytes()
+        ours = stream(root, cfg)
+        harm(path, "decoder")
+        expect_neighbour(take(ours, 12), straight, bad, COUNT)
+        path.write_bytes(sound)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_neighbours_that_are_bad_too_are_passed_over(backend, pictures, tmp_path):
+    need(backend)
+    cfg = Data(backend=backend, bad_limit=0.2)
+    root = tmp_path / "copy"
+    shutil.copytree(pictures, root)
+    names = scan(root).names
+    for index, how in ((22, "decoder"), (23, "empty"), (0, "decoder")):
+        harm(root / names[index], how)
+    batches = take(stream(root, cfg), 12)
+    shown = np.concatenate([batch.index_B for batch in batches])
+    want = np.concatenate([batch.index_B for batch in take(stream(pictures, cfg), 12)])
+    assert np.array_equal(shown, np.where(np.isin(want, [22, 23, 0]), 1, want))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", ["empty", "decoder"])
+def test_too_many_bad_files_stop_the_run_with_the_list(backend, how, pictures, tmp_path):
+    need(backend)
+    root = tmp_path / "copy"
+    shutil.copytree(pictures, root)
+    names = scan(root).names
+    for index in (3, 9, 15):
+        harm(root / names[index], how)
+    ours = stream(root, Data(backend=backend, bad_limit=0.1))  # 2 of 24
+    with pytest.raises(ValueError, match="3 of 24 images cannot be read") as stop:
+        for _ in range(12):
+            next(ours)
+    ours.close()
+    assert all(names[index] in str(stop.value) for index in (3, 9, 15))
+    assert "bad_limit" in str(stop.value)
+
+
+def test_nothing_readable_is_said(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(b"")
+    ours = stream(tmp_path, Data(bad_limit=1.0))
+    with pytest.raises(ValueError, match="none of 3 images can be read"):
+        next(ours)
+    ours.close()
+
+
+def test_what_a_header_says(tmp_path):
+    assert measure(encode(photo(60, 40)), 50) == (60, 40)
+    assert measure(encode(photo(60, 40), exif=orientation(6)), 50) == (40, 60)
+    assert measure(encode(photo(60, 40), "WEBP", exif=orientation(5)), 50) == (40, 60)
+    assert measure(encode(photo(60, 40), exif=orientation(3)), 50) == (60, 40)
+    padded = np.concatenate([encode(photo(60, 40)), np.zeros(500, dtype=np.uint8)])
+    assert measure(padded, 50) == (60, 40)
+    with pytest.raises(ValueError, match=r"60 x 40 pixels, more than data\.max_megapixels 0\.002"):
+        measure(encode(photo(60, 40)), 0.002)
+    with pytest.raises(ValueError, match="no JPEG, PNG, WebP or BMP"):
+        measure(encode(photo(60, 40), "GIF"), 50)
+    with pytest.raises(ValueError, match="is cut off"):
+        measure(encode(photo(60, 40))[:-2], 50)
+
+
+def test_a_decompression_bomb_is_not_decoded(pictures, tmp_path):
+    """A PNG of 10 kB that says it has 400 megapixels."""
+    root = tmp_path / "copy"
+    shutil.copytree(pictures, root)
+    bomb = bytearray(encode(photo(60, 60), "PNG").tobytes())
+    bomb[16:24] = (20_000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
+    name = scan(root).names[5]
+    (root / name).write_bytes(bytes(bomb))
+    ours = stream(root)
+    take(ours, 6)
+    assert ours.bad == [(name, "has 20000 x 20000 pixels, more than data.max_megapixels 50")]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pass_is_in_order_and_ends(backend, pictures):
+    need(backend)
+    source, cfg = scan(pictures), Data(backend=backend)
+    options = {"sizes": (32,), "device": CPU}
+    for indices, batch, lengths in (
+        ([5, 3, 3, 20, 1, 0, 9], 3, [3, 3, 1]),
+        ([7], 4, [1]),
+        ([], 4, []),
+    ):
+        batches = list(passes(source, cfg, indices=indices, batch=batch, **options))
+        assert [len(b.index_B) for b in batches] == lengths
+        assert [len(b.images[32]) for b in batches] == lengths
+        assert [i for b in batches for i in b.index_B.tolist()] == indices
+        assert [i for b in batches for i in b.position_B.tolist()] == list(range(len(indices)))
+    whole = next(passes(source, cfg, indices=[4, 4, 8], batch=3, **options)).images[32]
+    alone = next(passes(source, cfg, indices=[8], batch=1, **options)).images[32]
+    assert torch.equal(whole[0], whole[1]) and torch.equal(whole[2], alone[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pass_shows_a_neighbour_under_its_own_number(backend, pictures, tmp_path):
+    need(backend)
+    root = tmp_path / "copy"
+    shutil.copytree(pictures, root)
+    harm(root / scan(root).names[4], "decoder")
+    batches = passes(
+        scan(root), Data(backend=backend), sizes=(32,), batch=4, indices=range(6), device=CPU
+    )
+    assert [i for b in batches for i in b.index_B.tolist()] == [0, 1, 2, 3, 5, 5]
+
+
+def test_a_reader_forgets_nothing(pictures, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(pictures, root)
+    source = scan(root)
+    path = root / source.names[2]
+    sound = path.read_bytes()
+    path.write_bytes(b"")
+    reader = Reader(source, Data())
+    assert reader.read(2).index == 3
+    path.write_bytes(sound)
+    assert reader.read(2).index == 3
+    assert reader.listed() == [(source.names[2], "is empty")]
+
+
+PROBE = """
+import sys
+import torch
+from unic_ds.config import Data
+from unic_ds.data import Stream, scan
+
+def first(backend):
+    stream = Stream(scan(sys.argv[1]), Data(backend=backend), seed=0, sizes=(32,), batch_size=4,
+                    micro=4, rank=0, world=1, device=torch.device("cpu"))
+    batch = next(stream)
+    stream.close()
+    return len(batch.index_B)
+
+print(first("torch"), "nvidia.dali" in sys.modules)
+print(first("auto"), "nvidia.dali" in sys.modules)
+sys.modules["nvidia.dali"] = None  # as if it were not installed
+print(first("auto"))
+try:
+    first("dali")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_dali_is_imported_only_where_it_is_chosen(pictures):
+    """In an interpreter of its own, where DALI is first not asked for and then not to be had."""
+    command = [sys.executable, "-c", PROBE, str(pictures)]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    lines = out.stdout.splitlines()
+    assert lines[:3] == ["4 False", "4 True", "4"]
+    assert "pip install nvidia-dali-cuda130" in lines[3]

@@ -1,0 +1,165 @@
+"""The ladder against the published vectors; the student's initial weights, drop-path and rungs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from unic_ds import config
+from unic_ds.student import Ladder, Student, rung_blocks
+from unic_ds.tokens import Tokens
+
+VECTORS = np.load(Path(__file__).parent / "data" / "ladder.npz", allow_pickle=False)
+TINY = config.Student(model="vit_tiny_patch16_224", size=32, drop_path=0.3)
+WIDTHS = {"a": 12, "b": 20}
+
+
+def take(key):
+    return torch.from_numpy(VECTORS[key])
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_ladder_equals_the_published_vectors(number):
+    case = f"case{number}_"
+    settings = json.loads(str(VECTORS[case + "config"]))
+    cfg = config.Ladder(
+        rungs=",".join(map(str, settings.get("which_blocks", range(4)))),
+        width=settings["hidden_dim"],
+        last_width=settings["last_hidden_dim"],
+        prenorm=settings.get("prenorm", False),
+        midnorm=settings.get("midnorm", False),
+    )
+    ladder = Ladder(16, 4, WIDTHS, cfg)
+    weights = {
+        k.removeprefix(f"{case}w:"): take(k) for k in VECTORS.files if k.startswith(f"{case}w:")
+    }
+    ladder.load_state_dict(weights, strict=True)  # the published names, one to one
+    states = [
+        Tokens(*(take(f"{case}x_{kind}{b + 1}").requires_grad_() for kind in ("cls", "patch")))
+        for b in ladder.blocks
+    ]
+    pred = ladder(states)
+    for name in WIDTHS:
+        for kind, value in zip(("cls", "patch"), pred[name], strict=True):
+            torch.testing.assert_close(value, take(f"{case}y_{name}_{kind}"), rtol=1e-5, atol=1e-6)
+    outs = [value for name in WIDTHS for value in pred[name]]
+    grads = [take(f"{case}gy_{name}_{kind}") for name in WIDTHS for kind in ("cls", "patch")]
+    torch.autograd.backward(outs, grads)
+    for name, parameter in ladder.named_parameters():
+        torch.testing.assert_close(parameter.grad, take(f"{case}gw:{name}"), rtol=1e-5, atol=1e-5)
+    for block, state in zip(ladder.blocks, states, strict=True):
+        for kind, x in zip(("cls", "patch"), state, strict=True):
+            torch.testing.assert_close(
+                x.grad, take(f"{case}gx_{kind}{block + 1}"), rtol=1e-5, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize(
+    ("rungs", "want"),
+    [("all", [0, 1, 2, 3]), ("half", [1, 3]), ("last", [3]), ("3,0", [0, 3])],
+)
+def test_rungs(rungs, want):
+    assert rung_blocks(rungs, 4) == want
+
+
+def test_a_rung_that_is_not_there_is_named():
+    with pytest.raises(
+        ValueError, match="ends with block 12; it must end with the student's last, 11"
+    ):
+        Student(TINY, config.Ladder(rungs="3,12"), WIDTHS, seed=0)
+
+
+def test_initial_weights_depend_on_seed_and_name_alone():
+    one = Student(TINY, config.Ladder(rungs="half"), WIDTHS, seed=3)
+    torch.manual_seed(99)
+    two = Student(TINY, config.Ladder(rungs="half"), {"c": 7, "b": 20, "a": 12}, seed=3)
+    other = Student(TINY, config.Ladder(rungs="half"), WIDTHS, seed=4)
+    there = dict(two.named_parameters())
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, there[name]), name
+    assert not torch.equal(
+        one.encoder.blocks[0].mlp.fc1.weight, other.encoder.blocks[0].mlp.fc1.weight
+    )
+
+
+def test_initial_weights_have_the_method_s_spread():
+    student = Student(TINY, config.Ladder(), WIDTHS, seed=0)
+    fc1 = student.encoder.blocks[5].mlp.fc1
+    assert fc1.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert not fc1.bias.any()
+    head = student.ladder.heads["a"]["patch"]["3"].layers[0]
+    assert head.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert torch.equal(student.encoder.norm.weight, torch.ones(192))
+    assert not student.encoder.norm.weight.requires_grad
+
+
+def test_predictions_have_the_teachers_widths_and_the_student_s_grid():
+    student = Student(TINY, config.Ladder(combine="each", rungs="half"), WIDTHS, seed=0)
+    pred = student(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
+    assert pred["a"].cls_BC.shape == (6, 3, 12)
+    assert pred["b"].patch_BNC.shape == (6, 3, 4, 20)
+
+
+def test_drop_path_follows_the_chances_it_is_given():
+    student = Student(TINY, config.Ladder(), WIDTHS, seed=0).train()
+    image = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    branches = len(student.paths)
+    keep_all = student(image, torch.ones(2, branches))["a"].cls_BC
+    drop_all = student(image, torch.zeros(2, branches))["a"].cls_BC
+    mixed = student(image, torch.tensor([[1.0] * branches, [0.0] * branches]))["a"].cls_BC
+    torch.testing.assert_close(mixed, torch.stack([keep_all[0], drop_all[1]]))
+    assert not torch.allclose(keep_all, drop_all)
+    assert len(student.paths) == 2 * 11  # timm gives the first block rate 0 and no module
+
+
+def test_evaluation_never_drops_and_equals_timm():
+    student = Student(TINY, config.Ladder(), WIDTHS, seed=0).eval()
+    image = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    student(image, torch.zeros(2, len(student.paths)))
+    plain = timm.create_model(TINY.model, img_size=32, num_classes=0).eval()
+    plain.load_state_dict(student.encoder.state_dict())
+    with torch.no_grad():
+        want = plain.forward_features(student.normalise(image, torch.float32))
+    torch.testing.assert_close(student.encode(image).cls_BC, want[:, 0])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "vit_small_patch14_reg4_dinov2",  # registers, layer scale
+        "vit_base_patch16_siglip_224",  # no CLS, attention pool
+        "vit_small_patch16_dinov3",  # rotary positions
+        "deit3_small_patch16_224",
+    ],
+)
+def test_any_vit_of_timm_can_be_the_student(model):
+    cfg = config.Student(model=model, size=56 if "patch14" in model else 64, drop_path=0.1)
+    student = Student(cfg, config.Ladder(rungs="last"), WIDTHS, seed=0)
+    image = torch.randint(0, 256, (2, 3, cfg.size, cfg.size), dtype=torch.uint8)
+    pred = student(image, torch.ones(2, len(student.paths)))
+    assert pred["a"].patch_BNC.shape == (2, 16, 12)
+    sum(value.sum() for tokens in pred.values() for value in tokens).backward()
+    trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    assert {n for n, p in trained.items() if p.grad is None} <= {"encoder.mask_token"}
+    assert student.encode(image).patch_BNC.shape[1] == 16
+
+
+@pytest.mark.parametrize(
+    ("cfg", "sentence"),
+    [
+        (config.Student(model="vit_tinny_patch16_224"), "did you mean vit_tiny_patch16_224"),
+        (config.Student(model="resnet18"), "not a plain ViT|resnet18"),
+        (config.Student(model="vit_tiny_patch16_224", size=100), "not a multiple of"),
+    ],
+)
+def test_a_student_that_cannot_be_is_refused(cfg, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Student(cfg, config.Ladder(), WIDTHS, seed=0)
+
+
+def test_a_teacher_named_like_a_part_of_torch_is_refused():
+    with pytest.raises(ValueError, match="may not be named 'type'"):
+        Ladder(16, 4, {"a": 3, "type": 4}, config.Ladder())

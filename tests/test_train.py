@@ -1,0 +1,377 @@
+"""Whole runs in real processes: real teachers and images, the deepspeed launcher, two ranks, kill
+-9.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+from PIL import Image
+
+from unic_ds import quickstart
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = str(ROOT / "unic_ds" / "train.py")
+SMALL = {
+    "student.size": "32",
+    "teachers.dinov2.size": "28",
+    "teachers.effnet.size": "64",
+    "student.drop_path": "0.1",
+    "optim.warmup_epochs": "0.1",
+    "eval.max_train": "160",
+    "eval.max_val": "80",
+    "run.log_every": "1",
+}
+
+pytestmark = pytest.mark.skipif(
+    bool(quickstart.missing_packages()),
+    reason="the quickstart's packages are not installed (make test does)",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demonstration():
+    """The quickstart's teachers and images, made once."""
+    quickstart.prepare()
+
+
+def options(out, zero="zero2", **more):
+    pairs = {"ds_config": str(ROOT / "ds_configs" / f"{zero}.json"), "out": str(out)} | SMALL
+    pairs |= {key.replace("__", "."): str(value) for key, value in more.items()}
+    kept = {key: value for key, value in pairs.items() if value != "None"}
+    return [word for key, value in kept.items() for word in (f"--{key}", value)]
+
+
+def environment():
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE")
+    }
+    return env | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def start(command):
+    return subprocess.Popen(
+        command,
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(command, code=0, timeout=400):
+    process = start(command)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill_group(process)
+        raise
+    assert process.returncode == code, output[-4000:]
+    return output
+
+
+def alone(out, **more):
+    return [sys.executable, TRAIN, *options(out, **more)]
+
+
+def launched(out, ranks=2, **more):
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    return [launcher, *ranks_and_port(ranks), TRAIN, *options(out, **more)]
+
+
+def ranks_and_port(ranks):
+    """The launcher's own options: another job may hold its usual port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ["--num_gpus", str(ranks), "--master_port", str(port)]
+
+
+def curve(out):
+    """Step -> every logged value that time does not touch."""
+    timed = {"images_per_s", "data_wait_share", "mem_gb", "tflops", "mfu"}
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == sorted({r["step"] for r in rows})
+    return {r["step"]: {k: v for k, v in r.items() if k not in timed} for r in rows}
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run of two ranks under the launcher, and what it printed."""
+    out = tmp_path_factory.mktemp("finished") / "run#1,a"
+    return out, run(launched(out, optim__steps=4, run__save_every=2))
+
+
+def test_the_main_command_trains_evaluates_and_exports(finished):
+    out, printed = finished
+    assert "first optimiser step done" in printed
+    rows = json.loads((out / "results.json").read_text())
+    assert list(rows) == ["pixels", "effnet", "dinov2", "student before", "student after"]
+    for name, row in rows.items():
+        assert name in printed
+        assert 0 < row["knn"] <= 100
+        assert 0 < row["linear"] <= 100
+    assert rows["dinov2"] != rows["effnet"]
+
+
+def test_the_run_folder_holds_what_it_should(finished):
+    out, _ = finished
+    assert yaml.safe_load((out / "config.yaml").read_text())["optim"]["steps"] == 4
+    teachers = json.loads((out / "teachers.json").read_text())
+    assert list(teachers) == ["effnet", "dinov2"]
+    assert all(len(row["sha256"]) == 64 for row in teachers.values())
+    steps = sorted(p.name for p in (out / "checkpoints").iterdir() if p.is_dir())
+    assert steps == ["step_0000002", "step_0000004"]
+    assert (out / "checkpoints" / "latest").read_text() == "step_0000004"
+    assert list((out / "tb").glob("events.*"))
+    assert (out / "results.png").stat().st_size > 10_000
+    assert (out / "student" / "config.json").is_file()
+    row = curve(out)[4]
+    wanted = {"loss", "samples", "lr", "grad_norm", "bad_images"}
+    wanted |= {
+        f"{t}/{k}"
+        for t in teachers
+        for k in ("cls_cosine", "patch_cosine", "cls_smooth_l1", "kept")
+    }
+    assert wanted <= row.keys()
+    assert row["samples"] == 4 * 64
+
+
+def test_the_exported_encoder_is_timm_s(finished):
+    out, _ = finished
+    weights = str(out / "student" / "model.safetensors")
+    encoder = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, num_classes=0, checkpoint_path=weights
+    )
+    assert encoder.embed_dim == 192
+    assert timm.create_model(f"local-dir:{out / 'student'}", pretrained=True).num_classes == 0
+
+
+def test_the_export_verb_gives_the_same_encoder_from_the_shards(finished, tmp_path):
+    out, _ = finished
+    run(
+        [
+            sys.executable,
+            "-m",
+            "unic_ds.cli",
+            "export",
+            "--run",
+            str(out),
+            "--out",
+            str(tmp_path / "again"),
+        ]
+    )
+    files = (out / "student" / "model.safetensors", tmp_path / "again" / "model.safetensors")
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_finished_run_prints_its_table_at_once(finished):
+    out, _ = finished
+    begun = time.monotonic()
+    printed = run(alone(out, optim__steps=4, run__save_every=2))
+    assert "student after" in printed
+    assert time.monotonic() - begun < 5
+
+
+def test_a_folder_of_another_run_is_refused_naming_the_keys(finished):
+    out, _ = finished
+    printed = run(alone(out, optim__steps=4, optim__lr="0.5"), code=2)
+    assert "optim.lr was '0.002', now '0.5'" in printed
+    printed = run(alone(out, optim__steps=4, resume="never"), code=2)
+    assert "holds a run already" in printed
+
+
+def kill_group(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_kill_9_and_the_same_command_give_the_same_curve(tmp_path):
+    more = {"optim__steps": 12, "run__save_every": 3, "eval__on": "false"}
+    run(alone(tmp_path / "whole", **more))
+    process = start(alone(tmp_path / "killed", **more))
+    log = tmp_path / "killed" / "log.jsonl"
+    while not (tmp_path / "killed" / "checkpoints" / "latest").exists():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 1.5))
+    kill_group(process)
+    assert not (tmp_path / "killed" / "student").exists()
+    reached = len(log.read_text().splitlines())
+    printed = run(alone(tmp_path / "killed", **more))
+    assert "resumed after step" in printed, reached
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+
+
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory):
+    """A run that stopped after 4 of 6 steps, with checkpoints at 2 and 4."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    run(alone(out, **PARTIAL, run__stop_at=4))
+    return out
+
+
+PARTIAL = {"optim__steps": 6, "run__save_every": 2, "eval__on": "false"}
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    shard = next((out / "checkpoints" / "step_0000004" / "zero").glob("*optim_states.pt"))
+    with shard.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"damage")
+    printed = run(alone(out, **PARTIAL))
+    assert "step_0000004 is not whole" in printed
+    assert "resumed after step 2" in printed
+    assert set(curve(out)) == set(range(1, 7))
+
+
+def test_no_room_to_save_leaves_the_last_good_checkpoint(stopped, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    limited = [
+        "bash",
+        "-c",
+        'ulimit -f 20000; exec "$@"',
+        "_",
+        *alone(out, **PARTIAL),
+    ]  # 20 MB a file
+    printed = run(limited, code=1)
+    assert "cannot save step_0000006" in printed
+    assert "the last good checkpoint is step_0000004" in printed
+    names = {p.name for p in (out / "checkpoints").iterdir()}
+    assert names == {"step_0000002", "step_0000004", "latest"}
+    assert "resumed after step 4" in run(alone(out, **PARTIAL))
+
+
+def test_a_checkpoint_of_other_ranks_or_images_is_refused(stopped, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    printed = run(alone(out, **PARTIAL, zero="zero3"), code=2)
+    assert "was saved with zero_stage 2, this run has 3" in printed
+    images = tmp_path / "images"
+    for folder in sorted(
+        Path(yaml.safe_load((out / "config.yaml").read_text())["data"]["train"]).iterdir()
+    ):
+        if folder.is_dir():
+            (images / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:100]:
+                (images / folder.name / file.name).symlink_to(file)
+    printed = run(alone(out, **PARTIAL, data__train=images), code=2)
+    assert "was saved with images" in printed
+    assert (out / "teachers.json").read_bytes() == (stopped / "teachers.json").read_bytes()
+
+
+def test_a_checkpoint_s_path_starts_another_run_and_is_not_gone_back_to(stopped, tmp_path):
+    older = stopped / "checkpoints" / "step_0000002"
+    more = PARTIAL | {"resume": older, "run__stop_at": 4}
+    assert "resumed after step 2" in run(alone(tmp_path / "branch", **more))
+    assert "resumed after step 4" in run(alone(tmp_path / "branch", **more | {"run__stop_at": 5}))
+    printed = run(alone(tmp_path / "other", **PARTIAL, resume=older, optim__lr="0.5"), code=2)
+    assert "was saved with --optim.lr '0.002', this run has '0.5'" in printed
+    assert not (tmp_path / "other" / "config.yaml").exists()
+
+
+def test_every_zero_stage_trains_and_agrees(tmp_path):
+    """fp32, drop path on: one loss curve whatever the stage; bf16 offload trains too. One launch of
+    two ranks.
+    """
+    script = str(ROOT / "tests" / "many_runs.py")
+    plan = []
+    for zero in ("zero1", "zero2", "zero3"):
+        plan.append(
+            options(tmp_path / zero, zero=zero, precision="fp32", optim__steps=3, eval__on="false")
+        )
+    plan.append(
+        options(tmp_path / "offload", zero="zero3_offload", optim__steps=3, eval__on="false")
+    )
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    run([launcher, *ranks_and_port(2), script, str(tmp_path / "plan.json")])
+    curves = [curve(tmp_path / zero) for zero in ("zero1", "zero2", "zero3")]
+    for step in (1, 2, 3):
+        losses = [c[step]["loss"] for c in curves]
+        assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    offload = curve(tmp_path / "offload")
+    assert offload[3]["loss"] == pytest.approx(curves[0][3]["loss"], rel=2e-2)  # bf16 beside fp32
+    assert (tmp_path / "offload" / "student" / "model.safetensors").is_file()
+
+
+@pytest.fixture
+def few_images(tmp_path):
+    """120 photographs of each class, as links."""
+    images = tmp_path / "images"
+    for folder in sorted((quickstart.root() / quickstart.PARTS[0]).iterdir()):
+        (images / folder.name).mkdir(parents=True)
+        for file in sorted(folder.iterdir())[:120]:
+            (images / folder.name / file.name).symlink_to(file)
+    return images
+
+
+def spoil(images):
+    """One GIF named .jpg, one empty and one cut-off file among them; odd but sound ones beside."""
+    folder = next(images.iterdir())
+    Image.new("RGB", (30, 30)).save(folder / "gif.jpg", format="GIF")
+    (folder / "empty.jpg").write_bytes(b"")
+    whole = next(folder.glob("cell*.jpg")).read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    Image.new("CMYK", (40, 50)).save(folder / "cmyk.jpg")
+    Image.new("L", (1, 1)).save(folder / "one_pixel.jpg")
+
+
+def test_broken_images_cost_themselves_and_too_many_stop_the_run(few_images, tmp_path):
+    spoil(few_images)
+    more = {"data__train": few_images, "optim__steps": 8, "eval__on": "false"}
+    printed = run(alone(tmp_path / "on", **more, data__bad_limit=0.02))
+    assert "gif.jpg" in printed
+    assert curve(tmp_path / "on")[8]["bad_images"] == 3
+    printed = run(alone(tmp_path / "off", **more, data__bad_limit=0.001), code=2)
+    assert "data.bad_limit" in printed
+    assert printed.count("empty.jpg") >= 1
+
+
+def test_teachers_check_tells_what_each_teacher_gives():
+    verb = [sys.executable, "-m", "unic_ds.cli", "teachers", "check", "--recipe", "quickstart"]
+    printed = run(verb)
+    for word in ("effnet", "dinov2", "sha256", "Apache-2.0", "1280"):
+        assert word in printed
+    rows = json.loads(run([*verb, "--json"]).splitlines()[-1])
+    assert rows["dinov2"]["patch_shape"] == [1, 49, 384]
+
+
+def test_teachers_fetch_tells_sizes_and_hashes():
+    verb = [sys.executable, "-m", "unic_ds.cli", "teachers", "fetch", "--json"]
+    rows = json.loads(run(verb).splitlines()[-1])
+    for row in rows.values():
+        file = Path(row["path"])
+        assert row["bytes"] == file.stat().st_size
+        assert row["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_missing_weights_name_the_fetch_command(tmp_path):
+    missing = f"file:{tmp_path}/none.safetensors#arch=vit_tiny_patch16_224"
+    printed = run(alone(tmp_path / "run", teachers=f"lost={missing}", **LOST), code=2)
+    assert "teachers fetch" in printed
+    assert "none.safetensors" in printed
+    printed = run(alone(tmp_path / "run", teachers="hub=timm:vit_tiny_patch16_224", **LOST), code=2)
+    assert "teachers fetch" in printed
+    assert not (tmp_path / "run").exists()
+
+
+LOST = {"teachers__dinov2__size": None, "teachers__effnet__size": None}

@@ -1,0 +1,223 @@
+"""What a run must remember: saved whole or not at all, verified before it is trusted.
+
+A checkpoint is `checkpoints/step_NNNNNNN/`: DeepSpeed's shards under `zero/`, the teachers'
+statistics, `run.json` (position and what it belongs to) and a manifest of sizes and SHA-256. It is
+written under another name and renamed when every rank is done, so a folder of that name is always
+whole; `latest` names the newest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unic_ds import dist
+
+LOG = logging.getLogger("unic_ds.checkpoint")
+MANIFEST, FACTS, STATISTICS, SHARDS = "manifest.json", "run.json", "statistics.safetensors", "zero"
+
+
+def save(
+    engine: Any,
+    folder: Path,
+    step: int,
+    *,
+    facts: dict[str, Any],
+    statistics: dict[str, Tensor],
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `step` under `folder`, keep the newest `keep`; every rank calls it.
+
+    Raises OSError, with the last good checkpoint untouched, where the disk is full or may not be
+    written.
+    """
+    final = folder / f"step_{step:07d}"
+    part = folder / f".saving_{final.name}"
+    claim(part, needed_bytes(engine))
+    try:
+        engine.save_checkpoint(str(part), tag=SHARDS, save_latest=False)
+        if dist.rank() == 0:
+            save_file({k: v.cpu().contiguous() for k, v in statistics.items()}, part / STATISTICS)
+            (part / FACTS).write_text(json.dumps(facts | {"step": step}, indent=1))
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"cannot save {final.name} ({error}); {newest_name(folder)}") from error
+    dist.barrier()
+    hashes = fingerprints(part)
+    if dist.rank() == 0:
+        (part / MANIFEST).write_text(json.dumps(hashes, indent=1))
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+        write_whole(folder / "latest", final.name)
+        forget(folder, final, keep)
+    dist.barrier()
+    return final
+
+
+def needed_bytes(engine: Any) -> int:
+    """What this rank is about to write, at most.
+
+    Its share of fp32 weights and two moments; on rank 0 the whole weights too.
+    """
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    whole = 4 * count if dist.rank() == 0 else 0
+    return whole + 12 * count // dist.world() + (1 << 20)
+
+
+def claim(part: Path, size: int) -> None:
+    """Make `part` anew and prove that every rank's `size` bytes fit there; OSError on all if not.
+
+    DeepSpeed's save has barriers inside, where one rank's full disk would leave the others waiting;
+    so ask first, all at once.
+    """
+    if dist.rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+    dist.barrier()
+    problem = ""
+    probe = part / f"probe_{dist.rank()}"
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        problem = f"rank {dist.rank()}: {error.strerror}"
+    problems, sizes = zip(*dist.gather_objects((problem, size)), strict=True)
+    with suppress(OSError):
+        probe.unlink()
+    if first := next(filter(None, problems), ""):
+        if dist.rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise OSError(
+            f"cannot save {part.name.removeprefix('.saving_')} to {str(part.parent)!r} ({first};"
+            f" it takes {sum(sizes) / 1e6:.0f} MB): make room or mend its permissions and start"
+            f" the same command again; {newest_name(part.parent)}"
+        )
+
+
+def newest_name(folder: Path) -> str:
+    """What a user can still count on."""
+    steps = steps_in(folder)
+    return (
+        f"the last good checkpoint is {steps[-1].name}"
+        if steps
+        else "no checkpoint was saved before"
+    )
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """Whole checkpoints under `folder`, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if p.is_dir())
+
+
+def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in `folder`, the same on all ranks, which share the work."""
+    # One rank lists, and all agree: a network file system may show each another listing.
+    listed = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = dist.share(sorted(listed) if dist.rank() == 0 else None)
+    mine = {}
+    for file in files[dist.rank() :: dist.world()]:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        mine[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": digest}
+    return {k: v for part in dist.gather_objects(mine) for k, v in part.items()}
+
+
+def verify(folder: Path) -> str:
+    """What is wrong with a checkpoint, or nothing; the same on all ranks."""
+    expected = dist.share(read_manifest(folder) if dist.rank() == 0 else None)
+    if not expected:
+        return f"no readable {MANIFEST}"
+    found = fingerprints(folder)
+    for name in sorted(expected):
+        if found.get(name) != expected[name]:
+            return f"{name} is {'damaged' if name in found else 'missing'}"
+    return ""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the files of a checkpoint should be; nothing where that cannot be read."""
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def find(folder: Path, resume: str) -> Path | None:
+    """The newest whole checkpoint, naming the damaged ones it passes over; None to start anew.
+
+    `resume` is auto, or the path of a checkpoint or run folder to start from as long as `folder`
+    has none of its own; ValueError where nothing there is whole.
+    """
+    own = dist.share(steps_in(folder))
+    given = None if own or resume in ("auto", "never") else Path(resume)
+    candidates = own
+    if given:
+        inside = steps_in(given / "checkpoints")
+        candidates = dist.share([given] if (given / MANIFEST).is_file() else inside)
+    problem = ""
+    for candidate in reversed(candidates):
+        problem = verify(candidate)
+        if not problem:
+            return candidate
+        if dist.rank() == 0:
+            LOG.warning(
+                "checkpoint %s is not whole (%s); trying the one before", candidate.name, problem
+            )
+    if given or problem:
+        raise ValueError(
+            f"no whole checkpoint in {str(given or folder)!r}{f' ({problem})' if problem else ''};"
+            " give --resume another, or start in a fresh --out"
+        )
+    return None
+
+
+def load(
+    engine: Any, folder: Path, expected: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Load a checkpoint's weights and optimiser state; returns its facts and statistics.
+
+    ValueError where it belongs to other images, teachers, number of ranks or ZeRO stage.
+    """
+    facts = json.loads((folder / FACTS).read_text())
+    for key, value in expected.items():
+        if facts.get(key) != value:
+            raise ValueError(
+                f"checkpoint {str(folder)!r} was saved with {key} {facts.get(key)!r},"
+                f" this run has {value!r}; use the same, or start in a fresh --out"
+            )
+    path, _ = engine.load_checkpoint(str(folder), tag=SHARDS)
+    if path is None:
+        raise OSError(f"DeepSpeed found nothing to load in {str(folder)!r}")
+    return facts, load_file(folder / STATISTICS)
+
+
+def forget(folder: Path, newest: Path, keep: int) -> None:
+    """Remove all but the last `keep` checkpoints up to `newest`, and what interrupted saves left.
+
+    Later steps are of a branch that was given up. What cannot be removed stays: the run goes on.
+    """
+    steps = steps_in(folder)
+    kept = [step for step in steps if step.name <= newest.name][-keep:]
+    for old in set(steps) - set(kept):
+        shutil.rmtree(old, ignore_errors=True)
+    for rest in folder.glob(".saving_*"):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old or the new content, never a part."""
+    part = file.with_name(f".{file.name}.part")
+    with part.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(file)

@@ -1,0 +1,142 @@
+"""`unic-ds VERB`: everything around a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unic_ds import entry, job, recipes, train
+from unic_ds.config import Config
+from unic_ds.override import nearest
+
+USAGE = """\
+unic-ds VERB [--option value ...]
+
+  train             train in one process: --ds_config F [--recipe R]; many ranks: deepspeed
+  unic_ds/train.py
+  teachers check    run an image through each teacher: tokens, widths, grid, preprocessing, licence,
+  SHA-256
+  teachers fetch    download the teachers' weights (on a machine that reaches the hub)
+  export            bare encoder of a run's newest checkpoint: --run DIR --out DIR
+  quickstart        prepare the demonstration's teachers and images
+
+  --recipe R        quickstart, unic_b, unic_l, unic_g or a .yaml file; --section.key value
+  overrides it
+  --json            one JSON object for programs, where a verb prints a table
+  unic-ds VERB --help"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a verb and leave with its exit code."""
+    sys.exit(entry.run(verb, sys.argv[1:] if argv is None else argv))
+
+
+def verb(argv: Sequence[str]) -> int:
+    """Find the verb of a command line and call it; the exit code."""
+    if argv and argv[0] == "train":
+        return train.main(argv[1:])
+    words, options = entry.parse(argv)
+    name = " ".join(words)
+    if not words or entry.wants_help(options):
+        print(USAGE)
+        return 0
+    if name not in VERBS:
+        near = nearest(name, ["train", *VERBS])
+        raise ValueError(f"unknown verb {name!r}{near}; there are train, {', '.join(VERBS)}")
+    return VERBS[name](options)
+
+
+def take(options: dict[str, str], *names: str) -> dict[str, str]:
+    """Those options, removed from `options`."""
+    return {name: options.pop(name) for name in names if name in options}
+
+
+def configured(options: dict[str, str]) -> Config:
+    """The Config of `--recipe` and overrides."""
+    cfg = job.configure(take(options, "recipe").get("recipe", "quickstart"), options)
+    job.prepare_demonstration(cfg)
+    return cfg
+
+
+def quickstart(options: dict[str, str]) -> int:
+    """Prepare the demonstration."""
+    from unic_ds import quickstart as demonstration
+
+    if options:
+        raise ValueError(f"unknown option --{next(iter(options))}; quickstart takes none")
+    print(f"ready: {demonstration.prepare()}")
+    return 0
+
+
+def teachers_check(options: dict[str, str]) -> int:
+    """Describe every teacher of a recipe from a real forward."""
+    as_json = bool(take(options, "json"))
+    cfg = configured(options)
+    from unic_ds import dist
+    from unic_ds.student import grid_of
+    from unic_ds.teachers.pool import describe
+
+    show(describe(cfg.teachers, grid=grid_of(cfg.student), device=dist.device()), as_json)
+    return 0
+
+
+def teachers_fetch(options: dict[str, str]) -> int:
+    """Download what a recipe's teachers need, with sizes and hashes."""
+    as_json = bool(take(options, "json"))
+    cfg = configured(options)
+    from unic_ds.teachers.weights import fetch
+
+    show([{"name": row.name, "source": row.source} | fetch(row) for row in cfg.teachers], as_json)
+    return 0
+
+
+def export(options: dict[str, str]) -> int:
+    """Export the bare encoder of a run's newest whole checkpoint."""
+    given = take(options, "run", "out")
+    if options or len(given) != 2:
+        wrong = f"unknown option --{next(iter(options))}; " if options else ""
+        raise ValueError(
+            f"{wrong}export needs --run DIR (a run folder) and --out DIR (a new folder)"
+        )
+    run, out = Path(given["run"]), Path(given["out"])
+    cfg = recipes.read(run / "config.yaml")
+    from unic_ds import checkpoint, data, engine, finish
+    from unic_ds.export import export as write
+
+    found = checkpoint.find(run / "checkpoints", "auto")
+    if found is None:
+        raise ValueError(f"--run {str(run)!r} holds no checkpoint yet")
+    state = engine.weights_on_disk(found / checkpoint.SHARDS, "encoder.")
+    images = finish.sample(data.scan(cfg.data.train), cfg, 8)
+    print(write(state, cfg, images, out, teachers=json.loads((run / "teachers.json").read_text())))
+    return 0
+
+
+def show(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Print rows as a table for people or one JSON object for programs."""
+    if as_json:
+        print(json.dumps({row["name"]: row for row in rows}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    for row in rows:
+        grid = Table(show_header=False, title=row["name"], title_justify="left", box=None)
+        for key, value in row.items():
+            if key != "name":
+                grid.add_row(key, str(value))
+        Console(soft_wrap=True).print(grid)
+
+
+VERBS = {
+    "teachers check": teachers_check,
+    "teachers fetch": teachers_fetch,
+    "export": export,
+    "quickstart": quickstart,
+}
+
+if __name__ == "__main__":
+    main()

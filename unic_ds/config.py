@@ -1,0 +1,360 @@
+"""The science of a run as frozen values that cannot be wrong.
+
+Stdlib only: options are checked before torch is imported, so a typo answers at once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+TEACHER_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def knob(default: Any, text: str, *, machinery: bool = False) -> Any:
+    """A field with its help line; `machinery` marks what may differ when a run is resumed."""
+    return field(default=default, metadata={"help": text, "machinery": machinery})
+
+
+def check(holds: bool, name: str, want: str, value: object) -> None:
+    """Raise ValueError naming the option, what it wants and what it got."""
+    if not holds:
+        raise ValueError(f"{name} must be {want}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """One frozen teacher: a row of a recipe's table."""
+
+    name: str = knob("", "word used in logs, state dicts and --teachers.NAME.key")
+    source: str = knob(
+        "", "timm:NAME | open_clip:ARCH/TAG | file:PATH#arch=TIMM_NAME | python:MODULE:FUNCTION"
+    )
+    size: int = knob(
+        0, "image side in pixels; 0: the size whose grid is the student's (CNN: its own config)"
+    )
+    patch: int = knob(0, "pixels a patch token covers; 0: the source's own")
+    mean: tuple[float, ...] = knob(
+        (), "channel means of its preprocessing; empty: the source's own"
+    )
+    std: tuple[float, ...] = knob((), "channel stds of its preprocessing; empty: the source's own")
+    block: int = knob(-1, "tokens are read after this block (0-based); -1: the model's output")
+    precision: Literal["bf16", "fp32"] = knob("bf16", "weights and activations of its forward")
+    channels_last: bool = knob(False, "NHWC memory format, faster for CNNs")
+
+    def __post_init__(self) -> None:
+        at = f"teachers.{self.name}"
+        check(
+            bool(TEACHER_NAME.fullmatch(self.name)),
+            "a teacher's name",
+            "letters, digits and _ (a-z first)",
+            self.name,
+        )
+        kind, _, rest = self.source.partition(":")
+        known = kind in ("timm", "open_clip", "file", "python") and rest != ""
+        check(known, f"{at}.source", "timm:, open_clip:, file: or python: and a name", self.source)
+        if kind == "file":
+            check("#arch=" in rest, f"{at}.source", "file:PATH#arch=TIMM_NAME", self.source)
+        if kind == "python":
+            check(rest.count(":") == 1, f"{at}.source", "python:MODULE:FUNCTION", self.source)
+        if kind == "open_clip":
+            check("/" in rest, f"{at}.source", "open_clip:ARCH/TAG", self.source)
+        check(self.name != "pixels", "a teacher's name", "another than the baseline's", self.name)
+        check(self.block >= -1, f"{at}.block", ">= -1", self.block)
+        check(self.size >= 0, f"{at}.size", ">= 0", self.size)
+        check(self.patch >= 0, f"{at}.patch", ">= 0", self.patch)
+        for key in ("mean", "std"):
+            value = getattr(self, key)
+            check(len(value) in (0, 3), f"{at}.{key}", "three numbers (or empty)", value)
+        check(all(s > 0 for s in self.std), f"{at}.std", "positive", self.std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the images are, how they are augmented and decoded."""
+
+    train: str = knob("", "folder of images (class folders optional)", machinery=True)
+    val: str = knob("", "folder of evaluation images; empty: val_share of train", machinery=True)
+    val_share: float = knob(0.0, "share of train held out, by a seeded hash of the sample's name")
+    augment: Literal["unic", "weak", "none"] = knob(
+        "unic", "draws: unic (all), weak (crop + flip), none (centre)"
+    )
+    crop_min: float = knob(0.08, "smallest crop, as a share of the image's area")
+    ratio_max: float = knob(4 / 3, "a crop's largest aspect ratio; the smallest is its inverse")
+    flip: float = knob(0.5, "chance of a horizontal flip")
+    jitter: float = knob(0.8, "chance of colour jitter")
+    brightness: float = knob(0.4, "jitter: factor in 1 -/+ this")
+    contrast: float = knob(0.4, "jitter: factor in 1 -/+ this")
+    saturation: float = knob(0.2, "jitter: factor in 1 -/+ this")
+    hue: float = knob(0.1, "jitter: turn of the colour circle in -/+ this")
+    grey: float = knob(0.2, "chance of turning grey")
+    blur: float = knob(0.2, "chance of Gaussian blur")
+    blur_min: float = knob(0.1, "smallest blur sigma, in student pixels")
+    blur_max: float = knob(5.0, "largest blur sigma, in student pixels")
+    solarise: float = knob(0.2, "chance of inverting what is brighter than half")
+    backend: Literal["auto", "dali", "torch"] = knob(
+        "auto", "decoder: DALI, its torch twin, or what is there", machinery=True
+    )
+    threads: int = knob(
+        0, "decoding threads per rank; 0: the rank's share of the cores", machinery=True
+    )
+    prefetch: int = knob(2, "batches decoded ahead", machinery=True)
+    bad_limit: float = knob(
+        0.01, "stop when more than this share of the images cannot be read", machinery=True
+    )
+    max_megapixels: float = knob(50.0, "a larger image counts as unreadable (decompression bombs)")
+
+    def __post_init__(self) -> None:
+        for key in ("flip", "jitter", "grey", "blur", "solarise", "bad_limit"):
+            value = getattr(self, key)
+            check(0 <= value <= 1, f"data.{key}", "in [0, 1]", value)
+        check(0 <= self.val_share < 1, "data.val_share", "in [0, 1)", self.val_share)
+        check(0 < self.crop_min <= 1, "data.crop_min", "in (0, 1]", self.crop_min)
+        check(self.ratio_max >= 1, "data.ratio_max", ">= 1", self.ratio_max)
+        for key in ("brightness", "contrast", "saturation"):
+            value = getattr(self, key)
+            check(0 <= value <= 1, f"data.{key}", "in [0, 1]", value)
+        check(0 <= self.hue <= 0.5, "data.hue", "in [0, 0.5]", self.hue)
+        check(
+            0 < self.blur_min <= self.blur_max, "data.blur_min", "in (0, blur_max]", self.blur_min
+        )
+        check(self.threads >= 0, "data.threads", ">= 0", self.threads)
+        check(self.prefetch >= 1, "data.prefetch", ">= 1", self.prefetch)
+        check(self.max_megapixels > 0, "data.max_megapixels", "positive", self.max_megapixels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """The encoder that is trained: any timm ViT."""
+
+    model: str = knob("vit_base_patch16_224", "timm name of a ViT")
+    size: int = knob(224, "image side in pixels")
+    drop_path: float = knob(0.1, "drop-path rate of the last block, linear from 0")
+    mean: tuple[float, ...] = knob((0.485, 0.456, 0.406), "channel means of its preprocessing")
+    std: tuple[float, ...] = knob((0.229, 0.224, 0.225), "channel stds of its preprocessing")
+
+    def __post_init__(self) -> None:
+        check(self.size > 0, "student.size", "positive", self.size)
+        check(0 <= self.drop_path < 1, "student.drop_path", "in [0, 1)", self.drop_path)
+        check(len(self.mean) == 3, "student.mean", "three numbers", self.mean)
+        check(
+            len(self.std) == 3 and min(self.std) > 0,
+            "student.std",
+            "three positive numbers",
+            self.std,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """The projectors from student blocks to teachers; thrown away after training."""
+
+    rungs: str = knob(
+        "all",
+        "blocks that carry projectors: all, half (every second), last, or 0-based like 2,5,8,11",
+    )
+    width: int = knob(0, "hidden width of a projector; 0: the student's width")
+    last_width: int = knob(0, "hidden width on the last block; 0: 4 x width")
+    prenorm: bool = knob(False, "LayerNorm before a projector")
+    midnorm: bool = knob(False, "LayerNorm between a projector's Linears")
+    combine: Literal["sum", "each"] = knob(
+        "sum", "sum the rungs and take one loss, or average a loss per rung"
+    )
+
+    def __post_init__(self) -> None:
+        if self.rungs not in ("all", "half", "last"):
+            listed = re.fullmatch(r"\d+(,\d+)*", self.rungs) is not None
+            check(
+                listed, "ladder.rungs", "all, half, last or block numbers like 2,5,8,11", self.rungs
+            )
+        check(self.width >= 0, "ladder.width", ">= 0", self.width)
+        check(self.last_width >= 0, "ladder.last_width", ">= 0", self.last_width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Distance between a prediction and its target (method: section 3)."""
+
+    cosine: float = knob(0.5, "weight of 1 - cosine")
+    smooth_l1: float = knob(0.5, "weight of smooth-L1 (beta 1)")
+    mse: float = knob(0.0, "weight of the mean squared error")
+    divisor: Literal["expected", "kept"] = knob(
+        "expected", "divide by the expected number of kept pairs, or count them per micro batch"
+    )
+
+    def __post_init__(self) -> None:
+        for key in ("cosine", "smooth_l1", "mse"):
+            check(getattr(self, key) >= 0, f"loss.{key}", ">= 0", getattr(self, key))
+        check(
+            self.cosine + self.smooth_l1 + self.mse > 0,
+            "loss.cosine, smooth_l1 and mse",
+            "not all 0",
+            0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drop:
+    """Teacher dropping: which teachers an image learns from."""
+
+    rate: float = knob(0.5, "chance of dropping each teacher but an image's hardest")
+    unit: Literal["image", "step"] = knob(
+        "image", "one mask per image, or one for the step (hardest: of a micro batch)"
+    )
+    keep_hardest: bool = knob(True, "never drop the teacher with the largest loss")
+
+    def __post_init__(self) -> None:
+        check(0 <= self.rate <= 1, "drop.rate", "in [0, 1]", self.rate)
+        check(
+            self.keep_hardest or self.rate < 1,
+            "drop.rate",
+            "< 1 where drop.keep_hardest is off",
+            self.rate,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standardise:
+    """Running per-channel standardisation of the targets (method: section 1)."""
+
+    on: bool = knob(True, "standardise teacher features")
+    momentum_end: float = knob(0.001, "last value of the cosine from 1")
+    std_floor: float = knob(
+        0.1, "smallest std, as a share of the teacher's median channel std; 0: off"
+    )
+    target_clamp: float = knob(10.0, "largest absolute target; 0: off")
+    freeze_after: int = knob(0, "fix the statistics after this step; 0: never")
+
+    def __post_init__(self) -> None:
+        check(
+            0 <= self.momentum_end <= 1, "standardise.momentum_end", "in [0, 1]", self.momentum_end
+        )
+        for key in ("std_floor", "target_clamp", "freeze_after"):
+            check(getattr(self, key) >= 0, f"standardise.{key}", ">= 0", getattr(self, key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW, its schedule and the length of the run."""
+
+    batch_size: int = knob(512, "images per optimiser step, over all ranks")
+    epochs: float = knob(200.0, "passes over the training images")
+    steps: int = knob(0, "optimiser steps; 0: as many as epochs says")
+    lr: float = knob(3e-4, "peak learning rate at lr_batch")
+    lr_batch: int = knob(256, "batch size that lr is meant for")
+    lr_scaling: Literal["linear", "sqrt", "none"] = knob(
+        "linear", "how the peak grows with batch_size / lr_batch"
+    )
+    lr_end: float = knob(1e-6, "last value of the cosine")
+    warmup_epochs: float = knob(10.0, "epochs of linear warm-up from 0")
+    beta1: float = knob(0.9, "AdamW")
+    beta2: float = knob(0.99, "AdamW")
+    eps: float = knob(1e-8, "AdamW")
+    weight_decay: float = knob(0.03, "AdamW; never on biases and 1-D tensors")
+    clip: float = knob(0.0, "largest gradient norm; 0: off")
+
+    def __post_init__(self) -> None:
+        check(self.batch_size > 0, "optim.batch_size", "positive", self.batch_size)
+        check(self.epochs > 0, "optim.epochs", "positive", self.epochs)
+        check(self.steps >= 0, "optim.steps", ">= 0", self.steps)
+        check(self.lr > 0, "optim.lr", "positive", self.lr)
+        check(self.lr_batch > 0, "optim.lr_batch", "positive", self.lr_batch)
+        check(self.lr_end >= 0, "optim.lr_end", ">= 0", self.lr_end)
+        check(self.warmup_epochs >= 0, "optim.warmup_epochs", ">= 0", self.warmup_epochs)
+        for key in ("beta1", "beta2"):
+            check(0 <= getattr(self, key) < 1, f"optim.{key}", "in [0, 1)", getattr(self, key))
+        for key in ("eps", "weight_decay", "clip"):
+            check(getattr(self, key) >= 0, f"optim.{key}", ">= 0", getattr(self, key))
+
+    @property
+    def peak(self) -> float:
+        """The peak learning rate at this batch size."""
+        growth = self.batch_size / self.lr_batch
+        return self.lr * {"linear": growth, "sqrt": math.sqrt(growth), "none": 1.0}[self.lr_scaling]
+
+    def step_count(self, images: int) -> int:
+        """Optimiser steps of the run over `images` training images."""
+        return self.steps or max(1, round(self.epochs * images / self.batch_size))
+
+    def warmup_steps(self, images: int) -> int:
+        """Optimiser steps of the warm-up; never more than the run has."""
+        return min(round(self.warmup_epochs * images / self.batch_size), self.step_count(images))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """The table after the last step: kNN and a linear probe on frozen features."""
+
+    on: bool = knob(
+        True,
+        "evaluate after training, where the images have at least two class folders",
+        machinery=True,
+    )
+    k: int = knob(10, "neighbours of the kNN", machinery=True)
+    temperature: float = knob(0.07, "softmax temperature of the neighbours' votes", machinery=True)
+    max_train: int = knob(50_000, "training images used by the probes", machinery=True)
+    max_val: int = knob(10_000, "validation images used by the probes", machinery=True)
+    batch: int = knob(64, "images per forward", machinery=True)
+
+    def __post_init__(self) -> None:
+        for key in ("k", "temperature", "max_train", "max_val", "batch"):
+            check(getattr(self, key) > 0, f"eval.{key}", "positive", getattr(self, key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Cadence of the loop; none of it changes what is learned."""
+
+    log_every: int = knob(10, "steps between log lines", machinery=True)
+    save_every: int = knob(
+        1000, "steps between checkpoints; the last step always saves", machinery=True
+    )
+    keep_last: int = knob(2, "checkpoints kept", machinery=True)
+    stop_at: int = knob(
+        0, "save and stop after this step, to be resumed; 0: at the end", machinery=True
+    )
+
+    def __post_init__(self) -> None:
+        for key in ("log_every", "save_every", "keep_last"):
+            check(getattr(self, key) > 0, f"run.{key}", "positive", getattr(self, key))
+        check(self.stop_at >= 0, "run.stop_at", ">= 0", self.stop_at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides what a run learns."""
+
+    recipe: str = knob("", "name of the recipe this came from", machinery=True)
+    seed: int = knob(0, "of order, augmentation, drops and initial weights")
+    precision: Literal["", "bf16", "fp32"] = knob(
+        "", "of the student; empty: what the ds_config says"
+    )
+    teachers: tuple[Teacher, ...] = knob((), "comma-separated SOURCE or NAME=SOURCE")
+    data: Data = Data()
+    student: Student = Student()
+    ladder: Ladder = Ladder()
+    loss: Loss = Loss()
+    drop: Drop = Drop()
+    standardise: Standardise = Standardise()
+    optim: Optim = Optim()
+    eval: Eval = Eval()
+    run: Run = Run()
+
+    def __post_init__(self) -> None:
+        check(self.seed >= 0, "seed", ">= 0", self.seed)
+        names = [t.name for t in self.teachers]
+        check(
+            len(set(names)) == len(names),
+            "teachers' names",
+            "different (write NAME=SOURCE)",
+            ",".join(names),
+        )
+        where = self.data.val or self.data.val_share
+        check(
+            not (self.data.val and self.data.val_share),
+            "data.val and data.val_share",
+            "not both set",
+            where,
+        )

@@ -1,0 +1,7 @@
+"""From a folder of images to batches on the device, the same whatever the ranks and restarts."""
+
+from unic_ds.data.feed import Batch, backend
+from unic_ds.data.source import Source, scan, split
+from unic_ds.data.stream import Stream, passes
+
+__all__ = ["Batch", "Source", "Stream", "backend", "passes", "scan", "split"]

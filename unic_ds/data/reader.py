@@ -1,0 +1,146 @@
+"""One sample's bytes and header; what cannot be read is remembered and replaced by its neighbour.
+
+Bytes from outside are hostile: the format is told by the first bytes, the size from the header,
+before any decoder sees them. The neighbour is the next index, cyclically, that can be read, so what
+is shown does not depend on when or where the fault was found.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL.ImageFile import ImageFile
+
+from unic_ds.config import Data
+from unic_ds.data.source import Source
+
+ORIENTATION = 0x0112  # EXIF tag; 5 to 8 turn the image by a quarter
+END_OF_JPEG = b"\xff\xd9"  # cannot occur inside a scan
+LISTED = 20  # bad files named when the run stops
+log = logging.getLogger("unic_ds.data")
+
+
+class Undecodable(Exception):
+    """A decoder gave up on a batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An encoded image that is ready to be decoded; width and height are of the upright image."""
+
+    index: int
+    encoded: NDArray[np.uint8]
+    width: int
+    height: int
+
+
+def measure(encoded: NDArray[np.uint8], max_megapixels: float) -> tuple[int, int]:
+    """(width, height) in pixels of the upright image, from the header.
+
+    ValueError says what is wrong. A JPEG without its end is refused here: a decoder would notice
+    only where a window reaches the missing part.
+    """
+    data = encoded.tobytes()
+    try:
+        with opened(data) as image:
+            width, height = image.size
+            bytes_of_header = image.fp.tell() if image.fp else 0
+            turned = orientation(image) in (5, 6, 7, 8)
+            cut = image.format == "JPEG" and data.rfind(END_OF_JPEG) < bytes_of_header
+    except ValueError:
+        raise
+    except Exception as error:  # on hostile bytes PIL raises SyntaxError, OSError, KeyError, ...
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"has a header that cannot be read ({reason})") from error
+    if cut:
+        raise ValueError("is cut off")
+    if width * height > max_megapixels * 1e6:
+        limit = f"data.max_megapixels {max_megapixels:g}"
+        raise ValueError(f"has {width} x {height} pixels, more than {limit}")
+    return (height, width) if turned else (width, height)
+
+
+def opened(data: bytes) -> ImageFile:
+    """The image by PIL's reader of its one format: no other parser sees the bytes, nothing decoded.
+
+    ValueError for another format; on a broken header, whatever PIL raises.
+    """
+    if not data:
+        raise ValueError("is empty")
+    if data.startswith(b"\xff\xd8\xff"):
+        return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return PngImagePlugin.PngImageFile(io.BytesIO(data))
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return WebPImagePlugin.WebPImageFile(io.BytesIO(data))
+    if data.startswith(b"BM"):
+        return BmpImagePlugin.BmpImageFile(io.BytesIO(data))
+    raise ValueError("is no JPEG, PNG, WebP or BMP, whatever its name says")
+
+
+def orientation(image: ImageFile) -> int:
+    """EXIF orientation, or 1; PIL's own `getexif` would believe XMP too, which no decoder does."""
+    if "exif" not in image.info:
+        return 1
+    try:
+        exif = Image.Exif()
+        exif.load(image.info["exif"])
+        return int(exif.get(ORIENTATION, 1))
+    except Exception:  # a broken tag on a sound picture: decoders take it as upright
+        return 1
+
+
+class Reader:
+    """Reads samples of a source, lists the bad ones and stops the run when there are too many."""
+
+    def __init__(self, source: Source, cfg: Data):
+        self.source = source
+        self.cfg = cfg
+        self.bad: dict[int, str] = {}
+        self._lock = threading.Lock()  # samples are read by several threads
+
+    def read(self, index: int) -> Sample:
+        """Sample `index`, or the next that can be read; ValueError when too many cannot."""
+        for offset in range(len(self.source)):
+            at = (index + offset) % len(self.source)
+            if at in self.bad:
+                continue
+            try:
+                encoded = self.source.read(at)
+                return Sample(at, encoded, *measure(encoded, self.cfg.max_megapixels))
+            except OSError as error:
+                self.mark(at, f"cannot be read ({error.strerror or error})")
+            except ValueError as error:
+                self.mark(at, str(error))
+        raise ValueError(self._report(f"none of {len(self.source)} images can be read"))
+
+    def mark(self, index: int, reason: str) -> None:
+        """Remember that sample `index` is bad; ValueError with the list when it is one too many."""
+        with self._lock:
+            if index in self.bad:
+                return
+            self.bad[index] = reason
+        log.warning("%s %s: replaced by its neighbour", self.source.names[index], reason)
+        if len(self.bad) > max(1, self.cfg.bad_limit * len(self.source)):
+            raise ValueError(
+                self._report(f"{len(self.bad)} of {len(self.source)} images cannot be read")
+            )
+
+    def listed(self) -> list[tuple[str, str]]:
+        """(name, reason) of every bad file met so far, by name."""
+        with self._lock:
+            return sorted((self.source.names[i], reason) for i, reason in self.bad.items())
+
+    def _report(self, what: str) -> str:
+        """One sentence, the first bad files, and the remedy."""
+        rows = [f"  {name} {reason}" for name, reason in self.listed()]
+        more = [f"  and {len(rows) - LISTED} more"] if len(rows) > LISTED else []
+        limit = f"data.bad_limit allows {self.cfg.bad_limit:g} of them"
+        head = f"{what} below {str(self.source.folder)!r} ({limit}); repair or remove them:"
+        return "\n".join([head, *rows[:LISTED], *more])

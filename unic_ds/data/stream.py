@@ -1,0 +1,125 @@
+"""This rank's share of a run as batches on the device, or one pass over samples for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from unic_ds.config import Data
+from unic_ds.data import order
+from unic_ds.data.feed import Batch, Feed, Slots
+from unic_ds.data.reader import Reader
+from unic_ds.data.source import Source
+
+
+class Stream:
+    """This rank's micro batches of a run, without end, from wherever `seek` says."""
+
+    def __init__(
+        self,
+        source: Source,
+        cfg: Data,
+        *,
+        seed: int,
+        sizes: tuple[int, ...],
+        batch_size: int,
+        micro: int,
+        rank: int,
+        world: int,
+        device: torch.device,
+    ):
+        """`batch_size` images per optimiser step, of which a rank reads `micro` at a time.
+
+        `sizes` are sides in pixels, the student's first (blur is in its pixels). ValueError where
+        the batch does not divide.
+        """
+        if not len(source):
+            raise ValueError(f"no images to train on below {str(source.folder)!r}")
+        if batch_size % (micro * world):
+            raise ValueError(
+                f"batch size {batch_size} is not a multiple of micro batch {micro} x {world} ranks"
+            )
+        self._reader = Reader(source, cfg)
+        self._seed, self._sizes, self._device = seed, tuple(dict.fromkeys(sizes)), device
+        self._batch_size, self._micro, self._rank, self._world = batch_size, micro, rank, world
+        self._feed: Feed | None = None
+        self._step = 0
+        self._waited_s = 0.0
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that iterating has waited for data since the stream was made."""
+        return self._waited_s + (self._feed.waited_s if self._feed else 0.0)
+
+    @property
+    def bad(self) -> list[tuple[str, str]]:
+        """(name, reason) of the files this rank could not read and replaced."""
+        return self._reader.listed()
+
+    def seek(self, step: int) -> None:
+        """Go on with the first micro batch after `step` optimiser steps."""
+        self.close()
+        self._step = step
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._feed is None:
+            self._feed = Feed(
+                self._reader,
+                self._plan(self._step),
+                seed=self._seed,
+                sizes=self._sizes,
+                batch=self._micro,
+                device=self._device,
+            )
+        return next(self._feed)
+
+    def close(self) -> None:
+        """Stop reading ahead; iterating again starts where `seek` last said."""
+        if self._feed is not None:
+            self._waited_s += self._feed.waited_s
+            self._feed.close()
+            self._feed = None
+
+    def _plan(self, done: int) -> Iterator[Slots]:
+        """Slots of this rank's micro batches after `done` optimiser steps."""
+        n = len(self._reader.source)
+        for step in count(done):
+            for j in range(self._batch_size // (self._micro * self._world)):
+                position_B = order.positions(
+                    j, rank=self._rank, world=self._world, micro=self._micro
+                )
+                first = step * self._batch_size + int(position_B[0])
+                index_B, epoch_B = order.batch(self._seed, n, first, self._micro)
+                yield Slots(index_B, epoch_B, position_B)
+
+
+def passes(
+    source: Source,
+    cfg: Data,
+    *,
+    sizes: tuple[int, ...],
+    batch: int,
+    indices: ArrayLike,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """The samples `indices` once, in order, as central squares; the last batch may be smaller."""
+    index_N = np.asarray(indices, dtype=np.int64)
+    at_N = np.arange(len(index_N), dtype=np.int64)
+    plan = (
+        Slots(index_N[at : at + batch], 0 * at_N[at : at + batch], at_N[at : at + batch])
+        for at in range(0, len(index_N), batch)
+    )
+    reader = Reader(source, replace(cfg, augment="none"))
+    feed = Feed(reader, plan, seed=0, sizes=tuple(dict.fromkeys(sizes)), batch=batch, device=device)
+    try:
+        yield from feed
+    finally:
+        feed.close()

@@ -1,0 +1,139 @@
+"""Ranks and what they exchange: the only module that knows torch.distributed.
+
+Without a launcher a process is rank 0 of 1 and every exchange is the identity.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process among all, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process among those of its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world() -> int:
+    """How many processes share this node; 1 where no launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
+def device() -> torch.device:
+    """This rank's device: its GPU, or the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def cores() -> int:
+    """CPU cores this rank may keep busy: its share of what the process is allowed."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world())
+
+
+def start(timeout_s: int = 1800) -> None:
+    """Join the process group of the launcher's environment; a lone process makes its own."""
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
+        os.environ.setdefault(name, value)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    if td.is_initialized():
+        return
+    atexit.register(stop)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if world() == 1 and "MASTER_PORT" not in os.environ:
+        td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1)
+    else:
+        try:
+            td.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        except td.DistNetworkError as error:
+            raise RuntimeError(
+                f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                f" ({str(error).split(':')[-1].strip()}); give the launcher another --master_port"
+            ) from error
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if td.is_initialized() and world() > 1:
+        td.barrier()
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Each node's first rank runs the body before its others: one reads disk, they its cache."""
+    if local_rank() != 0:
+        barrier()
+    yield
+    if local_rank() == 0:
+        barrier()
+
+
+def gather(values: Tensor) -> Tensor:
+    """`values` of every rank, stacked on a first axis in rank order; the same on all ranks."""
+    if world() == 1:
+        return values[None]
+    parts = [torch.empty_like(values) for _ in range(world())]
+    td.all_gather(parts, values.contiguous())
+    return torch.stack(parts)
+
+
+def gather_rows(values_NC: Tensor) -> Tensor:
+    """Rows of every rank in rank order, the same on all; their numbers may differ.
+
+    Any number of axes after the first; shares are padded to the longest for the exchange.
+    """
+    if world() == 1:
+        return values_NC
+    counts = gather(torch.tensor([len(values_NC)], device=values_NC.device)).flatten().tolist()
+    padded = values_NC.new_zeros(max(counts), *values_NC.shape[1:])
+    padded[: len(values_NC)] = values_NC
+    parts = gather(padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every rank in rank order; small things off the hot path."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    td.all_gather_object(values, value)
+    return values
+
+
+def share(value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    if world() == 1:
+        return value
+    box = [value]
+    td.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,90 @@
+"""A ds_config file, checked and joined with what the run config owns.
+
+The file owns memory, precision, communication and the micro batch; the run config owns the science.
+A key that would speak twice is refused. Stdlib only, so that a mistake is told before anything
+heavy is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from unic_ds.config import Config
+
+SCIENCE = {
+    "train_batch_size": "--optim.batch_size",
+    "gradient_accumulation_steps": "--optim.batch_size",
+    "gradient_clipping": "--optim.clip",
+    "optimizer": "--optim.lr and its neighbours",
+    "scheduler": "--optim.lr and its neighbours",
+    "progressive_layer_drop": "--student.drop_path",
+    "data_efficiency": "--data",
+    "curriculum_learning": "--data",
+}
+
+
+def read(path: str) -> dict[str, Any]:
+    """The settings of a ds_config file; ValueError where it is missing, damaged or sets science."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"--ds_config {path!r} is no file; ds_configs/ holds zero1.json to zero3_offload.json"
+        )
+    try:
+        settings = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--ds_config {path!r} is no JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"--ds_config {path!r} must hold a JSON object")
+    for key in sorted(SCIENCE.keys() & settings.keys()):
+        raise ValueError(
+            f"--ds_config {path!r} sets {key!r}, which the run owns; remove it and use"
+            f" {SCIENCE[key]}"
+        )
+    for key in ("fp16", "bf16", "zero_optimization"):
+        if not isinstance(settings.get(key, {}), dict):
+            raise ValueError(
+                f"--ds_config {path!r}: {key!r} must be an object, got {settings[key]!r}"
+            )
+    if stage(settings) not in (0, 1, 2, 3):
+        raise ValueError(
+            f"--ds_config {path!r}: the ZeRO stage must be 0 to 3, got {stage(settings)!r}"
+        )
+    if settings.get("fp16", {}).get("enabled"):
+        raise ValueError(
+            f"--ds_config {path!r} asks for fp16; this trainer runs in bf16 or --precision fp32"
+        )
+    micro = settings.get("train_micro_batch_size_per_gpu")
+    if not isinstance(micro, int) or isinstance(micro, bool) or micro < 1:
+        raise ValueError(
+            f"--ds_config {path!r} needs a whole train_micro_batch_size_per_gpu >= 1, got {micro!r}"
+        )
+    return settings
+
+
+def merge(settings: dict[str, Any], cfg: Config, world: int) -> dict[str, Any]:
+    """The file's settings and the run's; ValueError where the batch size does not divide."""
+    micro, batch = settings["train_micro_batch_size_per_gpu"], cfg.optim.batch_size
+    if batch % (micro * world):
+        raise ValueError(
+            f"optim.batch_size {batch} is not a multiple of micro batch {micro} x {world} ranks;"
+            " change it, the number of ranks, or train_micro_batch_size_per_gpu in the ds_config"
+        )
+    merged = settings | {
+        "train_batch_size": batch,
+        "gradient_accumulation_steps": batch // (micro * world),
+        "gradient_clipping": cfg.optim.clip,
+    }
+    if cfg.precision:
+        merged["bf16"] = {"enabled": cfg.precision == "bf16"}
+        if cfg.precision == "fp32":
+            merged.pop("communication_data_type", None)
+            merged.pop("data_types", None)
+    return merged
+
+
+def stage(settings: dict[str, Any]) -> int:
+    """The ZeRO stage that the settings ask for."""
+    return settings.get("zero_optimization", {}).get("stage", 0)

@@ -1,0 +1,94 @@
+"""A run's result: a table for people, results.json for programs, a picture of both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Rows = Mapping[str, Mapping[str, float]]
+"""Model -> evaluator -> accuracy in %, in the order of the table."""
+
+TITLES = {"knn": "kNN %", "linear": "linear %"}
+
+
+def render(rows: Rows, title: str = "Frozen features, unseen images") -> str:
+    """The table as plain text."""
+    console = Console(width=100, color_system=None, force_terminal=False, highlight=False)
+    with console.capture() as capture:
+        console.print(table(rows, title))
+    return capture.get()
+
+
+def table(rows: Rows, title: str = "Frozen features, unseen images") -> Table:
+    """The table for a rich console: a line per model, a column per evaluator (`-`: did not run)."""
+    grid = Table(title=title, title_justify="left")
+    grid.add_column("model")
+    names = evaluators(rows)
+    for name in names:
+        grid.add_column(TITLES.get(name, name), justify="right")
+    for model, values in rows.items():
+        grid.add_row(model, *(f"{values[name]:.1f}" if name in values else "-" for name in names))
+    return grid
+
+
+def evaluators(rows: Rows) -> list[str]:
+    """Names of the evaluators in the rows, in order of first appearance."""
+    return list(dict.fromkeys(name for values in rows.values() for name in values))
+
+
+def write(rows: Rows, folder: Path, log: Sequence[Mapping[str, Any]]) -> None:
+    """Write `results.png`, then `results.json` (whole or not at all), into `folder`.
+
+    `log` are the rows of the run's log.jsonl; those with a step and a loss are drawn.
+    """
+    curve = {row["step"]: row["loss"] for row in log if "step" in row and "loss" in row}
+    plot(rows, sorted(curve.items()), folder / "results.png", title=folder.name)
+    part = folder / ".results.json.partial"
+    part.write_text(json.dumps({model: dict(values) for model, values in rows.items()}, indent=1))
+    part.replace(folder / "results.json")
+
+
+def read(file: Path) -> dict[str, dict[str, float]]:
+    """The rows of a `results.json`."""
+    return json.loads(file.read_text())
+
+
+def plot(rows: Rows, curve: Sequence[tuple[int, float]], file: Path, title: str = "") -> Path:
+    """Draw the loss curve (left) and every model's accuracies (right) as a PNG; the file."""
+    from matplotlib.figure import (
+        Figure,
+    )  # heavy, and only drawing needs it; without pyplot it has no display
+
+    figure = Figure(figsize=(12, 0.45 * len(rows) + 3), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+    left.plot([step for step, _ in curve], [loss for _, loss in curve], color="C0")
+    left.set(title="Distillation loss", xlabel="optimiser step", ylabel="loss")
+    left.grid(alpha=0.3)
+    names, models = evaluators(rows), list(rows)
+    height = 0.8 / max(len(names), 1)
+    for place, name in enumerate(names):
+        known = [i for i, model in enumerate(models) if name in rows[model]]
+        at = [i + (place - (len(names) - 1) / 2) * height for i in known]
+        bars = right.barh(
+            at, [rows[models[i]][name] for i in known], height, label=TITLES.get(name, name)
+        )
+        right.bar_label(bars, fmt="%.1f", padding=3)
+    right.set(
+        title="Frozen features, unseen images",
+        xlabel="accuracy in %",
+        ylabel="model",
+        xlim=(0, 110),
+    )
+    right.set_xticks(range(0, 101, 20))
+    right.set_yticks(range(len(models)), models)
+    right.invert_yaxis()  # the first row on top, as in the table
+    if names:
+        right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=len(names))
+    figure.suptitle(title)
+    figure.savefig(file, dpi=120)
+    return file

@@ -1,0 +1,209 @@
+"""The trained encoder as a folder that timm loads, proven equal before it takes its name.
+
+The folder is timm's own hub format: `model.safetensors`, `config.json`, and a model card. The final
+norm keeps its initial affine (arXiv 2408.05088: it gets no gradient), so exported features are the
+residual stream, normalised.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor
+
+from unic_ds import config
+from unic_ds.student import build_encoder, has_cls
+from unic_ds.tokens import Normalise, Tokens, split_prefix
+
+TOLERANCE = 1e-5
+FILES = {"model.safetensors", "config.json", "README.md"}
+FOREIGN = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "description")
+"""What timm's registry says of the weights it would have downloaded: not true of these."""
+
+
+def export(
+    state: dict[str, Tensor],
+    cfg: config.Config,
+    images: Tensor,
+    out: Path,
+    *,
+    teachers: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
+    """Write the encoder's fp32 `state` to the folder `out` and prove that timm loads it; `out`.
+
+    `images` are uint8 B3HW at `cfg.student.size`; features of both ways of loading must be within
+    1e-5 of the encoder's own. `teachers` is the run's manifest, for the model card's licences.
+    RuntimeError where features differ: nothing is left at `out`, but an earlier export stays.
+    ValueError where `out` holds something that is no export, or weights or images do not fit.
+    """
+    refuse_foreign(out)
+    size = cfg.student.size
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
+        raise ValueError(
+            f"the export is proven on uint8 images of 3 x {size} x {size},"
+            f" got {images.dtype} {tuple(images.shape)}"
+        )
+    part = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+    part.mkdir(parents=True)
+    try:
+        encoder = load(state, cfg.student)
+        write(encoder, cfg, part, teachers or {})
+        prove(encoder, cfg.student, part, images.cpu())
+        shutil.rmtree(out, ignore_errors=True)
+        return part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def refuse_foreign(out: Path) -> None:
+    """ValueError unless `out`, which will be replaced, is absent, empty or an earlier export."""
+    if out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= FILES):
+        raise ValueError(f"{str(out)!r} holds something that is no export; choose another folder")
+
+
+def load(state: dict[str, Tensor], cfg: config.Student) -> Any:
+    """The encoder in eval mode with these weights; ValueError unless all are there, in fp32."""
+    encoder = build_encoder(cfg)
+    want = encoder.state_dict()
+    missing, foreign = sorted(want.keys() - state.keys()), sorted(state.keys() - want.keys())
+    if missing or foreign:
+        raise ValueError(
+            f"the weights are not those of {cfg.model}: missing {missing[:3]},"
+            f" unknown {foreign[:3]}"
+        )
+    narrow = sorted(name for name, value in state.items() if value.dtype != torch.float32)
+    if narrow:
+        raise ValueError(
+            f"an export takes fp32 weights, but {narrow[0]} is {state[narrow[0]].dtype}"
+        )
+    encoder.load_state_dict(state)
+    return encoder.eval()
+
+
+def write(encoder: Any, cfg: config.Config, folder: Path, teachers: Mapping[str, Any]) -> None:
+    """Fill `folder` with weights, timm's config and the model card."""
+    student = cfg.student
+    for key in FOREIGN:
+        encoder.pretrained_cfg.pop(key, None)
+    preprocessing = {
+        "input_size": (3, student.size, student.size),
+        "mean": student.mean,
+        "std": student.std,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+    }
+    save_for_hf(encoder, str(folder), safe_serialization=True, data_config=preprocessing)
+    (folder / "README.md").write_text(card(encoder, cfg, teachers))
+
+
+def prove(encoder: Any, cfg: config.Student, folder: Path, image_B3HW: Tensor) -> None:
+    """RuntimeError unless both ways of loading `folder` give the encoder's tokens on the images."""
+    loaders = {
+        "local-dir": lambda: timm.create_model(f"local-dir:{folder}", pretrained=True),
+        "checkpoint_path": lambda: timm.create_model(
+            cfg.model,
+            checkpoint_path=str(folder / "model.safetensors"),
+            img_size=cfg.size,
+            num_classes=0,
+        ),
+    }
+    own = tokens(encoder, cfg, image_B3HW)
+    for way, create in loaders.items():
+        loaded = tokens(create().eval(), cfg, image_B3HW)
+        gaps = [(a - b).abs().max().item() for a, b in zip(own, loaded, strict=True)]
+        if not all(gap <= TOLERANCE for gap in gaps):  # written so that NaN fails, too
+            raise RuntimeError(
+                f"loaded by {way}, the export does not give the encoder's features: they differ by"
+                f" {gaps[0]:.1e} (cls) and {gaps[1]:.1e} (patches), allowed is {TOLERANCE:.0e};"
+                " nothing was exported"
+            )
+
+
+@torch.inference_mode()
+def tokens(encoder: Any, cfg: config.Student, image_B3HW: Tensor) -> Tokens:
+    """fp32 tokens after the encoder's final norm."""
+    x_BND = encoder.forward_features(Normalise(cfg.mean, cfg.std)(image_B3HW, torch.float32))
+    return split_prefix(x_BND, encoder.num_prefix_tokens, has_cls=has_cls(encoder))
+
+
+def card(encoder: Any, cfg: config.Config, teachers: Mapping[str, Any]) -> str:
+    """The model card in Markdown."""
+    student = cfg.student
+    millions = sum(p.numel() for p in encoder.parameters()) / 1e6
+    licences = {name: row.get("licence") for name, row in teachers.items()}
+    rows = "\n".join(
+        f"| {t.name} | `{source(t.source)}` | {licences.get(t.name) or 'unknown'} |"
+        for t in cfg.teachers
+    )
+    return CARD.format(
+        recipe=cfg.recipe or "a custom run",
+        model=student.model,
+        millions=millions,
+        width=encoder.num_features,
+        size=student.size,
+        grid=encoder.patch_embed.grid_size[0],
+        mean=", ".join(map(str, student.mean)),
+        std=", ".join(map(str, student.std)),
+        rows=rows or "| - | - | - |",
+    )
+
+
+def source(text: str) -> str:
+    """A teacher's source without the folders of the machine that trained."""
+    kind, _, rest = text.partition(":")
+    return f"file:{Path(rest).name}" if kind == "file" else text
+
+
+CARD = """\
+---
+library_name: timm
+pipeline_tag: image-feature-extraction
+license: other
+tags:
+- timm
+- image-feature-extraction
+- distillation
+---
+# {model}, distilled by unic_ds ({recipe})
+
+One ViT that learned the features of several frozen teachers by the UNIC method (arXiv 2408.05088).
+
+| | |
+|---|---|
+| architecture | timm `{model}`, {millions:.1f} M parameters, no head |
+| images | RGB, {size} x {size} px, bicubic, whole image (crop_pct 1.0) |
+| mean | {mean} |
+| std | {std} |
+| features | {width} wide: CLS and a {grid} x {grid} grid of patch tokens, after the final norm |
+
+The final norm has its initial affine (scale 1, offset 0): it was not trained.
+
+## Loading
+```python
+import timm
+
+model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()
+# the same by name:
+model = timm.create_model(
+    "{model}", checkpoint_path="THIS_FOLDER/model.safetensors", img_size={size}, num_classes=0
+).eval()
+
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+tokens = model.forward_features(images)  # prefix tokens (CLS first), then patches
+```
+Both ways were run when this folder was written, and gave the encoder's features to 1e-5 in fp32.
+
+## Teachers
+Their licences bear on what may be done with these weights.
+
+| teacher | source | licence |
+|---|---|---|
+{rows}
+"""

@@ -1,0 +1,130 @@
+"""After the last step: export the student, and measure it beside its teachers, raw pixels and its
+own start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unic_ds import chance, config, data, dist, engine, export, job, log
+from unic_ds.evaluate import features, knn, linear, table
+from unic_ds.student import Student
+
+
+def finish(task: job.Job, parts: Any) -> None:
+    """Write `student/`, then `results.json`, `results.png` and the table; every rank calls it.
+
+    Rank 0 fits the probes alone: the others are done, and wait for nothing.
+    """
+    state = engine.weights(parts.engine, "encoder.")
+    source = parts.val or parts.train
+    if dist.rank() == 0:
+        images = sample(source, task.cfg, 8)
+        path = export.export(state, task.cfg, images, task.out / "student", teachers=parts.manifest)
+        log.say(f"exported encoder: {path}")
+    dist.barrier()
+    rows = measure(task, parts, state) if measurable(task, parts) else {}
+    if dist.rank() == 0:
+        table.write(rows, task.out, log.read(task.out / "log.jsonl"))
+        if rows:
+            print(f"\n{table.render(rows)}", flush=True)
+
+
+def measurable(task: job.Job, parts: Any) -> bool:
+    """Whether there are labelled images to measure on, saying why not."""
+    if not task.cfg.eval.on:
+        return False
+    sides = [side for side in (parts.train, parts.val) if side is not None]
+    if len(sides) < 2 or min(len(set(side.label_N[side.label_N >= 0])) for side in sides) < 2:
+        log.say("no evaluation: it needs class folders, and --data.val DIR or --data.val_share")
+        return False
+    return True
+
+
+def sample(source: Any, cfg: config.Config, count: int) -> Tensor:
+    """A few real images at the student's size, uint8 B3HW."""
+    indices = np.arange(min(count, len(source)))
+    size = cfg.student.size
+    batches = data.passes(
+        source, cfg.data, sizes=(size,), batch=count, indices=indices, device=torch.device("cpu")
+    )
+    return next(iter(batches)).images[size]
+
+
+def measure(task: job.Job, parts: Any, state: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """kNN and linear accuracy (%) of pixels, each teacher, the student before and after."""
+    cfg, device = task.cfg, dist.device()
+    before, after = (
+        Student(cfg.student, cfg.ladder, {}, seed=cfg.seed).to(device).eval() for _ in range(2)
+    )
+    after.encoder.load_state_dict(state)
+    widths: dict[str, int] = {}
+
+    def encode(images: dict[int, Tensor]) -> Tensor:
+        small = images[cfg.student.size]
+        columns = {"pixels": features.pixels(small)}
+        columns |= {name: tokens.cls_BC for name, tokens in parts.teachers.raw(images).items()}
+        columns |= {
+            "student before": before.encode(small).cls_BC,
+            "student after": after.encode(small).cls_BC,
+        }
+        widths.update({name: value.shape[1] for name, value in columns.items()})
+        return torch.cat([value.float() for value in columns.values()], 1)
+
+    sides = [
+        gather_features(task, source, limit, (cfg.student.size, *parts.teachers.sizes), encode)
+        for source, limit in ((parts.train, cfg.eval.max_train), (parts.val, cfg.eval.max_val))
+    ]
+    if dist.rank() != 0:
+        return {}
+    (train_NC, train_N), (val_NC, val_N) = sides
+    rows: dict[str, dict[str, float]] = {}
+    for name, train, val in zip(
+        widths, columns_of(train_NC, widths), columns_of(val_NC, widths), strict=True
+    ):
+        scores = [
+            *knn.knn(train, train_N, val, val_N, k=cfg.eval.k, temperature=cfg.eval.temperature),
+            *linear.linear(train, train_N, val, val_N, seed=cfg.seed),
+        ]
+        rows[name] = dict(scores)
+    return rows
+
+
+def columns_of(values_NC: Tensor, widths: dict[str, int]) -> Iterator[Tensor]:
+    """Each model's columns of features that stand side by side."""
+    return iter(values_NC.split(list(widths.values()), 1))
+
+
+def gather_features(
+    task: job.Job, source: Any, limit: int, sizes: tuple[int, ...], encode: Any
+) -> Any:
+    """Features (N, C) and labels (N) of a seeded choice of `limit` images, shared by ranks."""
+    words_N = chance.words(task.cfg.seed, "probe", 1, np.arange(len(source)))[:, 0]
+    order_N = np.argsort(words_N, kind="stable")
+    chosen_N = np.sort(order_N[source.label_N[order_N] >= 0][:limit])
+    mine_N = chosen_N[dist.rank() :: dist.world()]
+    share = len(mine_N)
+    batches = data.passes(
+        source,
+        task.cfg.data,
+        sizes=tuple(dict.fromkeys(sizes)),
+        batch=task.cfg.eval.batch,
+        indices=mine_N if share else chosen_N[:1],  # a rank without a share still knows the width
+        device=dist.device(),
+    )
+    labels: list[Any] = []
+
+    def noted() -> Iterator[Any]:
+        for batch in log.track(batches, -(-share // task.cfg.eval.batch), "evaluating"):
+            # of what is shown: for a broken image that is its neighbour
+            labels.append(source.label_N[batch.index_B])
+            yield batch
+
+    values_NC = dist.gather_rows(features.extract(encode, noted())[:share])
+    labels_N = dist.gather_rows(torch.from_numpy(np.concatenate(labels))[:share])
+    return values_NC[labels_N >= 0], labels_N[labels_N >= 0]

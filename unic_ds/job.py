@@ -1,0 +1,167 @@
+"""A command line turned into a job, with everything checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from unic_ds import ds_config, quickstart, recipes
+from unic_ds.config import Config, Teacher
+from unic_ds.override import nearest, option_names, options_of, override_all, science
+
+DOOR = {
+    "ds_config": "ds_configs/zero1.json, zero2, zero3 or zero3_offload, or your own (needed)",
+    "recipe": f"{', '.join(recipes.RECIPES)}, or a run's config.yaml [quickstart]",
+    "out": "run folder; the same command again resumes there [runs/RECIPE]",
+    "resume": "auto (go on where the folder stands), never, or the PATH of a checkpoint [auto]",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train, how DeepSpeed runs it, and where it lives."""
+
+    cfg: Config
+    settings: dict[str, Any]
+    out: Path
+    resume: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds this run's end: its exported student and its table."""
+        return (self.out / "student" / "model.safetensors").is_file() and (
+            self.out / "results.json"
+        ).is_file()
+
+
+def resolve(options: dict[str, str]) -> Job:
+    """The Job of the options; ValueError, one sentence, for anything a user can get wrong."""
+    options = {
+        k: v for k, v in options.items() if k != "local_rank"
+    }  # the deepspeed launcher adds it
+    door = {k: options.pop(k) for k in list(options) if k in DOOR}
+    if "ds_config" not in door:
+        near = nearest("ds_config", list(options))
+        raise ValueError(
+            f"--ds_config is needed{near}, for example --ds_config ds_configs/zero2.json"
+        )
+    settings = ds_config.read(door["ds_config"])
+    cfg = configure(door.get("recipe", "quickstart"), options)
+    settings = ds_config.merge(settings, cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    out = Path(door.get("out") or Path("runs") / (Path(cfg.recipe).name or "run"))
+    job = Job(cfg=cfg, settings=settings, out=out, resume=door.get("resume", "auto"))
+    check_folder(job)
+    check_inputs(cfg)
+    make_folder(job.out)
+    return job
+
+
+def configure(recipe: str, options: dict[str, str]) -> Config:
+    """The recipe's Config with the options applied; ValueError names the nearest of an unknown."""
+    known = [*DOOR, *option_names()]
+    for name in options:
+        if name.split(".")[0] not in {k.split(".")[0] for k in known}:
+            raise ValueError(
+                f"unknown option --{name}{nearest(name, known)}; --help lists them all"
+            )
+    return override_all(recipes.get(recipe), options)
+
+
+def check_inputs(cfg: Config) -> None:
+    """ValueError for missing teachers or images; prepares the demonstration if it is meant."""
+    if not cfg.teachers:
+        raise ValueError("no teachers; give --teachers SOURCE,SOURCE or a --recipe that has some")
+    if not cfg.data.train:
+        raise ValueError(f"recipe {cfg.recipe} has no images; give --data.train DIR")
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # the node's first rank checks and prepares; this one meets it before it reads
+    prepare_demonstration(cfg)
+    files = [t.source[5:].rpartition("#arch=")[0] for t in cfg.teachers if t.source[:5] == "file:"]
+    for key, folder in (("train", cfg.data.train), ("val", cfg.data.val)):
+        if folder and not Path(folder).is_dir():
+            raise ValueError(f"--data.{key} {folder!r} is no folder; give a folder of images")
+        if folder and not os.access(folder, os.R_OK | os.X_OK):
+            raise ValueError(f"--data.{key} {folder!r} may not be read; mend its permissions")
+        if folder and not any(Path(folder).iterdir()):
+            raise ValueError(f"--data.{key} {folder!r} is empty; give a folder of images")
+    for teacher, path in zip(
+        (t for t in cfg.teachers if t.source[:5] == "file:"), files, strict=True
+    ):
+        if not Path(path).expanduser().is_file():
+            raise ValueError(
+                f"teacher {teacher.name!r} has no weights at {path!r}; put them there or give"
+                f" --teachers.{teacher.name}.source (`unic-ds teachers fetch` has those of hubs)"
+            )
+
+
+def prepare_demonstration(cfg: Config) -> None:
+    """Make the quickstart's files where the Config means them and they are not there yet."""
+    meant = [cfg.data.train, *(t.source.removeprefix("file:") for t in cfg.teachers)]
+    if any(path.startswith(str(quickstart.root())) for path in meant) and not quickstart.ready():
+        quickstart.prepare()
+
+
+def check_folder(job: Job) -> None:
+    """ValueError where the run folder cannot be one, or `resume` names nothing."""
+    if job.out.exists() and not job.out.is_dir():
+        raise ValueError(f"--out {str(job.out)!r} is a file; give a folder")
+    if job.resume not in ("auto", "never") and not Path(job.resume).is_dir():
+        raise ValueError(f"--resume {job.resume!r} is neither auto, never nor a checkpoint folder")
+    refuse_foreign(job)
+
+
+def make_folder(out: Path) -> None:
+    """Make the run folder; ValueError where it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {str(out)!r} cannot be written ({error.strerror})") from None
+
+
+def refuse_foreign(job: Job) -> None:
+    """ValueError where the run folder belongs to other science, or must not be resumed."""
+    file = job.out / "config.yaml"
+    begun = any((job.out / "checkpoints").glob("step_*")) or job.finished
+    if not file.is_file() or not begun:
+        return
+    if job.resume == "never":
+        raise ValueError(
+            f"--out {str(job.out)!r} holds a run already; choose another --out or drop"
+            " --resume never"
+        )
+    there, here = science(recipes.read(file)), science(job.cfg)
+    keys = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
+    if keys:
+        said = "; ".join(
+            f"{k} was {there.get(k, 'absent')!r}, now {here.get(k, 'absent')!r}" for k in keys[:5]
+        )
+        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+        raise ValueError(
+            f"--out {str(job.out)!r} holds another run ({said}{more}); choose another --out"
+        )
+
+
+def help_text(usage: str) -> str:
+    """Every option with its default and meaning, for a terminal."""
+    lines = [usage, "", "The job:"]
+    lines += [f"  --{name:<24} {text}" for name, text in DOOR.items()]
+    lines += ["", "The science (dotted overrides of the recipe; defaults in brackets):"]
+    section = ""
+    for name, default, text in options_of():
+        if name == "recipe":
+            continue
+        if "." in name and name.split(".")[0] != section:
+            section = name.split(".")[0]
+            lines.append("")
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        lines.append(f"  --{name:<24} {text} [{shown}]")
+    lines += [
+        "",
+        f"  --teachers.NAME.KEY       one teacher's {', '.join(f.name for f in fields(Teacher))}",
+    ]
+    return "\n".join(lines)

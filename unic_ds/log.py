@@ -1,0 +1,211 @@
+"""What a run tells: JSON lines, TensorBoard, and a progress bar or plain lines.
+
+Metrics stay on the device and cross to the host once per log line, averaged over its steps and all
+ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from unic_ds import dist
+
+T = TypeVar("T")
+
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "L40S": 362}
+"""Dense bf16 peaks by the vendor's data sheets."""
+
+
+class Log:
+    """A run's log on every rank; only rank 0 writes."""
+
+    def __init__(
+        self, folder: Path, *, steps: int, first: int, batch_size: int, flops_per_image: float
+    ):
+        """`first` is the first step to come: lines from there on, left by a killed run, are
+        dropped.
+        """
+        self.steps, self.batch_size, self.flops = steps, batch_size, flops_per_image
+        self.sums: Tensor | None = None
+        self.names: list[str] = []
+        self.count = 0
+        self.logged_step, self.logged_time, self.logged_wait = first - 1, time.monotonic(), 0.0
+        self.writer = dist.rank() == 0
+        self.bar: Any = None
+        if self.writer:
+            self.open(folder, first)
+
+    def open(self, folder: Path, first: int) -> None:
+        """Open the files, cut back to before `first`, and the bar where there is a terminal."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        file = folder / "log.jsonl"
+        kept = [row for row in read(file) if row["step"] < first]
+        part = file.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        part.replace(file)
+        self.lines = file.open("a", buffering=1)
+        self.board = SummaryWriter(str(folder / "tb"), purge_step=first)
+        if sys.stdout.isatty():
+            self.bar = progress_bar()
+            self.bar.start()
+            self.task = self.bar.add_task(
+                "", total=self.steps, completed=first - 1, loss="", speed=""
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if self.writer:
+            if self.bar:
+                self.bar.stop()
+            self.lines.close()
+            self.board.close()
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Take a micro batch's metrics; nothing leaves the device."""
+        values = torch.stack(list(metrics.values()))
+        self.names = list(metrics)
+        self.sums = values if self.sums is None else self.sums + values
+        self.count += 1
+
+    def write(
+        self, step: int, *, waited_s: float, bad: int, **values: float | None
+    ) -> dict[str, Any]:
+        """One line for the steps since the last, from the one transfer; returns it. Every rank
+        calls it.
+
+        `waited_s` is this rank's whole time spent waiting for data, `bad` its unreadable images so
+        far.
+        """
+        assert self.sums is not None
+        seconds = time.monotonic() - self.logged_time
+        share = (waited_s - self.logged_wait) / max(seconds, 1e-9)
+        ours = torch.tensor([share, float(bad)], device=self.sums.device)
+        all_ranks = dist.gather(
+            torch.cat([self.sums / self.count, ours])
+        ).cpu()  # the one host read
+        *means, data_wait = all_ranks.mean(0)[:-1].tolist()
+        images_per_s = (step - self.logged_step) * self.batch_size / max(seconds, 1e-9)
+        row: dict[str, Any] = {"step": step, "samples": step * self.batch_size}
+        row |= dict(zip(self.names, means, strict=True)) | values
+        row |= {"images_per_s": images_per_s, "data_wait_share": data_wait, "mem_gb": memory_gb()}
+        row |= {"bad_images": int(all_ranks[:, -1].sum())} | throughput(images_per_s, self.flops)
+        self.sums, self.count = None, 0
+        self.logged_step, self.logged_time, self.logged_wait = step, time.monotonic(), waited_s
+        if self.writer:
+            self.publish(row)
+        return row
+
+    def publish(self, row: dict[str, Any]) -> None:
+        """Write a line to the file, to TensorBoard and to whoever watches."""
+        self.lines.write(json.dumps({k: tidy(v) for k, v in row.items()}) + "\n")
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self.board.add_scalar(name, value, row["step"])
+        loss, speed = f"loss {row['loss']:.4f}", f"{row['images_per_s']:.0f} img/s"
+        if self.bar:
+            self.bar.update(self.task, completed=row["step"], loss=loss, speed=speed)
+            return
+        left = (self.steps - row["step"]) * self.batch_size / max(row["images_per_s"], 1e-9)
+        waits = f"data wait {row['data_wait_share']:.0%}"
+        print(
+            f"step {row['step']}/{self.steps}  {loss}  {speed}  {waits}  ETA {left:.0f} s",
+            flush=True,
+        )
+
+
+def progress_bar() -> Any:
+    """rich's bar with ETA, loss and speed."""
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("step"),
+        progress.MofNCompleteColumn(),
+        progress.BarColumn(),
+        progress.TextColumn("{task.fields[loss]}  {task.fields[speed]}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("ETA"),
+        progress.TimeRemainingColumn(),
+    )
+
+
+def tidy(value: Any) -> Any:
+    """A float at six digits; JSON has no NaN, so a value that is not finite becomes its name."""
+    if isinstance(value, float):
+        return float(f"{value:.9g}") if math.isfinite(value) else str(value)
+    return value
+
+
+def throughput(images_per_s: float, flops_per_image: float) -> dict[str, float]:
+    """TFLOP/s over all ranks' devices, per device, and MFU where the device's peak is known."""
+    tflops = images_per_s * flops_per_image / 1e12 / dist.world()
+    row = {"tflops": tflops}
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        peak = next(
+            (p for key, p in sorted(PEAK_TFLOPS.items(), reverse=True) if key in name), None
+        )
+        row |= {"mfu": tflops / peak} if peak else {}
+    return row
+
+
+def memory_gb() -> float:
+    """Peak memory of this rank: the GPU's where there is one, else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log; a last line that was cut short is left out."""
+    if not file.is_file():
+        return []
+    rows = []
+    for line in file.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def say(text: str) -> None:
+    """A line from rank 0 to whoever watches."""
+    if dist.rank() == 0:
+        print(text, flush=True)
+
+
+def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:
+    """The items, with a bar on rank 0 where there is a terminal."""
+    if dist.rank() or not sys.stdout.isatty():
+        yield from items
+        return
+    from rich.progress import track as rich_track
+
+    yield from rich_track(items, description=text, total=total)
+
+
+def since_start() -> float:
+    """Seconds since this process was started, imports included."""
+    with Path("/proc/self/stat").open() as file:
+        started = int(file.read().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started

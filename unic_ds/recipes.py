@@ -1,0 +1,153 @@
+"""Named runs as values. `--recipe NAME` starts from one; `--section.key value` changes it.
+
+A teacher is one row: its name, its source, and what differs from the source's own preprocessing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from unic_ds import quickstart
+from unic_ds.config import (
+    Config,
+    Data,
+    Drop,
+    Ladder,
+    Loss,
+    Optim,
+    Run,
+    Standardise,
+    Student,
+    Teacher,
+)
+from unic_ds.override import from_dict, nearest
+
+PAPER_LOSS = Loss(divisor="kept")
+PAPER_STATISTICS = Standardise(std_floor=0.0, target_clamp=0.0)
+"""Where our defaults differ from the paper's: the divisor, the std floor and the target clamp."""
+
+DINOV2_G = Teacher(name="dinov2_g", source="timm:vit_giant_patch14_dinov2.lvd142m")
+METACLIP_H = Teacher(name="metaclip_h", source="open_clip:ViT-H-14-quickgelu/metaclip_fullcc")
+
+
+def quickstart_recipe() -> Config:
+    """Two real teachers, solar-cell photographs, a ViT-Ti: minutes on two CPU cores.
+
+    deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json
+    Expected: the student's kNN at least 4 points over raw pixels and 10 over its initial weights.
+    """
+    root = quickstart.root()
+    effnet = f"file:{root / quickstart.PARTS[1]}#arch=tf_efficientnet_lite0"
+    dinov2 = f"file:{root / quickstart.PARTS[2]}#arch=vit_small_patch14_dinov2"
+    return Config(
+        recipe="quickstart",
+        teachers=(
+            Teacher(name="effnet", source=effnet, size=112, channels_last=True),
+            Teacher(name="dinov2", source=dinov2, size=98, block=10),
+        ),
+        # The cells fill their photographs: a tight crop would teach positions that no cell has.
+        data=Data(
+            train=str(root / quickstart.PARTS[0]),
+            val_share=0.25,
+            augment="weak",
+            crop_min=0.95,
+            ratio_max=1.0,
+        ),
+        student=Student(model="vit_tiny_patch16_224", size=112, drop_path=0.0),
+        ladder=Ladder(rungs="half"),
+        drop=Drop(rate=0.25),
+        optim=Optim(batch_size=64, lr=2e-3, lr_batch=64, epochs=3.9, warmup_epochs=0.3),
+        run=Run(log_every=5, save_every=50),
+    )
+
+
+def unic_b() -> Config:
+    """UNIC ViT-B/16 from four ViT-B teachers: 200 epochs of ImageNet-1K at batch 512.
+
+    deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json --recipe unic_b --data.train DIR
+
+    Expected (arXiv 2408.05088, table 1): ImageNet-1K linear 83.8, ADE20K mIoU 39.6. iBOT and
+    dBOT-ft are on no hub: put their weights in timm's layout where the rows say, or choose others.
+    """
+    return Config(
+        recipe="unic_b",
+        teachers=(
+            Teacher(name="dino", source="timm:vit_base_patch16_224.dino"),
+            Teacher(name="deit3", source="timm:deit3_base_patch16_224.fb_in1k"),
+            Teacher(
+                name="ibot", source="file:weights/ibot_vitb16.safetensors#arch=vit_base_patch16_224"
+            ),
+            Teacher(
+                name="dbotft",
+                source="file:weights/dbotft_vitb16.safetensors#arch=vit_base_patch16_224",
+            ),
+        ),
+        loss=PAPER_LOSS,
+        standardise=PAPER_STATISTICS,
+    )
+
+
+def unic_l() -> Config:
+    """UNIC-L ViT-L/14 from DINOv2-g and MetaCLIP-H at 224 px, for 64 GPUs (batch 2048).
+
+    deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json --recipe unic_l --data.train DIR
+
+    Expected (the paper's first stage, at batch 512): ImageNet-1K kNN 85.4, ADE20K mIoU 47.1. The
+    batch is ours and untested at scale; --optim.batch_size 512 is the paper's.
+    """
+    return Config(
+        recipe="unic_l",
+        teachers=(DINOV2_G, METACLIP_H),
+        student=Student(model="vit_large_patch14_224"),
+        drop=Drop(rate=0.25),
+        optim=Optim(batch_size=2048, lr=6e-4, lr_batch=512, lr_scaling="sqrt"),
+        loss=PAPER_LOSS,
+        standardise=PAPER_STATISTICS,
+    )
+
+
+def unic_g() -> Config:
+    """ViT-g/14 from the teachers of UNIC-L, for 256 GPUs (batch 4096); no published numbers.
+
+    deepspeed unic_ds/train.py --ds_config ds_configs/zero3.json --recipe unic_g --data.train DIR
+
+    Untested at scale. The ladder has rungs on every block, H = D, and 4 D on the last.
+    """
+    return Config(
+        recipe="unic_g",
+        teachers=(DINOV2_G, METACLIP_H),
+        student=Student(model="vit_giant_patch14_224"),
+        drop=Drop(rate=0.25),
+        optim=Optim(batch_size=4096, lr=6e-4, lr_batch=512, lr_scaling="sqrt"),
+        loss=PAPER_LOSS,
+        standardise=PAPER_STATISTICS,
+    )
+
+
+RECIPES = {"quickstart": quickstart_recipe, "unic_b": unic_b, "unic_l": unic_l, "unic_g": unic_g}
+
+
+def get(name: str) -> Config:
+    """The Config of a recipe's name or of a YAML file (a run's config.yaml); else ValueError."""
+    if name in RECIPES:
+        return RECIPES[name]()
+    file = Path(name)
+    if file.suffix not in (".yaml", ".yml"):
+        raise ValueError(
+            f"unknown --recipe {name!r}{nearest(name, list(RECIPES))};"
+            f" there are {', '.join(RECIPES)}, or give a .yaml file"
+        )
+    return read(file)
+
+
+def read(file: Path) -> Config:
+    """The Config that a YAML file holds; ValueError where it is missing or holds something else."""
+    import yaml
+
+    try:
+        plain = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{str(file)!r} cannot be read as a run's settings: {error}") from None
+    if not isinstance(plain, dict):
+        raise ValueError(f"{str(file)!r} holds no settings; a run's config.yaml does")
+    return from_dict(plain)

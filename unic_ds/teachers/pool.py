@@ -1,0 +1,119 @@
+"""All teachers of a run: one call gives their standardised targets, by name in config order."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unic_ds import config, dist
+from unic_ds.teachers import sources, weights
+from unic_ds.teachers.standardise import Standardiser
+from unic_ds.tokens import Tokens
+
+
+class Teachers:
+    """Frozen teachers and their running statistics; only the statistics belong in a checkpoint.
+
+    All ranks construct it together: the first of a node reads the weights, the others find them
+    in its cache. ValueError where a teacher's weights are missing (on every rank, before any is
+    read) or do not fit.
+    """
+
+    def __init__(
+        self,
+        rows: tuple[config.Teacher, ...],
+        *,
+        grid: int,
+        standardise: config.Standardise,
+        device: torch.device,
+    ):
+        if not rows:
+            raise ValueError("no teachers; name some with --teachers NAME=SOURCE,...")
+        for row in rows:
+            weights.locate(row)
+        with dist.in_turn():
+            self.teachers = {row.name: sources.load(row, grid=grid, device=device) for row in rows}
+        self.norms = {
+            name: Standardiser(teacher.width, standardise).to(device)
+            for name, teacher in self.teachers.items()
+        }
+        self.standardise = standardise
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The image sides in pixels that the teachers eat, each once, ascending."""
+        return tuple(sorted({teacher.size for teacher in self.teachers.values()}))
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Channels of each teacher."""
+        return {name: teacher.width for name, teacher in self.teachers.items()}
+
+    def __call__(self, images: dict[int, Tensor], *, observe: bool = True) -> dict[str, Tokens]:
+        """Standardised fp32 targets of uint8 images [B, 3, H, H], keyed by side H in pixels.
+
+        `observe` adds the batch to the step's statistics: off in validation. No host sync.
+        """
+        targets = {}
+        for name, tokens in self.raw(images).items():
+            targets[name] = self.norms[name](tokens)
+            if observe:
+                self.norms[name].observe(tokens)
+        return targets
+
+    def raw(self, images: dict[int, Tensor]) -> dict[str, Tokens]:
+        """Tokens as the teachers give them, each in its own precision, on the student's grid."""
+        return {name: teacher(images[teacher.size]) for name, teacher in self.teachers.items()}
+
+    def track(self, momentum: float) -> None:
+        """Move all statistics by the optimiser step just taken: one collective, no host sync."""
+        if not self.standardise.on:
+            return
+        norms = list(self.norms.values())
+        shares = [norm.moments().flatten() for norm in norms]
+        gathered = dist.gather(torch.cat(shares)).split([len(share) for share in shares], 1)
+        for norm, moments_P in zip(norms, gathered, strict=True):
+            norm.track(moments_P.unflatten(1, norm.moments_S2C.shape), momentum)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Running statistics as `TEACHER.mean_2C` and `.std_2C`, without the frozen weights."""
+        return nn.ModuleDict(self.norms).state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up saved statistics; ValueError where they are of other teachers."""
+        saved = sorted({name.split(".")[0] for name in state})
+        if saved != sorted(self.norms):
+            theirs, ours = ", ".join(saved), ", ".join(self.norms)
+            raise ValueError(
+                f"the checkpoint has statistics of {theirs}; this run's teachers are {ours}"
+            )
+        nn.ModuleDict(self.norms).load_state_dict(state)
+
+    def manifest(self) -> dict[str, dict[str, Any]]:
+        """What identifies each teacher, for `teachers.json`; hashes weight files: call it once."""
+        return {name: teacher.facts() for name, teacher in self.teachers.items()}
+
+
+def describe(
+    rows: tuple[config.Teacher, ...], *, grid: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Run an image through each teacher, one at a time; a row per teacher says what came out."""
+    found = []
+    for row in rows:
+        teacher = sources.load(row, grid=grid, device=device)
+        ramp_H = torch.linspace(0, 255, teacher.size, device=device).to(torch.uint8)
+        image_B3HW = ramp_H.expand(1, 3, teacher.size, teacher.size)
+        start = time.perf_counter()
+        tokens = teacher(image_B3HW)
+        finite = all(bool(torch.isfinite(x).all()) for x in tokens)  # waits for the device
+        seconds = time.perf_counter() - start
+        shapes = {
+            "cls_shape": list(tokens.cls_BC.shape),
+            "patch_shape": list(tokens.patch_BNC.shape),
+        }
+        run = {"finite": finite, "seconds": round(seconds, 3)}
+        found.append({"name": row.name} | teacher.facts() | shapes | run)
+    return found

@@ -1,0 +1,356 @@
+"""Builds a teacher of each kind of source and freezes it; all end in the same `Teacher` module."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from unic_ds import config
+from unic_ds.override import nearest
+from unic_ds.teachers import towers, weights
+from unic_ds.tokens import Normalise, Tokens, to_grid
+
+# What reading a damaged or foreign file raises.
+UNREADABLE = (
+    *(RuntimeError, ValueError, TypeError, AttributeError, EOFError, OSError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
+DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Source(NamedTuple):
+    """What a kind of source knows of a teacher: its tower and the preprocessing it wants."""
+
+    tower: Any  # an nn.Module with has_cls: normalised images -> Tokens
+    size: int  # side of the images in pixels
+    patch: int  # pixels a patch token covers; 0: the tower does not say
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    licence: str = ""
+
+
+class Teacher(nn.Module):
+    """A frozen model that turns uint8 images of side `size` into raw Tokens on the student's grid.
+
+    The tower is probed once with a black image, which sets `width` and `own_grid`; ValueError where
+    it does not give tokens on a square grid.
+    """
+
+    def __init__(self, row: config.Teacher, source: Source, *, grid: int, device: torch.device):
+        super().__init__()
+        self.row, self.name, self.licence = row, row.name, source.licence
+        self.size, self.grid, self.has_cls = source.size, grid, bool(source.tower.has_cls)
+        self.mean, self.std = row.mean or source.mean, row.std or source.std
+        self.dtype = DTYPE[row.precision]
+        layout = torch.channels_last if row.channels_last else torch.contiguous_format
+        self.layout = layout
+        self.tower = source.tower.to(device=device, dtype=self.dtype, memory_format=layout)
+        self.normalise = Normalise(self.mean, self.std).to(device)
+        self.requires_grad_(False).train(False)
+        self.width, self.own_grid = self.probe(device)
+        self.patch = source.patch or self.size // self.own_grid
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in evaluation mode, whatever is asked."""
+        return super().train(False)
+
+    # Not inference_mode: its tensors cannot be saved for the loss's backward.
+    @torch.no_grad()
+    def forward(self, image_B3HW: Tensor) -> Tokens:
+        """Raw tokens of uint8 images [B, 3, size, size] in its precision, on the student's grid."""
+        assert image_B3HW.shape[1:] == (3, self.size, self.size), (self.name, image_B3HW.shape)
+        image_B3HW = self.normalise(image_B3HW, self.dtype).contiguous(memory_format=self.layout)
+        return to_grid(self.tower(image_B3HW), self.grid)
+
+    @torch.no_grad()
+    def probe(self, device: torch.device) -> tuple[int, int]:
+        """(width, side of the tower's own grid), found with one image."""
+        black_B3HW = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device)
+        image_B3HW = self.normalise(black_B3HW, self.dtype).contiguous(memory_format=self.layout)
+        try:
+            cls_BC, patch_BNC = self.tower(image_B3HW)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as exc:  # foreign code may fail in any way; say whose it is
+            raise ValueError(
+                f"teacher {self.name!r} fails on an image of {self.size} px: {exc}"
+            ) from exc
+        side = round(patch_BNC.shape[1] ** 0.5) if patch_BNC.ndim == 3 else 0
+        if patch_BNC.shape != (1, side * side, cls_BC.shape[-1]) or cls_BC.ndim != 2:
+            got = f"cls {tuple(cls_BC.shape)} and patch {tuple(patch_BNC.shape)}"
+            raise ValueError(
+                f"teacher {self.name!r} gives {got}; it must be [B, C] and [B, N, C], N a square"
+            )
+        return patch_BNC.shape[2], side
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies the teacher, as plain values; hashes its weight file."""
+        path = weights.locate(self.row)
+        return {
+            "source": self.row.source,
+            "sha256": weights.sha256(path) if path else weights.digest(self.tower),
+            "size": self.size,
+            "patch": self.patch,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "block": self.row.block,
+            "tokens": self.own_grid**2,
+            "cls": "token" if self.has_cls else "mean of patches",
+            "width": self.width,
+            "grid": self.grid,
+            "precision": self.row.precision,
+            "parameters": sum(p.numel() for p in self.tower.parameters()),
+            "licence": self.licence,
+        }
+
+
+def load(row: config.Teacher, *, grid: int, device: torch.device) -> Teacher:
+    """The frozen teacher of a recipe's row for a student whose patch grid is `grid` x `grid`.
+
+    ValueError for what a user can cause: an unknown name, missing or foreign weights, a size that
+    does not fit.
+    """
+    kind = row.source.partition(":")[0]
+    return Teacher(row, BUILD[kind](row, grid), grid=grid, device=device)
+
+
+def from_timm(row: config.Teacher, grid: int) -> Source:
+    """`timm:NAME`: published weights from the hub's cache, loaded strictly, then beheaded."""
+    weights.locate(row)
+    return timm_source(row, grid, row.source.removeprefix("timm:"), {})
+
+
+def from_file(row: config.Teacher, grid: int) -> Source:
+    """`file:PATH#arch=NAME`: local safetensors or weights-only .pth, through timm's own filters."""
+    path = weights.locate(row)
+    assert path is not None
+    arch = row.source.rpartition("#arch=")[2]
+    if not timm.is_model(arch.split(".")[0]):
+        near = nearest(arch, timm.list_models())
+        raise ValueError(f"teachers.{row.name}.source: timm has no arch {arch!r}{near}")
+    classes = classes_of(row, path, arch)
+    # The head is built as the file has it: timm is strict only where their classes agree.
+    overlay = {"file": str(path), "num_classes": classes, "label_offset": 0, "custom_load": False}
+    source = timm_source(row, grid, arch, overlay, num_classes=classes)
+    return source._replace(licence=licence_of(path))
+
+
+def classes_of(row: config.Teacher, path: Path, arch: str) -> int:
+    """Classes of the classifier in a weight file (0: none); ValueError where it cannot be read."""
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+        cfg = timm.get_pretrained_cfg(arch)
+        names = (cfg and cfg.classifier) or ()
+        heads = [
+            state[f"{n}.weight"]
+            for n in ([names] if isinstance(names, str) else names)
+            if f"{n}.weight" in state
+        ]
+    except UNREADABLE as exc:
+        raise ValueError(
+            f"teacher {row.name!r}: {path} is no safetensors or weights-only torch file "
+            f"({first_line(exc)}); convert it to safetensors"
+        ) from exc
+    return heads[0].shape[0] if heads else 0
+
+
+def licence_of(path: Path) -> str:
+    """The `licence` entry of a safetensors file's metadata, or nothing."""
+    if path.suffix != ".safetensors":
+        return ""
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("licence", "")
+
+
+def timm_source(
+    row: config.Teacher, grid: int, name: str, overlay: dict[str, Any], **options: Any
+) -> Source:
+    """A timm model with weights, built for the side that row, grid or its config asks for."""
+    with torch.device("meta"):
+        outline = timm.create_model(name, pretrained=False)
+    size, shape = timm_shape(row, grid, outline)
+    model: Any
+    try:
+        model = timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=overlay, **shape, **options
+        )
+    except (RuntimeError, AssertionError) as exc:
+        raise ValueError(
+            f"teacher {row.name!r}: its weights do not fit {name} ({first_line(exc)})"
+        ) from exc
+    model.reset_classifier(0)
+    wants = timm.data.resolve_model_data_config(model)
+    tower, patch = timm_tower(row, model)
+    licence = model.pretrained_cfg.get("license") or ""
+    return Source(tower, size, patch, wants["mean"], wants["std"], licence)
+
+
+def is_vit(model: Any) -> bool:
+    """Whether a timm model keeps one sequence of patch tokens behind `num_prefix_tokens` others."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    return (
+        isinstance(patch, tuple)
+        and hasattr(model, "num_prefix_tokens")
+        and hasattr(model, "blocks")
+    )
+
+
+def timm_shape(row: config.Teacher, grid: int, outline: Any) -> tuple[int, dict[str, Any]]:
+    """(image side, constructor options that make the model take it)."""
+    if is_vit(outline):
+        patch = row.patch or outline.patch_embed.patch_size[0]
+        size = vit_size(row, grid, patch)
+        return size, {"img_size": size} | ({"patch_size": patch} if row.patch else {})
+    if row.patch:
+        raise ValueError(f"teachers.{row.name}.patch must be 0: {type(outline).__name__} is no ViT")
+    size = row.size or outline.pretrained_cfg["input_size"][-1]
+    return size, {"img_size": size} if outline.pretrained_cfg.get("fixed_input_size") else {}
+
+
+def vit_size(row: config.Teacher, grid: int, patch: int) -> int:
+    """The image side of a ViT: the row's, or what makes the grids agree (method: section 1)."""
+    size = row.size or grid * patch
+    if size % patch:
+        raise ValueError(
+            f"teachers.{row.name}.size must be a multiple of its patch {patch}, got {size}"
+        )
+    return size
+
+
+def timm_tower(row: config.Teacher, model: Any) -> tuple[nn.Module, int]:
+    """(tower, pixels a patch token covers) of a timm model; 0 pixels where it gives a map."""
+    if is_vit(model):
+        check_block(row, len(model.blocks))
+        return towers.TimmViT(model, row.block), model.patch_embed.patch_size[0]
+    check_block(row, len(model.feature_info))
+    return towers.TimmMap(model, row.block), 0
+
+
+def check_block(row: config.Teacher, count: int) -> None:
+    """Raise ValueError where the row asks for a block (or stage) that a model of `count` lacks."""
+    if row.block >= count:
+        want = f"below {count}" if count else "-1 for this kind of model"
+        raise ValueError(f"teachers.{row.name}.block must be {want}, got {row.block}")
+
+
+def from_clip(row: config.Teacher, grid: int) -> Source:
+    """`open_clip:ARCH/TAG`: the visual tower, before its projection to the text space."""
+    import open_clip
+
+    weights.locate(row)
+    arch, _, tag = row.source.removeprefix("open_clip:").partition("/")
+    size = clip_size(row, grid, open_clip.get_model_config(arch)["vision_cfg"])
+    return clip_source(
+        row, size, open_clip.create_model(arch, pretrained=tag, force_image_size=size)
+    )
+
+
+def clip_source(row: config.Teacher, size: int, model: Any) -> Source:
+    """The visual tower of an open_clip model: its own ViT or ResNet, or a timm trunk."""
+    import open_clip
+
+    visual: Any = model.visual
+    wants = open_clip.get_model_preprocess_cfg(model)
+    tower: nn.Module
+    patch: int
+    if isinstance(visual, open_clip.transformer.VisionTransformer):
+        check_block(row, len(visual.transformer.resblocks))
+        tower, patch = towers.ClipViT(visual, row.block), visual.patch_size[0]
+    elif isinstance(visual, open_clip.timm_model.TimmModel):
+        tower, patch = timm_tower(row, visual.trunk)
+    else:
+        check_block(row, 0)
+        tower, patch = towers.ClipMap(visual), 0
+    return Source(tower, size, patch, tuple(wants["mean"]), tuple(wants["std"]))
+
+
+def clip_size(row: config.Teacher, grid: int, vision: dict[str, Any]) -> int:
+    """The image side for an open_clip tower, from its own config."""
+    patch = vision.get("patch_size", 16)
+    name = vision.get("timm_model_name")
+    if name:
+        with torch.device("meta"):
+            outline: Any = timm.create_model(name, pretrained=False)
+        patch = outline.patch_embed.patch_size[0] if is_vit(outline) else 0
+    elif isinstance(vision["layers"], list):  # ModifiedResNet
+        patch = 0
+    if row.patch not in (0, patch):
+        raise ValueError(
+            f"teachers.{row.name}.patch must be 0 or the tower's own {patch}, got {row.patch}"
+        )
+    return vit_size(row, grid, patch) if patch else row.size or vision["image_size"]
+
+
+def from_python(row: config.Teacher, grid: int) -> Source:
+    """`python:MODULE:FUNCTION`: the module that the user's function makes.
+
+    Its forward maps normalised images [B, 3, size, size] to Tokens. Its attributes image_size,
+    patch_size, mean and std count where the row leaves them open; an image_size goes before the
+    grid's, since a user's module may take no other.
+    """
+    if row.block >= 0:
+        raise ValueError(
+            f"teachers.{row.name}.block must be -1: a python: source returns its own tokens"
+        )
+    model = call_python(row)
+    patch = row.patch or side(model, "patch_size")
+    size = row.size or side(model, "image_size") or grid * patch
+    mean = row.mean or tuple(getattr(model, "mean", ()))
+    std = row.std or tuple(getattr(model, "std", ()))
+    for key, value in {"size": size, "mean": mean, "std": std}.items():
+        if not value:
+            raise ValueError(
+                f"teacher {row.name!r} ({row.source}) does not say its {key}; "
+                f"set teachers.{row.name}.{key}"
+            )
+    return Source(
+        towers.PythonTower(model), size, patch, mean, std, str(getattr(model, "licence", ""))
+    )
+
+
+def side(model: nn.Module, key: str) -> int:
+    """An attribute that is a side in pixels, or a pair of them; 0 where there is none."""
+    value: Any = getattr(model, key, 0)
+    return int(value[0] if isinstance(value, (tuple, list)) else value)
+
+
+def call_python(row: config.Teacher) -> nn.Module:
+    """What the function of a `python:` source returns; ValueError where there is none."""
+    where, _, name = row.source.removeprefix("python:").partition(":")
+    try:
+        make: Callable[[], Any] | None = getattr(importlib.import_module(where), name, None)
+    except ImportError as exc:
+        raise ValueError(
+            f"teacher {row.name!r}: cannot import {where!r} ({exc}); put its folder on PYTHONPATH"
+        ) from exc
+    if not callable(make):
+        raise ValueError(f"teacher {row.name!r}: module {where!r} has no function {name!r}")
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"teacher {row.name!r}: {where}:{name} must return a torch module, "
+            f"got {type(model).__name__}"
+        )
+    return model
+
+
+def first_line(exc: Exception) -> str:
+    """The start of an error's text; a strict load can name hundreds of keys."""
+    return " ".join(str(exc).split())[:300] or type(exc).__name__
+
+
+BUILD: dict[str, Callable[[config.Teacher, int], Source]] = {
+    "timm": from_timm,
+    "file": from_file,
+    "open_clip": from_clip,
+    "python": from_python,
+}

@@ -1,0 +1,70 @@
+"""What teachers and student hand on, and the dimension key of every tensor name.
+
+B images per rank     N patch tokens      D student width    H, W image or map sides
+C teacher width       T teachers          L ladder rungs     K drop-path branches
+3 colour channels     2 cls, patch        S statistics (count, mean, M2)
+A suffix spells a tensor's axes in order; flattened axes stand together (`x_BN_C`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Tokens(NamedTuple):
+    """An image batch seen by one model: a global token and a grid of patch tokens.
+
+    A ladder that keeps its rungs apart puts an axis L in front of both.
+    """
+
+    cls_BC: Tensor
+    patch_BNC: Tensor
+
+
+def split_prefix(tokens_BNC: Tensor, prefix: int, *, has_cls: bool) -> Tokens:
+    """Tokens of a ViT's sequence with `prefix` leading tokens (CLS first, then registers).
+
+    Without a CLS token the mean of the patches stands for it (method: section 1).
+    """
+    patch_BNC = tokens_BNC[:, prefix:]
+    return Tokens(tokens_BNC[:, 0] if has_cls else patch_BNC.mean(1), patch_BNC)
+
+
+def from_map(map_BCHW: Tensor) -> Tokens:
+    """Tokens of a CNN's feature map: CLS is the mean over the map."""
+    patch_BNC = map_BCHW.flatten(2).transpose(1, 2)
+    return Tokens(patch_BNC.mean(1), patch_BNC)
+
+
+def to_grid(tokens: Tokens, grid: int) -> Tokens:
+    """Tokens with a patch map resized (bicubic, antialias) to `grid`; ValueError unless square."""
+    patch_BNC = tokens.patch_BNC
+    side = round(patch_BNC.shape[1] ** 0.5)
+    if side * side != patch_BNC.shape[1]:
+        raise ValueError(f"{patch_BNC.shape[1]} patch tokens are no square grid")
+    if side == grid:
+        return tokens
+    map_BCHW = patch_BNC.transpose(1, 2).unflatten(2, (side, side)).float()
+    map_BCHW = F.interpolate(
+        map_BCHW, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False
+    )
+    return Tokens(tokens.cls_BC, map_BCHW.flatten(2).transpose(1, 2).to(patch_BNC.dtype))
+
+
+class Normalise(nn.Module):
+    """uint8 images -> (x / 255 - mean) / std, computed in fp32 and returned in `dtype`."""
+
+    mean_311: Tensor
+    std_311: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.register_buffer("mean_311", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std_311", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, image_B3HW: Tensor, dtype: torch.dtype) -> Tensor:
+        return ((image_B3HW.float() - self.mean_311.float()) / self.std_311.float()).to(dtype)

@@ -1,0 +1,323 @@
+"""Distil teachers into a student: the entry point and the loop.
+
+deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json [--recipe NAME] [--out DIR]
+[--section.key value ...]
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+if __name__ == "__main__":
+    # The launcher puts this file's folder first on the path, where `data` or `log` would shadow
+    # other packages.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from unic_ds import config, ds_config, entry, job, optim, override
+
+USAGE = """\
+Distil frozen vision teachers into one ViT student.
+
+  deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json                     the quickstart
+  deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json --recipe unic_b --data.train DIR
+  unic-ds train --ds_config ds_configs/zero2.json                                  the same in one
+  process
+
+The same command again resumes; a finished run prints its table."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check the command line, then train; the exit code."""
+    words, options = entry.parse(argv)
+    if entry.wants_help(options):
+        print(job.help_text(USAGE))
+        return 0
+    if words:
+        raise ValueError(
+            f"{words[0]!r} belongs to no option; write --name value, and quote a value with spaces"
+        )
+    task = job.resolve(options)
+    if task.finished:
+        return show(task)
+    os.environ["HF_HUB_OFFLINE"] = (
+        "1"  # a compute node must not ask a hub; `unic-ds teachers fetch` does
+    )
+    return distil(task)
+
+
+def show(task: job.Job) -> int:
+    """Print the table of a finished run; the exit code."""
+    from unic_ds.evaluate import table
+
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{task.out} is finished (choose another --out to train again):\n")
+        print(table.render(table.read(task.out / "results.json")))
+    return 0
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and at the last, happens now."""
+    return step % every == 0 or step == last
+
+
+@dataclass
+class Parts:
+    """What the loop works with, in the order that a batch travels."""
+
+    train: Any
+    val: Any
+    stream: Any
+    teachers: Any
+    manifest: dict[str, Any]
+    engine: Any
+    steps: int
+    flops: float
+
+
+def distil(task: job.Job) -> int:
+    """Train until the last step, then export and evaluate; the exit code."""
+    from unic_ds import dist, finish, log
+    from unic_ds.engine import grad_norm
+    from unic_ds.loss import distill_loss
+
+    dist.start()
+    cfg, parts = task.cfg, build(task)
+    engine, stream, teachers, last = parts.engine, parts.stream, parts.teachers, parts.steps
+    first = resume(task, parts) + 1
+    lock = record(task, parts.manifest)
+    stop = min(cfg.run.stop_at or last, last)
+    book = log.Log(
+        task.out,
+        steps=last,
+        first=first,
+        batch_size=cfg.optim.batch_size,
+        flops_per_image=parts.flops,
+    )
+    with book:
+        for step in range(first, stop + 1):
+            rate = optim.learning_rate(step, cfg.optim, len(parts.train))
+            optim.apply(engine.optimizer, rate)
+            for _ in range(engine.gradient_accumulation_steps()):
+                batch = next(stream)
+                drop_TB, path_BK = uniforms(cfg, step, batch.position_B, engine)
+                target = teachers(batch.images)
+                pred = engine(batch.images[cfg.student.size], path_BK)
+                loss, metrics = distill_loss(pred, target, drop_TB, loss=cfg.loss, drop=cfg.drop)
+                engine.backward(loss)
+                engine.step()
+                book.add(metrics)
+            teachers.track(optim.momentum(step, cfg.standardise, last))
+            if step == first:
+                log.say(f"first optimiser step done {log.since_start():.0f} s after the start")
+            saves = due(step, cfg.run.save_every, stop)
+            if saves or due(step, cfg.run.log_every, stop):
+                bad = len(stream.bad)
+                row = book.write(
+                    step, waited_s=stream.waited_s, bad=bad, lr=rate, grad_norm=grad_norm(engine)
+                )
+                refuse_non_finite(row)
+            if saves:
+                save(task, parts, step)
+    stream.close()
+    if stop == last:
+        finish.finish(task, parts)
+    lock.close()
+    return 0
+
+
+def uniforms(cfg: config.Config, step: int, position_B: Any, engine: Any) -> tuple[Any, Any]:
+    """What decides teacher dropping (T, B) and drop path (B, K) at these places of the batch."""
+    import torch
+
+    from unic_ds import chance
+
+    def to_device(values: Any) -> Any:
+        tensor = torch.from_numpy(values).float()
+        return (tensor.pin_memory() if engine.device.type == "cuda" else tensor).to(
+            engine.device, non_blocking=True
+        )
+
+    place_B = position_B * (0 if cfg.drop.unit == "step" else 1)
+    drop_BT = chance.uniform(cfg.seed, "teacher drop", len(cfg.teachers), step, place_B)
+    path_BK = chance.uniform(cfg.seed, "drop path", len(engine.module.paths), step, position_B)
+    return to_device(drop_BT.T.copy()), to_device(path_BK)
+
+
+def build(task: job.Job) -> Parts:
+    """Images, teachers, student and engine of a job."""
+    from unic_ds import dist, engine, log
+    from unic_ds.student import Student, grid_of
+    from unic_ds.teachers.pool import Teachers
+
+    cfg, device = task.cfg, dist.device()
+    train, val = find_images(cfg)
+    held_out = f", {len(val)} held out" if val else ""
+    log.say(f"{len(train)} training images in {cfg.data.train}{held_out}")
+    grid = grid_of(cfg.student)
+    teachers = Teachers(cfg.teachers, grid=grid, standardise=cfg.standardise, device=device)
+    manifest = dist.share(teachers.manifest() if dist.rank() == 0 else None)
+    for name, facts in manifest.items():
+        log.say(f"teacher {name}: {facts['source']}, {facts['width']} wide, {facts['size']} px")
+    student = Student(cfg.student, cfg.ladder, teachers.widths, seed=cfg.seed).to(device)
+    flops = count_flops(student, teachers, cfg.student.size, device)
+    cost = f"{flops / 1e9:.1f} GFLOP an image for the whole step"
+    log.say(f"student {cfg.student.model}, {cfg.student.size} px; {cost}")
+    return Parts(
+        train=train,
+        val=val,
+        stream=open_stream(task, train, teachers.sizes, device),
+        teachers=teachers,
+        manifest=manifest,
+        engine=engine.build(student, cfg.optim, task.settings),
+        steps=cfg.optim.step_count(len(train)),
+        flops=flops,
+    )
+
+
+def find_images(cfg: config.Config) -> tuple[Any, Any]:
+    """Training and validation images (None where there are none), the same on every rank."""
+    from unic_ds import data
+
+    train, val = data.scan(cfg.data.train), None
+    if cfg.data.val:
+        val = data.scan(cfg.data.val).relabelled(train.classes)
+    if cfg.data.val_share:
+        train, val = data.split(train, cfg.data.val_share, cfg.seed)
+    agree(train.fingerprint())
+    return train, val
+
+
+def open_stream(task: job.Job, train: Any, sizes: tuple[int, ...], device: Any) -> Any:
+    """This rank's batches of the training images, at the student's size and the teachers'."""
+    from unic_ds import data, dist
+
+    return data.Stream(
+        train,
+        task.cfg.data,
+        seed=task.cfg.seed,
+        sizes=(task.cfg.student.size, *sizes),
+        batch_size=task.cfg.optim.batch_size,
+        micro=task.settings["train_micro_batch_size_per_gpu"],
+        rank=dist.rank(),
+        world=dist.world(),
+        device=device,
+    )
+
+
+def agree(fingerprint: str) -> None:
+    """RuntimeError unless every rank found the same images: their order is a function of them."""
+    from unic_ds import dist
+
+    if len(set(dist.gather_objects(fingerprint))) > 1:
+        raise RuntimeError("the ranks see different images; wait until the folder is complete")
+
+
+def record(task: job.Job, manifest: dict[str, Any]) -> IO[str]:
+    """Write what the run is: config.yaml, teachers.json, ds_config.json; the folder's lock.
+
+    ValueError where another job holds the lock.
+    """
+    import yaml
+
+    from unic_ds import checkpoint, dist
+
+    lock = (task.out / ".lock").open("a")
+    if dist.rank() != 0:
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another job trains in {str(task.out)!r}; end it, or choose another --out"
+        ) from None
+    files = {
+        "config.yaml": yaml.safe_dump(override.to_dict(task.cfg), sort_keys=False),
+        "teachers.json": json.dumps(manifest, indent=1) + "\n",
+        "ds_config.json": json.dumps(task.settings, indent=1) + "\n",
+    }
+    for name, text in files.items():
+        checkpoint.write_whole(task.out / name, text)
+    return lock
+
+
+def count_flops(student: Any, teachers: Any, size: int, device: Any) -> float:
+    """FLOPs of one image's step, counted: teachers forward, student forward, (twice) backward."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    images = {
+        s: torch.zeros(1, 3, s, s, dtype=torch.uint8, device=device)
+        for s in {size, *teachers.sizes}
+    }
+    totals = []
+    for forward in (lambda: teachers.raw(images), lambda: student(images[size])):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            forward()
+        totals.append(counter.get_total_flops())
+    return totals[0] + 3 * totals[1]
+
+
+def identity(task: job.Job, parts: Parts) -> dict[str, Any]:
+    """What a checkpoint must share with the run that resumes it."""
+    from unic_ds import data, dist
+
+    return {
+        "images": parts.train.fingerprint(),
+        "teachers": [[name, row["sha256"]] for name, row in parts.manifest.items()],
+        "decoder": data.backend(task.cfg.data),
+        "ranks": dist.world(),
+        "zero_stage": ds_config.stage(task.settings),
+        "bf16": bool(task.settings.get("bf16", {}).get("enabled")),
+        **{f"--{key}": value for key, value in override.science(task.cfg).items()},
+    }
+
+
+def save(task: job.Job, parts: Parts, step: int) -> None:
+    """Save a checkpoint after `step`."""
+    from unic_ds import checkpoint
+
+    checkpoint.save(
+        parts.engine,
+        task.out / "checkpoints",
+        step,
+        facts=identity(task, parts)
+        | {"samples": step * task.cfg.optim.batch_size, "seed": task.cfg.seed},
+        statistics=parts.teachers.state_dict(),
+        keep=task.cfg.run.keep_last,
+    )
+
+
+def resume(task: job.Job, parts: Parts) -> int:
+    """Load the newest whole checkpoint, if there is one; the step it was saved after, else 0."""
+    from unic_ds import checkpoint, log
+
+    found = checkpoint.find(task.out / "checkpoints", task.resume)
+    step = 0
+    if found:
+        facts, statistics = checkpoint.load(parts.engine, found, identity(task, parts))
+        parts.teachers.load_state_dict(statistics)
+        step = facts["step"]
+        log.say(f"resumed after step {step} from {found}")
+    parts.stream.seek(step)
+    return step
+
+
+def refuse_non_finite(row: dict[str, Any]) -> None:
+    """RuntimeError where the loss is no number any more: going on would burn the job."""
+    if not math.isfinite(row["loss"]):
+        raise RuntimeError(
+            f"the loss is {row['loss']} at step {row['step']}; lower --optim.lr or set"
+            " --optim.clip in a fresh --out (earlier checkpoints are kept)"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main, sys.argv[1:]))
