@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unic_ds import config, optim
 
@@ -24,10 +26,29 @@ def build(student: nn.Module, cfg: config.Optim, settings: dict[str, Any]) -> An
         eps=cfg.eps,
         fused=True,
     )
+    linear = F.linear
     engine, *_ = deepspeed.initialize(
         model=student, optimizer=optimizer, config=settings, dist_init_required=False
     )
+    if F.linear is not linear:
+        confine(student, F.linear)
+        F.linear = linear
     return engine
+
+
+def confine(student: nn.Module, linear: Any) -> None:
+    """Give the student's Linears, and nothing else of this process, the `linear` of ZeRO-3.
+
+    DeepSpeed replaces `F.linear` for everybody by one that keeps no gathered weight. In bf16 it
+    rounds before it adds the bias, so frozen teachers would give other targets than under ZeRO-2.
+    """
+
+    def forward(module: nn.Linear, x: Tensor) -> Tensor:
+        return linear(x, module.weight, module.bias)
+
+    for module in student.modules():
+        if type(module) is nn.Linear:
+            module.forward = partial(forward, module)  # type: ignore[method-assign]
 
 
 def load_deepspeed() -> Any:

@@ -55,7 +55,7 @@ def resolve(options: dict[str, str]) -> Job:
     job = Job(cfg=cfg, settings=settings, out=out, resume=door.get("resume", "auto"))
     check_folder(job)
     check_inputs(cfg)
-    make_folder(job.out)
+    check_room(job.out)
     return job
 
 
@@ -113,11 +113,11 @@ def check_folder(job: Job) -> None:
     refuse_foreign(job)
 
 
-def make_folder(out: Path) -> None:
-    """Make the run folder; ValueError where it cannot be written."""
+def check_room(out: Path) -> None:
+    """ValueError where the run folder could not be written; makes nothing that would stay."""
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise ValueError(f"--out {str(out)!r} cannot be written ({error.strerror})") from None

@@ -229,6 +229,7 @@ def record(task: job.Job, manifest: dict[str, Any]) -> IO[str]:
 
     from unic_ds import checkpoint, dist
 
+    task.out.mkdir(parents=True, exist_ok=True)
     lock = (task.out / ".lock").open("a")
     if dist.rank() != 0:
         return lock
