@@ -16,9 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "unic_ds").rglob("*.py"))
 
 FLOORS = (
-    {"config", "chance"},
-    {"override"},
+    {"formula", "chance"},
+    {"config"},
+    {"override", "methods"},
     {"tokens", "optim", "dist", "ds_config", "entry"},
+    {"balance"},
     {"data", "teachers", "student", "loss", "engine", "log", "evaluate", "recipes", "quickstart"},
     {"checkpoint", "job"},
     {"export"},

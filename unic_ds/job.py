@@ -8,13 +8,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from unic_ds import ds_config, quickstart, recipes
+from unic_ds import ds_config, methods, quickstart, recipes
 from unic_ds.config import Config, Teacher
 from unic_ds.override import nearest, option_names, options_of, override_all, science
 
 DOOR = {
     "ds_config": "ds_configs/zero1.json, zero2, zero3 or zero3_offload, or your own (needed)",
-    "recipe": f"{', '.join(recipes.RECIPES)}, or a run's config.yaml [quickstart]",
+    "recipe": f"{', '.join(recipes.RECIPES)}; a method on one, like quickstart+radio"
+    f" ({', '.join(methods.METHODS)}); or a run's config.yaml [quickstart]",
     "out": "run folder; the same command again resumes there [runs/RECIPE]",
     "resume": "auto (go on where the folder stands), never, or the PATH of a checkpoint [auto]",
 }
@@ -67,7 +68,8 @@ def configure(recipe: str, options: dict[str, str]) -> Config:
             raise ValueError(
                 f"unknown option --{name}{nearest(name, known)}; --help lists them all"
             )
-    return override_all(recipes.get(recipe), options)
+    cfg = recipes.get(recipe, options.get("teachers", ""))
+    return override_all(cfg, {k: v for k, v in options.items() if k != "teachers"})
 
 
 def check_inputs(cfg: Config) -> None:
