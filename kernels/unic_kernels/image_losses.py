@@ -252,22 +252,35 @@ def image_losses(
     further entries with the same target.
     """
     check(pred, target, mean, std, distances)
+    loss_TB, gap_TB22, _ = _forward(*lists(pred, target, mean, std, distances, clamp, eps))
+    return loss_TB, gap_TB22
+
+
+def lists(
+    pred: Sequence[Pair],
+    target: Sequence[Pair],
+    mean: Sequence[Tensor],
+    std: Sequence[Tensor],
+    distances: Sequence[Distance],
+    clamp: float,
+    eps: float,
+) -> Lists:
+    """Arguments of the op; a weight is shared by the kinds learned and by a kind's tokens."""
     weight: list[float] = []
     for tokens, distance in zip(pred, distances, strict=True):
         for kind, terms in enumerate(distance):
             count = sum(map(bool, distance)) * (tokens[1].shape[1] if kind and terms else 1)
             weight += [terms.get(name, 0.0) / count for name in TERMS]
-    loss_TB, gap_TB22, _ = _forward(
-        [x for pair in pred for x in pair],
-        [x.detach() for pair in target for x in pair],
-        [wide(x.detach()) for x in mean],
-        [wide(x.detach()) for x in std],
-        weight,
-        [bool(terms) for distance in distances for terms in distance],
-        clamp or math.inf,
-        eps,
+    return Lists(
+        pred=[x for pair in pred for x in pair],
+        target=[x.detach() for pair in target for x in pair],
+        mean=[wide(x.detach()) for x in mean],
+        std=[wide(x.detach()) for x in std],
+        weight=weight,
+        looks=[bool(terms) for distance in distances for terms in distance],
+        clamp=clamp or math.inf,
+        eps=eps,
     )
-    return loss_TB, gap_TB22
 
 
 def check(

@@ -277,8 +277,9 @@ def builds(arch: int) -> Iterator[Build]:
     for pred in ("bf16", "fp32"):
         types |= dict.fromkeys(("p_cls", "p_patch", "d_cls", "d_patch"), f"*{pred}")
         for kernel in (row_losses, row_grads):
+            own = {key: types[key] for key in kernel.arg_names if key in types}
             name, constants = f"{kernel.__name__} {pred}", {"ROWS": rows, "BLOCK": block}
-            yield Build(name, kernel, types, constants, {"num_warps": warps}, aligned)
+            yield Build(name, kernel, own, constants, {"num_warps": warps}, aligned)
     types = dict.fromkeys(("part", "loss", "gap"), "*fp32")
     types |= dict.fromkeys(("images", "chunks"), "i32")
     yield Build("image_sums", image_sums, types, {"BLOCK": 64}, {"num_warps": 1})
