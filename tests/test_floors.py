@@ -20,9 +20,9 @@ FLOORS = (
     {"override"},
     {"tokens", "optim", "dist", "ds_config", "entry"},
     {"data", "teachers", "student", "loss", "engine", "log", "evaluate", "recipes", "quickstart"},
-    {"checkpoint", "job"},
+    {"checkpoint", "job", "initial"},
     {"export"},
-    {"finish"},
+    {"finish", "published"},
     {"train"},
     {"cli"},
 )
