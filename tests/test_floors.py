@@ -22,9 +22,9 @@ FLOORS = (
     {"tokens", "optim", "dist", "ds_config", "entry"},
     {"balance"},
     {"data", "teachers", "student", "loss", "engine", "log", "evaluate", "recipes", "quickstart"},
-    {"checkpoint", "job"},
+    {"checkpoint", "job", "initial"},
     {"export"},
-    {"finish"},
+    {"finish", "published"},
     {"train"},
     {"cli"},
 )

@@ -155,6 +155,11 @@ class Student:
     drop_path: float = knob(0.1, "drop-path rate of the last block, linear from 0")
     mean: tuple[float, ...] = knob((0.485, 0.456, 0.406), "channel means of its preprocessing")
     std: tuple[float, ...] = knob((0.229, 0.224, 0.225), "channel stds of its preprocessing")
+    init: str = knob(
+        "",
+        "start from a model folder (a run's student/, import-unic's) or a .safetensors encoder",
+        machinery=True,  # the path may move; a checkpoint knows the SHA-256 of what it held
+    )
 
     def __post_init__(self) -> None:
         check(self.size > 0, "student.size", "positive", self.size)

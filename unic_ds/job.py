@@ -81,6 +81,7 @@ def check_inputs(cfg: Config) -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return  # the node's first rank checks and prepares; this one meets it before it reads
     prepare_demonstration(cfg)
+    check_init(cfg.student.init)
     files = [t.source[5:].rpartition("#arch=")[0] for t in cfg.teachers if t.source[:5] == "file:"]
     for key, folder in (("train", cfg.data.train), ("val", cfg.data.val)):
         if folder and not Path(folder).is_dir():
@@ -97,6 +98,17 @@ def check_inputs(cfg: Config) -> None:
                 f"teacher {teacher.name!r} has no weights at {path!r}; put them there or give"
                 f" --teachers.{teacher.name}.source (`unic-ds teachers fetch` has those of hubs)"
             )
+
+
+def check_init(path: str) -> None:
+    """ValueError where there is nothing to start from."""
+    given = Path(path).expanduser()
+    if path and given.is_dir() and not (given / "model.safetensors").is_file():
+        raise ValueError(
+            f"--student.init {path!r} holds no model.safetensors; give a run's student/ folder"
+        )
+    if path and not given.is_dir() and not (given.is_file() and given.suffix == ".safetensors"):
+        raise ValueError(f"--student.init {path!r} is no model folder and no .safetensors file")
 
 
 def prepare_demonstration(cfg: Config) -> None:

@@ -80,6 +80,7 @@ class Parts:
     stream: Any
     teachers: Any
     manifest: dict[str, Any]
+    init: dict[str, str] | None
     engine: Any
     balance: Any
     steps: int
@@ -165,7 +166,7 @@ def uniforms(cfg: config.Config, step: int, position_B: Any, engine: Any) -> tup
 
 def build(task: job.Job) -> Parts:
     """Images, teachers, student and engine of a job."""
-    from unic_ds import balance, dist, engine, log
+    from unic_ds import balance, dist, engine, initial, log
     from unic_ds.student import Head, Student, grid_of
     from unic_ds.teachers.pool import Teachers
 
@@ -183,6 +184,7 @@ def build(task: job.Job) -> Parts:
         for row in cfg.teachers
     }
     student = Student(cfg.student, cfg.ladder, heads, seed=cfg.seed).to(device)
+    init = initial.start(cfg.student.init, student, teachers) if cfg.student.init else None
     flops = count_flops(student, teachers, cfg.student.size, device)
     cost = f"{flops / 1e9:.1f} GFLOP an image for the whole step"
     log.say(f"student {cfg.student.model}, {cfg.student.size} px; {cost}")
@@ -192,6 +194,7 @@ def build(task: job.Job) -> Parts:
         stream=open_stream(task, train, teachers.sizes, device),
         teachers=teachers,
         manifest=manifest,
+        init=init,
         engine=engine.build(student, cfg.optim, task.settings),
         balance=balance.build(cfg).to(device),
         steps=cfg.optim.step_count(len(train)),
@@ -290,6 +293,7 @@ def identity(task: job.Job, parts: Parts) -> dict[str, Any]:
     return {
         "images": parts.train.fingerprint(),
         "teachers": [[name, row["sha256"]] for name, row in parts.manifest.items()],
+        "init": parts.init,
         "decoder": data.backend(task.cfg.data),
         "ranks": dist.world(),
         "zero_stage": ds_config.stage(task.settings),
