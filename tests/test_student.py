@@ -7,8 +7,15 @@ import pytest
 import timm
 import torch
 
-from unic_ds import config
-from unic_ds.student import Head, Ladder, Student, rung_blocks
+from unic_ds import config, export
+from unic_ds.student import (
+    Head,
+    Ladder,
+    Student,
+    build_encoder,
+    give_drop_paths,
+    rung_blocks,
+)
 from unic_ds.tokens import Tokens
 
 VECTORS = Path(__file__).parent / "data" / "ladder.npz"
@@ -180,3 +187,41 @@ def test_a_transformer_projector_sees_all_tokens_together():
     torch.testing.assert_close(pred.patch_BNC, rung.linear(rung.block(joined))[:, 1:])
     state.patch_BNC[:, 0, 0] += 5  # a patch speaks to the CLS prediction
     assert not torch.allclose(ladder([state])["a"].cls_BC, pred.cls_BC)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_a_student_may_have_registers(registers, tmp_path):
+    cfg = config.Student(model="vit_tiny_patch16_224", size=32, registers=registers, drop_path=0.2)
+    student = Student(cfg, config.Ladder(rungs="last"), HEADS, seed=0).train()
+    assert student.encoder.num_prefix_tokens == 1 + registers
+    image = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    pred = student(image, torch.rand(2, len(student.paths)))
+    assert pred["a"].patch_BNC.shape == (2, 4, 12)
+    state = student.encoder.state_dict()
+    out = export.export(state, config.Config(student=cfg), image, tmp_path / "student")
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert loaded.num_prefix_tokens == 1 + registers
+    with pytest.raises(ValueError, match="vit_small_patch16_dinov3"):
+        build_encoder(config.Student(model="vit_small_patch16_dinov3", registers=3))
+
+
+@pytest.mark.parametrize(
+    ("model", "registers", "prefix"),
+    [
+        ("vit_large_patch14_224", -1, 1),
+        ("vit_large_patch14_dinov2", -1, 1),
+        ("vit_large_patch14_reg4_dinov2", -1, 5),
+        ("vit_giant_patch14_224", 4, 5),
+        ("vit_giant_patch14_dinov2", -1, 1),
+        ("vit_giant_patch14_reg4_dinov2", -1, 5),
+    ],
+)
+def test_large_students_with_registers_or_none(model, registers, prefix):
+    cfg = config.Student(model=model, size=336, registers=registers)
+    with torch.device("meta"):
+        encoder = build_encoder(cfg)
+        pixels = torch.zeros(1, 3, 336, 336)
+        tokens = encoder.forward_features(pixels)
+    assert encoder.num_prefix_tokens == prefix
+    assert tokens.shape == (1, prefix + 24 * 24, encoder.embed_dim)
+    assert len(give_drop_paths(encoder)) >= 2 * (len(encoder.blocks) - 1)

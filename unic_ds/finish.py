@@ -66,8 +66,8 @@ def measure(task: job.Job, parts: Any, state: dict[str, Tensor]) -> dict[str, di
     before, after = (
         Student(cfg.student, cfg.ladder, {}, seed=cfg.seed).to(device).eval() for _ in range(2)
     )
-    if cfg.student.init:
-        initial.start_encoder(cfg.student.init, before.encoder)
+    if task.init:
+        initial.start_encoder(task.init, before.encoder)
     after.encoder.load_state_dict(state)
     widths: dict[str, int] = {}
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ class Job:
     settings: dict[str, Any]
     out: Path
     resume: str
+    init: str  # model folder or encoder weights that it starts from; empty: from the seed
+    before: tuple[Job, ...] = ()  # earlier stages, in folders of their own under `out`
 
     @property
     def finished(self) -> bool:
@@ -49,15 +52,35 @@ def resolve(options: dict[str, str]) -> Job:
         raise ValueError(
             f"--ds_config is needed{near}, for example --ds_config ds_configs/zero2.json"
         )
-    settings = ds_config.read(door["ds_config"])
+    file = ds_config.read(door["ds_config"])
     cfg = configure(door.get("recipe", "quickstart"), options)
-    settings = ds_config.merge(settings, cfg, int(os.environ.get("WORLD_SIZE", "1")))
     out = Path(door.get("out") or Path("runs") / (Path(cfg.recipe).name or "run"))
-    job = Job(cfg=cfg, settings=settings, out=out, resume=door.get("resume", "auto"))
-    check_folder(job)
+    resume, jobs, init = door.get("resume", "auto"), [], cfg.student.init
+    for stage, folder in staged(cfg, out):
+        settings = ds_config.merge(file, stage, int(os.environ.get("WORLD_SIZE", "1")))
+        jobs.append(Job(cfg=stage, settings=settings, out=folder, resume=resume, init=init))
+        init = str(folder / "student")
+    if len(jobs) > 1 and resume not in ("auto", "never"):
+        raise ValueError(f"--resume {resume!r} is of one stage; add --stages '' to train one alone")
+    for job in jobs:
+        check_folder(job)
     check_inputs(cfg)
-    check_room(job.out)
-    return job
+    check_room(out)
+    return replace(jobs[-1], before=tuple(jobs[:-1]))
+
+
+def staged(cfg: Config, out: Path) -> list[tuple[Config, Path]]:
+    """(settings, folder) of every stage, the last being `cfg` in `out` itself."""
+    stages = []
+    for number, text in enumerate(filter(str.strip, cfg.stages.split(";")), 1):
+        try:
+            pairs = [word.partition("=") for word in shlex.split(text)]
+            options = {key.removeprefix("--"): value for key, _, value in pairs}
+            stage = override_all(replace(cfg, stages=""), options)
+        except ValueError as error:
+            raise ValueError(f"stage {number} of --stages ({text.strip()!r}): {error}") from None
+        stages.append((stage, out / f"stage{number}"))
+    return [*stages, (cfg, out)]
 
 
 def configure(recipe: str, options: dict[str, str]) -> Config:

@@ -254,7 +254,11 @@ def build_encoder(cfg: config.Student) -> Any:
         raise ValueError(f"student.model {cfg.model!r} is not a timm model{near}")
     try:
         encoder: Any = timm.create_model(
-            cfg.model, img_size=cfg.size, num_classes=0, drop_path_rate=cfg.drop_path
+            cfg.model,
+            img_size=cfg.size,
+            num_classes=0,
+            drop_path_rate=cfg.drop_path,
+            **shape_options(cfg),
         )
     except (TypeError, AssertionError) as error:
         raise ValueError(f"student.model {cfg.model!r} at {cfg.size} px: {error}") from error
@@ -268,6 +272,11 @@ def build_encoder(cfg: config.Student) -> Any:
             f"student.size {cfg.size} is not a multiple of {cfg.model}'s patch size {patch}"
         )
     return encoder
+
+
+def shape_options(cfg: config.Student) -> dict[str, Any]:
+    """What `timm.create_model` is told beside name, size and classes."""
+    return {} if cfg.registers < 0 else {"reg_tokens": cfg.registers}
 
 
 def grid_of(cfg: config.Student) -> int:

@@ -53,7 +53,21 @@ def main(argv: Sequence[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = (
         "1"  # a compute node must not ask a hub; `unic-ds teachers fetch` does
     )
-    return distil(task)
+    # Looked at before anything runs, when all ranks see the same.
+    waiting = [stage for stage in (*task.before, task) if not stage.finished]
+    for stage in waiting:
+        announce(stage, task)
+        if not distil(stage):
+            break
+    return 0
+
+
+def announce(stage: job.Job, task: job.Job) -> None:
+    """Say which stage of how many begins."""
+    if task.before and os.environ.get("RANK", "0") == "0":
+        number, student = [*task.before, task].index(stage) + 1, stage.cfg.student
+        of = f"stage {number} of {len(task.before) + 1}"
+        print(f"{of}: {student.model} at {student.size} px in {stage.out}", flush=True)
 
 
 def show(task: job.Job) -> int:
@@ -87,8 +101,8 @@ class Parts:
     flops: float
 
 
-def distil(task: job.Job) -> int:
-    """Train until the last step, then export and evaluate; the exit code."""
+def distil(task: job.Job) -> bool:
+    """Train until the last step, then export and evaluate; False where `run.stop_at` came first."""
     from unic_ds import dist, finish, log
     from unic_ds.engine import grad_norm
     from unic_ds.loss import distill_loss
@@ -143,7 +157,7 @@ def distil(task: job.Job) -> int:
     if stop == last:
         finish.finish(task, parts)
     lock.close()
-    return 0
+    return stop == last
 
 
 def uniforms(cfg: config.Config, step: int, position_B: Any, engine: Any) -> tuple[Any, Any]:
@@ -184,7 +198,7 @@ def build(task: job.Job) -> Parts:
         for row in cfg.teachers
     }
     student = Student(cfg.student, cfg.ladder, heads, seed=cfg.seed).to(device)
-    init = initial.start(cfg.student.init, student, teachers) if cfg.student.init else None
+    init = initial.start(task.init, student, teachers) if task.init else None
     flops = count_flops(student, teachers, cfg.student.size, device)
     cost = f"{flops / 1e9:.1f} GFLOP an image for the whole step"
     log.say(f"student {cfg.student.model}, {cfg.student.size} px; {cost}")
