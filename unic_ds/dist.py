@@ -107,6 +107,15 @@ def gather(values: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
+def total(values: Tensor) -> Tensor:
+    """`values` summed over the ranks; the same on all."""
+    if world() == 1:
+        return values
+    summed = values.clone()
+    td.all_reduce(summed)
+    return summed
+
+
 def gather_rows(values_NC: Tensor) -> Tensor:
     """Rows of every rank in rank order, the same on all; their numbers may differ.
 
