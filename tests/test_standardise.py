@@ -173,3 +173,41 @@ def test_state_survives(tmp_path):
     assert torch.equal(norm.mean_2C, fresh.mean_2C)
     assert torch.equal(norm.std_2C, fresh.std_2C)
     assert set(norm.state_dict()) == {"mean_2C", "std_2C"}
+
+
+def test_fitted_statistics_are_those_of_all_batches():
+    tokens, norm = tokens_of(11), Standardiser(6, config.Standardise(fit_steps=3))
+    for rows in (slice(0, 5), slice(5, 6), slice(6, 12)):
+        norm.observe(part(tokens, rows))
+    norm.fit(norm.moments()[None], lambda share: share)
+    for kind, x_C in enumerate(tokens):
+        x_NC = x_C.reshape(-1, 6).double().numpy()
+        np.testing.assert_allclose(norm.mean_2C[kind], x_NC.mean(0), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(norm.std_2C[kind], x_NC.std(0, ddof=1) + 1e-6, rtol=1e-6)
+    assert norm.moments().abs().sum() == 0
+
+
+def test_non_finite_features_cannot_be_fitted():
+    norm, broken = Standardiser(6, PAPER), tokens_of(12)
+    broken.patch_BNC[1, 2, 3] = torch.nan
+    norm.observe(broken)
+    with pytest.raises(ValueError, match="not finite"):
+        norm.fit(norm.moments()[None], lambda share: share)
+
+
+@pytest.mark.parametrize("floor", [0.0, 2.0])
+def test_invert_undoes_normalise(floor):
+    norm, tokens = Standardiser(6, config.Standardise(std_floor=floor)), tokens_of(13)
+    step(norm, [tokens], 1.0)
+    for kind, x_C in enumerate(tokens):
+        assert gap(norm.invert(norm.normalise(x_C, kind), kind), x_C) < 1e-5
+
+
+def test_either_running_or_fitted_or_off():
+    running, fitted = config.Standardise(), config.Standardise(fit_steps=2)
+    off = config.Standardise(fit_steps=2, on=False)
+    assert [(c.running, c.fitted) for c in (running, fitted, off)] == [
+        (True, False),
+        (False, True),
+        (False, False),
+    ]

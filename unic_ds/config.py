@@ -281,12 +281,22 @@ class Drop:
 
 @dataclass(frozen=True, kw_only=True)
 class Standardise:
-    """Running per-channel standardisation of the targets (method: section 1)."""
+    """Standardisation of the targets, by running statistics or fitted ones (method: section 1)."""
 
     on: bool = knob(True, "standardise teacher features")
+    kind: Literal["channel", "phi_s"] = knob(
+        "channel",
+        "channel: each by its own mean and std; phi_s: PHI-S, one rotation and one scale that give"
+        " every channel variance 1 (needs fit_steps)",
+    )
+    fit_steps: int = knob(
+        0,
+        "fit the statistics to this many batches before training and keep them fixed; 0: running"
+        " statistics",
+    )
     momentum_end: float = knob(0.001, "last value of the cosine from 1")
     std_floor: float = knob(
-        0.1, "smallest std, as a share of the teacher's median channel std; 0: off"
+        0.1, "smallest std, as a share of the teacher's median channel std; 0: off (kind channel)"
     )
     target_clamp: float = knob(10.0, "largest absolute target; 0: off")
     freeze_after: int = knob(0, "fix the statistics after this step; 0: never")
@@ -295,8 +305,30 @@ class Standardise:
         check(
             0 <= self.momentum_end <= 1, "standardise.momentum_end", "in [0, 1]", self.momentum_end
         )
-        for key in ("std_floor", "target_clamp", "freeze_after"):
+        for key in ("fit_steps", "std_floor", "target_clamp", "freeze_after"):
             check(getattr(self, key) >= 0, f"standardise.{key}", ">= 0", getattr(self, key))
+        check(
+            self.kind == "channel" or self.fit_steps > 0,
+            "standardise.fit_steps",
+            f"positive for --standardise.kind {self.kind} (say 100)",
+            self.fit_steps,
+        )
+        check(
+            not (self.fit_steps and self.freeze_after),
+            "standardise.freeze_after",
+            "0 where standardise.fit_steps fixes the statistics before training",
+            self.freeze_after,
+        )
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the statistics are fitted before training and fixed then."""
+        return self.on and self.fit_steps > 0
+
+    @property
+    def running(self) -> bool:
+        """Whether the statistics follow the training batches."""
+        return self.on and self.fit_steps == 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,11 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -345,8 +347,26 @@ def resume(task: job.Job, parts: Parts) -> int:
         parts.teachers.load_state_dict(statistics)
         step = facts["step"]
         log.say(f"resumed after step {step} from {found}")
+    elif task.cfg.standardise.fitted:
+        fit_statistics(task, parts)
     parts.stream.seek(step)
     return step
+
+
+def fit_statistics(task: job.Job, parts: Parts) -> None:
+    """Fix the targets' statistics by the first batches of the run, which training reads again."""
+    from unic_ds import dist, log
+
+    steps, start = task.cfg.standardise.fit_steps, time.monotonic()
+    images = steps * task.cfg.optim.batch_size
+    log.say(f"fitting the teachers' statistics to {images} images ({steps} batches)")
+    count = steps * parts.engine.gradient_accumulation_steps()
+    # A stream of its own: the log's share of time spent waiting is of training alone.
+    stream = open_stream(task, parts.train, parts.teachers.sizes, dist.device())
+    batches = (batch.images for batch in islice(stream, count))
+    parts.teachers.fit(log.track(batches, count, "statistics"))
+    stream.close()
+    log.say(f"statistics fitted in {time.monotonic() - start:.1f} s")
 
 
 def refuse_non_finite(row: dict[str, Any]) -> None:
