@@ -18,7 +18,7 @@ FILES = sorted((ROOT / "unic_ds").rglob("*.py"))
 FLOORS = (
     {"config", "chance"},
     {"override"},
-    {"tokens", "optim", "dist", "ds_config", "entry"},
+    {"tokens", "optim", "average", "dist", "ds_config", "entry"},
     {"data", "teachers", "student", "loss", "engine", "log", "evaluate", "recipes", "quickstart"},
     {"checkpoint", "job"},
     {"export"},
