@@ -11,7 +11,7 @@ from test_train import ROOT, options, ranks_and_port, run
 
 from unic_ds import config, ds_config, engine, optim, quickstart, recipes
 from unic_ds.average import KEY, AveragedAdamW, in_place_of_weights
-from unic_ds.student import Student
+from unic_ds.student import Head, Student
 
 DECAY = 0.9
 
@@ -186,7 +186,7 @@ def masters_by_name(folder, saved):
     if "fp32_groups" not in saved:
         return {}
     cfg = recipes.read(folder / "config.yaml")
-    student = Student(cfg.student, cfg.ladder, {"effnet": 1280, "dinov2": 384}, seed=0)
+    student = Student(cfg.student, cfg.ladder, {"effnet": Head(1280), "dinov2": Head(384)}, seed=0)
     names = {parameter: name for name, parameter in student.named_parameters()}
     groups = optim.groups(student, cfg.optim.weight_decay)
     pairs = zip(groups, saved["fp32_groups"], strict=True)

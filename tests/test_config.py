@@ -40,7 +40,7 @@ def test_values_follow_the_annotation_not_their_looks():
         ("eval.on", "maybe", "--eval.on must be true or false, got 'maybe'"),
         ("data.augment", "strong", "one of unic, weak, none"),
         ("drop.rate", "1.5", r"drop.rate must be in \[0, 1\], got 1.5"),
-        ("ladder.rungs", "a,b", "ladder.rungs must be all, half, last"),
+        ("ladder.rungs", "a,b", "ladder.rungs must be all, half, middle, last"),
         ("teachers", "resnet50", "must be timm:, open_clip:, file: or python:"),
         ("teachers", "timm:a,timm:a", "must be different"),
         ("teachers", "file:x.safetensors", "#arch="),
@@ -73,7 +73,7 @@ def test_yaml_round_trip_keeps_everything():
     cfg = Config(
         seed=5,
         teachers=(
-            Teacher(name="a", source="timm:x", std=(0.1, 0.2, 0.3), block=4, channels_last=True),
+            Teacher(name="a", source="timm:x", std=(0.1, 0.2, 0.3), block="4", channels_last=True),
         ),
         data=Data(train="/x,y", val_share=0.25),
         optim=Optim(lr=1.2345678901234567e-4),

@@ -92,7 +92,7 @@ def test_vit_size_makes_the_grids_agree(vit):
 
 def test_block_reads_the_residual_stream(vit):
     model, row = vit
-    teacher = sources.load(replace(row, block=2), grid=10, device=CPU)
+    teacher = sources.load(replace(row, block="2"), grid=10, device=CPU)
     seen: list[Tensor] = []
     hook = model.blocks[2].register_forward_hook(lambda _, __, out: seen.append(out))
     expected(model, images(160))
@@ -502,7 +502,7 @@ def test_real_teachers(tmp_path, monkeypatch):
             precision="bf16",
             channels_last=True,
         ),
-        row_of(dinov2, "vit_small_patch14_dinov2", name="d", block=10, precision="bf16"),
+        row_of(dinov2, "vit_small_patch14_dinov2", name="d", block="10", precision="bf16"),
     )
     e, d = pool.describe(rows, grid=7, device=CPU)
     assert (e["size"], e["width"], e["tokens"], e["mean"]) == (128, 1280, 16, [0.5, 0.5, 0.5])

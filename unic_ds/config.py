@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from unic_ds import formula
 
 TEACHER_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -22,6 +24,12 @@ def check(holds: bool, name: str, want: str, value: object) -> None:
     """Raise ValueError naming the option, what it wants and what it got."""
     if not holds:
         raise ValueError(f"{name} must be {want}, got {value!r}")
+
+
+def check_rungs(text: str, name: str) -> None:
+    """Raise ValueError unless `text` names student blocks."""
+    known = text in ("all", "half", "middle", "last") or re.fullmatch(r"\d+(,\d+)*", text)
+    check(bool(known), name, "all, half, middle, last or block numbers like 2,5,8,11", text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +48,13 @@ class Teacher:
         (), "channel means of its preprocessing; empty: the source's own"
     )
     std: tuple[float, ...] = knob((), "channel stds of its preprocessing; empty: the source's own")
-    block: int = knob(-1, "tokens are read after this block (0-based); -1: the model's output")
+    block: str = knob(
+        "output", "tokens are read here: output, middle (block), or after a 0-based block"
+    )
+    weight: float = knob(1.0, "of its losses beside the other teachers'")
+    cls_loss: str = knob("", "distance of its CLS tokens, or none; empty: loss.cls")
+    patch_loss: str = knob("", "distance of its patch tokens, or none; empty: loss.patch")
+    rungs: str = knob("", "student blocks that learn it, as ladder.rungs; empty: ladder.rungs")
     precision: Literal["bf16", "fp32"] = knob("bf16", "weights and activations of its forward")
     channels_last: bool = knob(False, "NHWC memory format, faster for CNNs")
 
@@ -62,7 +76,14 @@ class Teacher:
         if kind == "open_clip":
             check("/" in rest, f"{at}.source", "open_clip:ARCH/TAG", self.source)
         check(self.name != "pixels", "a teacher's name", "another than the baseline's", self.name)
-        check(self.block >= -1, f"{at}.block", ">= -1", self.block)
+        at_block = self.block in ("output", "middle") or self.block.isdecimal()
+        check(at_block, f"{at}.block", "output, middle or a 0-based block number", self.block)
+        check(self.weight > 0, f"{at}.weight", "positive", self.weight)
+        for kind, text in (("cls", self.cls_loss), ("patch", self.patch_loss)):
+            if text:
+                formula.parse(text, f"{at}.{kind}_loss", known=Loss.TERMS[kind])
+        if self.rungs:
+            check_rungs(self.rungs, f"{at}.rungs")
         check(self.size >= 0, f"{at}.size", ">= 0", self.size)
         check(self.patch >= 0, f"{at}.patch", ">= 0", self.patch)
         for key in ("mean", "std"):
@@ -134,6 +155,11 @@ class Student:
     drop_path: float = knob(0.1, "drop-path rate of the last block, linear from 0")
     mean: tuple[float, ...] = knob((0.485, 0.456, 0.406), "channel means of its preprocessing")
     std: tuple[float, ...] = knob((0.229, 0.224, 0.225), "channel stds of its preprocessing")
+    init: str = knob(
+        "",
+        "start from a model folder (a run's student/, import-unic's) or a .safetensors encoder",
+        machinery=True,  # the path may move; a checkpoint knows the SHA-256 of what it held
+    )
 
     def __post_init__(self) -> None:
         check(self.size > 0, "student.size", "positive", self.size)
@@ -153,7 +179,7 @@ class Ladder:
 
     rungs: str = knob(
         "all",
-        "blocks that carry projectors: all, half (every second), last, or 0-based like 2,5,8,11",
+        "blocks with projectors: all, half (every second), middle, last, or 0-based like 2,5,8,11",
     )
     width: int = knob(0, "hidden width of a projector; 0: the student's width")
     last_width: int = knob(0, "hidden width on the last block; 0: 4 x width")
@@ -163,36 +189,72 @@ class Ladder:
         "sum", "sum the rungs and take one loss, or average a loss per rung"
     )
 
+    projector: Literal["mlp", "linear", "transformer"] = knob(
+        "mlp", "per rung: Linear-GELU-Linear, one Linear, or a transformer block on all tokens"
+    )
+
     def __post_init__(self) -> None:
-        if self.rungs not in ("all", "half", "last"):
-            listed = re.fullmatch(r"\d+(,\d+)*", self.rungs) is not None
-            check(
-                listed, "ladder.rungs", "all, half, last or block numbers like 2,5,8,11", self.rungs
-            )
+        check_rungs(self.rungs, "ladder.rungs")
+        only = not self.midnorm or self.projector == "mlp"
+        check(only, "ladder.midnorm", "false where ladder.projector is not mlp", self.midnorm)
         check(self.width >= 0, "ladder.width", ">= 0", self.width)
         check(self.last_width >= 0, "ladder.last_width", ">= 0", self.last_width)
+
+
+class Distance(NamedTuple):
+    """What a teacher's two kinds of token are judged by: term -> weight; empty: not learned."""
+
+    cls: dict[str, float]
+    patch: dict[str, float]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of token that are learned."""
+        return tuple(kind for kind, terms in zip(self._fields, self, strict=True) if terms)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
     """Distance between a prediction and its target (method: section 3)."""
 
-    cosine: float = knob(0.5, "weight of 1 - cosine")
-    smooth_l1: float = knob(0.5, "weight of smooth-L1 (beta 1)")
-    mse: float = knob(0.0, "weight of the mean squared error")
+    TERMS: ClassVar = {"cls": formula.TERMS, "patch": ("cosine", "smooth_l1", "mse")}
+
+    cls: str = knob(
+        "0.5 cosine + 0.5 smooth_l1",
+        "of CLS tokens: weighted cosine, smooth_l1, mse, contrastive; none: not learned",
+    )
+    patch: str = knob(
+        "0.5 cosine + 0.5 smooth_l1",
+        "of patch tokens: weighted cosine, smooth_l1, mse; none: not learned",
+    )
+    temperature: float = knob(0.07, "of the contrastive term")
     divisor: Literal["expected", "kept"] = knob(
         "expected", "divide by the expected number of kept pairs, or count them per micro batch"
     )
 
     def __post_init__(self) -> None:
-        for key in ("cosine", "smooth_l1", "mse"):
-            check(getattr(self, key) >= 0, f"loss.{key}", ">= 0", getattr(self, key))
-        check(
-            self.cosine + self.smooth_l1 + self.mse > 0,
-            "loss.cosine, smooth_l1 and mse",
-            "not all 0",
-            0,
+        assert self.distance
+        check(self.temperature > 0, "loss.temperature", "positive", self.temperature)
+
+    @property
+    def distance(self) -> Distance:
+        """What every teacher is judged by that does not say otherwise."""
+        return Distance(
+            *(formula.parse(getattr(self, k), f"loss.{k}", known=self.TERMS[k]) for k in self.TERMS)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """How much each teacher counts for each image."""
+
+    kind: Literal["dropping", "none", "fixed", "adaloss"] = knob(
+        "dropping", "drop teachers by chance, all equal, by their weights, or by inverse loss"
+    )
+    momentum: float = knob(0.99, "adaloss: what stays of the running losses at each step")
+
+    def __post_init__(self) -> None:
+        check(0 <= self.momentum < 1, "balance.momentum", "in [0, 1)", self.momentum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +403,7 @@ class Config:
     student: Student = Student()
     ladder: Ladder = Ladder()
     loss: Loss = Loss()
+    balance: Balance = Balance()
     drop: Drop = Drop()
     standardise: Standardise = Standardise()
     optim: Optim = Optim()
@@ -363,3 +426,17 @@ class Config:
             "not both set",
             where,
         )
+        for row in self.teachers:
+            check(any(self.distance(row)), f"teachers.{row.name}'s losses", "not both none", "none")
+            weighs = row.weight == 1 or self.balance.kind != "none"
+            check(weighs, f"teachers.{row.name}.weight", "1 where balance.kind is none", row.weight)
+
+    def distance(self, row: Teacher) -> Distance:
+        """What that teacher is judged by."""
+        cls, patch = row.cls_loss or self.loss.cls, row.patch_loss or self.loss.patch
+        return replace(self.loss, cls=cls, patch=patch).distance
+
+    @property
+    def distances(self) -> dict[str, Distance]:
+        """What each teacher is judged by."""
+        return {row.name: self.distance(row) for row in self.teachers}

@@ -107,6 +107,11 @@ def gather(values: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
+def gather_batch(values_BC: Tensor) -> tuple[Tensor, int]:
+    """Equally many rows of every rank in rank order, and where this rank's begin."""
+    return gather(values_BC).flatten(0, 1), rank() * len(values_BC)
+
+
 def gather_rows(values_NC: Tensor) -> Tensor:
     """Rows of every rank in rank order, the same on all; their numbers may differ.
 

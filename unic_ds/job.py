@@ -8,13 +8,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from unic_ds import ds_config, quickstart, recipes
+from unic_ds import ds_config, methods, quickstart, recipes
 from unic_ds.config import Config, Teacher
 from unic_ds.override import nearest, option_names, options_of, override_all, science
 
 DOOR = {
     "ds_config": "ds_configs/zero1.json, zero2, zero3 or zero3_offload, or your own (needed)",
-    "recipe": f"{', '.join(recipes.RECIPES)}, or a run's config.yaml [quickstart]",
+    "recipe": f"{', '.join(recipes.RECIPES)}; a method on one, like quickstart+radio"
+    f" ({', '.join(methods.METHODS)}); or a run's config.yaml [quickstart]",
     "out": "run folder; the same command again resumes there [runs/RECIPE]",
     "resume": "auto (go on where the folder stands), never, or the PATH of a checkpoint [auto]",
 }
@@ -67,7 +68,8 @@ def configure(recipe: str, options: dict[str, str]) -> Config:
             raise ValueError(
                 f"unknown option --{name}{nearest(name, known)}; --help lists them all"
             )
-    return override_all(recipes.get(recipe), options)
+    cfg = recipes.get(recipe, options.get("teachers", ""))
+    return override_all(cfg, {k: v for k, v in options.items() if k != "teachers"})
 
 
 def check_inputs(cfg: Config) -> None:
@@ -79,6 +81,7 @@ def check_inputs(cfg: Config) -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return  # the node's first rank checks and prepares; this one meets it before it reads
     prepare_demonstration(cfg)
+    check_init(cfg.student.init)
     files = [t.source[5:].rpartition("#arch=")[0] for t in cfg.teachers if t.source[:5] == "file:"]
     for key, folder in (("train", cfg.data.train), ("val", cfg.data.val)):
         if folder and not Path(folder).is_dir():
@@ -95,6 +98,17 @@ def check_inputs(cfg: Config) -> None:
                 f"teacher {teacher.name!r} has no weights at {path!r}; put them there or give"
                 f" --teachers.{teacher.name}.source (`unic-ds teachers fetch` has those of hubs)"
             )
+
+
+def check_init(path: str) -> None:
+    """ValueError where there is nothing to start from."""
+    given = Path(path).expanduser()
+    if path and given.is_dir() and not (given / "model.safetensors").is_file():
+        raise ValueError(
+            f"--student.init {path!r} holds no model.safetensors; give a run's student/ folder"
+        )
+    if path and not given.is_dir() and not (given.is_file() and given.suffix == ".safetensors"):
+        raise ValueError(f"--student.init {path!r} is no model folder and no .safetensors file")
 
 
 def prepare_demonstration(cfg: Config) -> None:

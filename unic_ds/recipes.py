@@ -5,9 +5,10 @@ A teacher is one row: its name, its source, and what differs from the source's o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from unic_ds import quickstart
+from unic_ds import methods, quickstart
 from unic_ds.config import (
     Config,
     Data,
@@ -20,7 +21,7 @@ from unic_ds.config import (
     Student,
     Teacher,
 )
-from unic_ds.override import from_dict, nearest
+from unic_ds.override import from_dict, nearest, override
 
 PAPER_LOSS = Loss(divisor="kept")
 PAPER_STATISTICS = Standardise(std_floor=0.0, target_clamp=0.0)
@@ -43,7 +44,7 @@ def quickstart_recipe() -> Config:
         recipe="quickstart",
         teachers=(
             Teacher(name="effnet", source=effnet, size=112, channels_last=True),
-            Teacher(name="dinov2", source=dinov2, size=98, block=10),
+            Teacher(name="dinov2", source=dinov2, size=98, block="10"),
         ),
         # The cells fill their photographs: a tight crop would teach positions that no cell has.
         data=Data(
@@ -127,17 +128,30 @@ def unic_g() -> Config:
 RECIPES = {"quickstart": quickstart_recipe, "unic_b": unic_b, "unic_l": unic_l, "unic_g": unic_g}
 
 
-def get(name: str) -> Config:
-    """The Config of a recipe's name or of a YAML file (a run's config.yaml); else ValueError."""
-    if name in RECIPES:
-        return RECIPES[name]()
-    file = Path(name)
-    if file.suffix not in (".yaml", ".yml"):
-        raise ValueError(
-            f"unknown --recipe {name!r}{nearest(name, list(RECIPES))};"
-            f" there are {', '.join(RECIPES)}, or give a .yaml file"
-        )
-    return read(file)
+def get(name: str, teachers: str = "") -> Config:
+    """The Config of a recipe's name or of a YAML file (a run's config.yaml); else ValueError.
+
+    `BASE+METHOD` is another method on a recipe's teachers, student and data; a method alone stands
+    on unic_b. `teachers`, as on the command line, replace the table before a method looks at it.
+    """
+    if Path(name).suffix in (".yaml", ".yml"):
+        cfg, applied = read(Path(name)), []
+    else:
+        base, *applied = name.split("+")
+        if base in methods.METHODS:
+            base, applied = "unic_b", [base, *applied]
+        wrong = [base] if base not in RECIPES else [m for m in applied if m not in methods.METHODS]
+        if wrong:
+            raise ValueError(
+                f"unknown --recipe {name!r}{nearest(wrong[0], [*RECIPES, *methods.METHODS])}; there"
+                f" are {', '.join(RECIPES)}, with {', '.join(methods.METHODS)} after a +, or give a"
+                " .yaml file"
+            )
+        cfg = replace(RECIPES[base](), recipe=name)
+    cfg = override(cfg, "teachers", teachers) if teachers else cfg
+    for method in applied:
+        cfg = methods.METHODS[method](cfg)
+    return cfg
 
 
 def read(file: Path) -> Config:

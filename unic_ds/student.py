@@ -8,11 +8,12 @@ exported.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from timm.layers import DropPath as TimmDropPath
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from unic_ds import chance, config, override
@@ -39,74 +40,145 @@ class DropPath(nn.Module):
         return x_BND * self.scale_B.to(x_BND.dtype).view(-1, 1, 1)
 
 
+class Head(NamedTuple):
+    """What the ladder learns of one teacher."""
+
+    width: int
+    kinds: tuple[str, ...] = KINDS
+    rungs: str = ""  # empty: the ladder's
+
+
 class Projector(nn.Module):
-    """`[LayerNorm ->] Linear(D, H) -> [LayerNorm ->] GELU -> Linear(H, C)`."""
+    """`[LayerNorm ->] Linear(D, H) -> [LayerNorm ->] GELU -> Linear(H, C)`; `[LN ->] Linear(D, C)`
+    where there is no hidden width.
+    """
 
     def __init__(self, width: int, hidden: int, out: int, *, prenorm: bool, midnorm: bool):
         super().__init__()
         layers: list[nn.Module] = [nn.LayerNorm(width)] if prenorm else []
-        layers += [nn.Linear(width, hidden)] + ([nn.LayerNorm(hidden)] if midnorm else [])
-        self.layers = nn.Sequential(*layers, nn.GELU(), nn.Linear(hidden, out))
+        if hidden:
+            layers += [nn.Linear(width, hidden)] + ([nn.LayerNorm(hidden)] if midnorm else [])
+            layers += [nn.GELU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden or width, out))
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return self.layers(x_ND)
 
 
-class Ladder(nn.Module):
-    """Projectors `heads.{teacher}.{cls|patch}.{block}`, the published names."""
+class BlockProjector(nn.Module):
+    """One transformer block over [CLS; patches] and a Linear to the teacher's width.
 
-    def __init__(self, width: int, depth: int, teachers: Mapping[str, int], cfg: config.Ladder):
-        """`teachers` maps a teacher's name to its width; `width`, `depth` are the encoder's."""
+    Sariyildiz et al., DUNE, arXiv 2503.14405.
+    """
+
+    def __init__(self, width: int, attention_heads: int, out: int, *, prenorm: bool):
         super().__init__()
-        if taken := [name for name in teachers if hasattr(nn.ModuleDict(), name)]:
+        self.block = Block(width, attention_heads, qkv_bias=True)
+        self.norm = nn.LayerNorm(width) if prenorm else nn.Identity()
+        self.linear = nn.Linear(width, out)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        x_BND = torch.cat([tokens.cls_BC[:, None], tokens.patch_BNC], 1)
+        y_BNC = self.linear(self.norm(self.block(x_BND)))
+        return Tokens(y_BNC[:, 0], y_BNC[:, 1:])
+
+
+class Ladder(nn.Module):
+    """Projectors `heads.{teacher}.{cls|patch}.{block}`, the published names.
+
+    A `transformer` projector sees both kinds of token: `heads.{teacher}.tokens.{block}`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: Mapping[str, Head],
+        cfg: config.Ladder,
+        *,
+        attention_heads: int = 1,
+    ):
+        """`heads` is keyed by teacher; `width`, `depth`, `attention_heads` are the encoder's."""
+        super().__init__()
+        if taken := [name for name in heads if hasattr(nn.ModuleDict(), name)]:
             raise ValueError(f"a teacher may not be named {taken[0]!r}, a word of torch's own")
-        self.blocks = rung_blocks(cfg.rungs, depth)
-        self.combine = cfg.combine
+        self.cfg = cfg
+        rungs = {name: rung_blocks(head.rungs or cfg.rungs, depth) for name, head in heads.items()}
+        # Without teachers (to evaluate the encoder alone) the rungs are those of the settings.
+        blocks = set().union(*rungs.values()) if rungs else rung_blocks(cfg.rungs, depth)
+        self.blocks = require_last(sorted(blocks), depth)
         hidden = cfg.width or width
         last = cfg.last_width or 4 * hidden
 
-        def projector(block: int, out: int) -> Projector:
+        def projector(block: int, out: int) -> nn.Module:
+            if cfg.projector == "transformer":
+                return BlockProjector(width, attention_heads, out, prenorm=cfg.prenorm)
             size = last if block == depth - 1 else hidden
+            size = 0 if cfg.projector == "linear" else size
             return Projector(width, size, out, prenorm=cfg.prenorm, midnorm=cfg.midnorm)
 
-        def rungs(out: int) -> nn.ModuleDict:
-            return nn.ModuleDict({str(b): projector(b, out) for b in self.blocks})
+        def column(name: str) -> nn.ModuleDict:
+            made = {str(block): projector(block, heads[name].width) for block in rungs[name]}
+            return nn.ModuleDict(made)
 
+        joint = cfg.projector == "transformer"
         self.heads: Any = nn.ModuleDict(
             {
-                name: nn.ModuleDict({kind: rungs(out) for kind in KINDS})
-                for name, out in teachers.items()
+                name: nn.ModuleDict(
+                    {kind: column(name) for kind in (("tokens",) if joint else head.kinds)}
+                )
+                for name, head in heads.items()
             }
         )
 
     def forward(self, states: list[Tokens]) -> dict[str, Tokens]:
-        """Tokens of each rung -> fp32 prediction per teacher; `each` adds a leading axis L."""
-        return {
-            name: Tokens(
-                *(self.climb(kinds[kind], [s[i] for s in states]) for i, kind in enumerate(KINDS))
-            )
-            for name, kinds in self.heads.items()
-        }
+        """Tokens of each rung -> fp32 prediction per teacher; `each` adds a leading axis L.
 
-    def climb(self, rungs: Any, states: list[Tensor]) -> Tensor:
-        """One teacher's projections of one token kind over all rungs; fp32 sum or stack."""
-        steps = (rung(x) for rung, x in zip(rungs.values(), states, strict=True))
-        if self.combine == "each":
-            return torch.stack([y.float() for y in steps])
-        total = next(steps).float()
-        for y in steps:
+        A kind of token that is not learned comes out empty.
+        """
+        at = dict(zip(map(str, self.blocks), states, strict=True))
+        return {name: self.climb(columns, at) for name, columns in self.heads.items()}
+
+    def climb(self, columns: Any, at: Mapping[str, Tokens]) -> Tokens:
+        """One teacher's projections, over its rungs: fp32 sum or stack."""
+        if "tokens" in columns:
+            rungs = [rung(at[block]) for block, rung in columns["tokens"].items()]
+            return Tokens(*(self.combine(list(kind)) for kind in zip(*rungs, strict=True)))
+        found = []
+        for i, kind in enumerate(KINDS):
+            column = columns[kind].items() if kind in columns else ()
+            rungs = [rung(at[block][i]) for block, rung in column]
+            found.append(self.combine(rungs) if rungs else at[str(self.blocks[-1])][i].new_empty(0))
+        return Tokens(*found)
+
+    def combine(self, projections: list[Tensor]) -> Tensor:
+        """The rungs' projections of one kind of token, summed or apart, in fp32."""
+        if self.cfg.combine == "each":
+            return torch.stack([y.float() for y in projections])
+        total = projections[0].float()
+        for y in projections[1:]:
             total = total + y
         return total
 
 
 def rung_blocks(rungs: str, depth: int) -> list[int]:
-    """0-based blocks that `all`, `half`, `last` or a list names; ValueError without the last."""
+    """0-based blocks that `all`, `half`, `middle`, `last` or a list names; ValueError if absent."""
     named = {
         "all": range(depth),
         "half": range(depth - 1, -1, -2),
+        "middle": [(depth - 1) // 2],
         "last": [depth - 1],
     }
     blocks = sorted(set(named[rungs] if rungs in named else map(int, rungs.split(","))))
+    if blocks[-1] >= depth:
+        raise ValueError(
+            f"ladder.rungs names block {blocks[-1]}; the student's last is {depth - 1}"
+        )
+    return blocks
+
+
+def require_last(blocks: list[int], depth: int) -> list[int]:
+    """The blocks; ValueError unless the student's last is among them."""
     if blocks[-1] != depth - 1:  # what lies above the last rung would learn nothing
         raise ValueError(
             f"ladder.rungs ends with block {blocks[-1]}; it must end with the student's last,"
@@ -119,13 +191,19 @@ class Student(nn.Module):
     """Encoder and ladder: uint8 images in, a prediction per teacher out."""
 
     def __init__(
-        self, cfg: config.Student, ladder: config.Ladder, teachers: Mapping[str, int], *, seed: int
+        self, cfg: config.Student, ladder: config.Ladder, heads: Mapping[str, Head], *, seed: int
     ):
-        """`teachers` maps a teacher's name to its width; weights are a function of (seed, name)."""
+        """`heads` is keyed by teacher; weights are a function of (seed, name)."""
         super().__init__()
         self.encoder = build_encoder(cfg)
         self.normalise = Normalise(cfg.mean, cfg.std)
-        self.ladder = Ladder(self.encoder.embed_dim, len(self.encoder.blocks), teachers, ladder)
+        self.ladder = Ladder(
+            self.encoder.embed_dim,
+            len(self.encoder.blocks),
+            heads,
+            ladder,
+            attention_heads=self.encoder.blocks[0].attn.num_heads,
+        )
         self.paths = give_drop_paths(self.encoder)
         initialise(self, seed)
         freeze_after_blocks(self.encoder)

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +33,8 @@ Distil frozen vision teachers into one ViT student.
   process
 
 The same command again resumes; a finished run prints its table."""
+BALANCE = "balance/"
+"""Before the balancer's entries among a checkpoint's statistics; no teacher's name has a slash."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,7 +80,9 @@ class Parts:
     stream: Any
     teachers: Any
     manifest: dict[str, Any]
+    init: dict[str, str] | None
     engine: Any
+    balance: Any
     steps: int
     flops: float
 
@@ -90,6 +95,13 @@ def distil(task: job.Job) -> int:
 
     dist.start()
     cfg, parts = task.cfg, build(task)
+    judge = partial(
+        distill_loss,
+        loss=cfg.loss,
+        balance=parts.balance,
+        distances=cfg.distances,
+        everyone=dist.gather_batch,
+    )
     engine, stream, teachers, last = parts.engine, parts.stream, parts.teachers, parts.steps
     first = resume(task, parts) + 1
     lock = record(task, parts.manifest)
@@ -110,11 +122,12 @@ def distil(task: job.Job) -> int:
                 drop_TB, path_BK = uniforms(cfg, step, batch.position_B, engine)
                 target = teachers(batch.images)
                 pred = engine(batch.images[cfg.student.size], path_BK)
-                loss, metrics = distill_loss(pred, target, drop_TB, loss=cfg.loss, drop=cfg.drop)
+                loss, metrics = judge(pred, target, drop_TB)
                 engine.backward(loss)
                 engine.step()
                 book.add(metrics)
             teachers.track(optim.momentum(step, cfg.standardise, last))
+            parts.balance.track()
             if step == first:
                 log.say(f"first optimiser step done {log.since_start():.0f} s after the start")
             saves = due(step, cfg.run.save_every, stop)
@@ -153,8 +166,8 @@ def uniforms(cfg: config.Config, step: int, position_B: Any, engine: Any) -> tup
 
 def build(task: job.Job) -> Parts:
     """Images, teachers, student and engine of a job."""
-    from unic_ds import dist, engine, log
-    from unic_ds.student import Student, grid_of
+    from unic_ds import balance, dist, engine, initial, log
+    from unic_ds.student import Head, Student, grid_of
     from unic_ds.teachers.pool import Teachers
 
     cfg, device = task.cfg, dist.device()
@@ -166,7 +179,12 @@ def build(task: job.Job) -> Parts:
     manifest = dist.share(teachers.manifest() if dist.rank() == 0 else None)
     for name, facts in manifest.items():
         log.say(f"teacher {name}: {facts['source']}, {facts['width']} wide, {facts['size']} px")
-    student = Student(cfg.student, cfg.ladder, teachers.widths, seed=cfg.seed).to(device)
+    heads = {
+        row.name: Head(teachers.widths[row.name], cfg.distance(row).kinds, row.rungs)
+        for row in cfg.teachers
+    }
+    student = Student(cfg.student, cfg.ladder, heads, seed=cfg.seed).to(device)
+    init = initial.start(cfg.student.init, student, teachers) if cfg.student.init else None
     flops = count_flops(student, teachers, cfg.student.size, device)
     cost = f"{flops / 1e9:.1f} GFLOP an image for the whole step"
     log.say(f"student {cfg.student.model}, {cfg.student.size} px; {cost}")
@@ -176,7 +194,9 @@ def build(task: job.Job) -> Parts:
         stream=open_stream(task, train, teachers.sizes, device),
         teachers=teachers,
         manifest=manifest,
+        init=init,
         engine=engine.build(student, cfg.optim, task.settings),
+        balance=balance.build(cfg).to(device),
         steps=cfg.optim.step_count(len(train)),
         flops=flops,
     )
@@ -273,6 +293,7 @@ def identity(task: job.Job, parts: Parts) -> dict[str, Any]:
     return {
         "images": parts.train.fingerprint(),
         "teachers": [[name, row["sha256"]] for name, row in parts.manifest.items()],
+        "init": parts.init,
         "decoder": data.backend(task.cfg.data),
         "ranks": dist.world(),
         "zero_stage": ds_config.stage(task.settings),
@@ -291,7 +312,8 @@ def save(task: job.Job, parts: Parts, step: int) -> None:
         step,
         facts=identity(task, parts)
         | {"samples": step * task.cfg.optim.batch_size, "seed": task.cfg.seed},
-        statistics=parts.teachers.state_dict(),
+        statistics=parts.teachers.state_dict()
+        | {f"{BALANCE}{k}": v for k, v in parts.balance.state_dict().items()},
         keep=task.cfg.run.keep_last,
     )
 
@@ -304,6 +326,8 @@ def resume(task: job.Job, parts: Parts) -> int:
     step = 0
     if found:
         facts, statistics = checkpoint.load(parts.engine, found, identity(task, parts))
+        ours = {k: statistics.pop(k) for k in list(statistics) if k.startswith(BALANCE)}
+        parts.balance.load_state_dict({k.removeprefix(BALANCE): v for k, v in ours.items()})
         parts.teachers.load_state_dict(statistics)
         step = facts["step"]
         log.say(f"resumed after step {step} from {found}")

@@ -229,17 +229,23 @@ def vit_size(row: config.Teacher, grid: int, patch: int) -> int:
 def timm_tower(row: config.Teacher, model: Any) -> tuple[nn.Module, int]:
     """(tower, pixels a patch token covers) of a timm model; 0 pixels where it gives a map."""
     if is_vit(model):
-        check_block(row, len(model.blocks))
-        return towers.TimmViT(model, row.block), model.patch_embed.patch_size[0]
-    check_block(row, len(model.feature_info))
-    return towers.TimmMap(model, row.block), 0
+        block = block_of(row, len(model.blocks))
+        return towers.TimmViT(model, block), model.patch_embed.patch_size[0]
+    return towers.TimmMap(model, block_of(row, len(model.feature_info))), 0
 
 
-def check_block(row: config.Teacher, count: int) -> None:
-    """Raise ValueError where the row asks for a block (or stage) that a model of `count` lacks."""
-    if row.block >= count:
-        want = f"below {count}" if count else "-1 for this kind of model"
+def block_of(row: config.Teacher, count: int) -> int:
+    """The block (or stage) that tokens are read after, -1 for the output.
+
+    ValueError where the row asks for one that a model of `count` lacks.
+    """
+    if row.block == "output":
+        return -1
+    block = (count - 1) // 2 if row.block == "middle" else int(row.block)
+    if not 0 <= block < count:
+        want = f"output, middle or below {count}" if count else "output for this kind of model"
         raise ValueError(f"teachers.{row.name}.block must be {want}, got {row.block}")
+    return block
 
 
 def from_clip(row: config.Teacher, grid: int) -> Source:
@@ -263,12 +269,12 @@ def clip_source(row: config.Teacher, size: int, model: Any) -> Source:
     tower: nn.Module
     patch: int
     if isinstance(visual, open_clip.transformer.VisionTransformer):
-        check_block(row, len(visual.transformer.resblocks))
-        tower, patch = towers.ClipViT(visual, row.block), visual.patch_size[0]
+        block = block_of(row, len(visual.transformer.resblocks))
+        tower, patch = towers.ClipViT(visual, block), visual.patch_size[0]
     elif isinstance(visual, open_clip.timm_model.TimmModel):
         tower, patch = timm_tower(row, visual.trunk)
     else:
-        check_block(row, 0)
+        block_of(row, 0)
         tower, patch = towers.ClipMap(visual), 0
     return Source(tower, size, patch, tuple(wants["mean"]), tuple(wants["std"]))
 
@@ -297,10 +303,7 @@ def from_python(row: config.Teacher, grid: int) -> Source:
     patch_size, mean and std count where the row leaves them open; an image_size goes before the
     grid's, since a user's module may take no other.
     """
-    if row.block >= 0:
-        raise ValueError(
-            f"teachers.{row.name}.block must be -1: a python: source returns its own tokens"
-        )
+    block_of(row, 0)  # a python: source returns its own tokens
     model = call_python(row)
     patch = row.patch or side(model, "patch_size")
     size = row.size or side(model, "image_size") or grid * patch

@@ -1,0 +1,113 @@
+"""How much each teacher counts for each image: losses (T, B) in, coefficients (T, B) out.
+
+A micro batch's loss is the sum of loss x coefficient; it is averaged over ranks and accumulation.
+Coefficients carry no gradient. With B images, T teachers and their weights w (mean 1):
+
+    none      1 / (B T)
+    fixed     w_t / (B T)
+    dropping  w_t keep_tb / (B (1 + (T - 1)(1 - p))): an image's hardest teacher is kept, others are
+              dropped with chance p (Sariyildiz et al., UNIC, arXiv 2408.05088, section 3.3)
+    adaloss   w_t a_t / (B T), a_t ~ 1 / running loss, mean 1 (Hu et al., arXiv 1708.06832; tried
+              on several teachers by AM-RADIO, arXiv 2312.06709)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from unic_ds import config, dist
+
+
+class Balancer(nn.Module):
+    """All teachers equal, or as `weight_T` says; the base of the others."""
+
+    weight_T: Tensor
+
+    def __init__(self, weight_T: Tensor):
+        super().__init__()
+        self.register_buffer("weight_T", weight_T / weight_T.mean(), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
+        """Coefficients (T, B) of a micro batch's losses; `uniform_TB` decides what chance does."""
+        return self.weight_T[:, None] * self.share(loss_TB.detach(), uniform_TB)
+
+    def share(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
+        """Coefficients before the teachers' weights."""
+        return torch.full_like(loss_TB, 1 / loss_TB.numel())
+
+    def track(self) -> None:
+        """Learn from the optimiser step just taken; every rank calls it."""
+
+
+class Dropping(Balancer):
+    """Teacher dropping, by image or by step.
+
+    `loss.divisor`: `expected` is B (1 + (T - 1)(1 - p)), linear in the images, so ranks and
+    accumulation cannot move the answer; `kept` is the number of kept pairs, the authors' choice,
+    which depends on how a batch is split.
+    """
+
+    def __init__(self, weight_T: Tensor, drop: config.Drop, divisor: str):
+        super().__init__(weight_T)
+        self.drop, self.divisor = drop, divisor
+
+    def share(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
+        teachers, images = loss_TB.shape
+        kept_TB = self.keep(loss_TB, uniform_TB).float()
+        if self.divisor == "kept":
+            return kept_TB / kept_TB.sum().clamp(min=1)
+        certain = 1 if self.drop.keep_hardest else 0
+        return kept_TB / (images * (certain + (teachers - certain) * (1 - self.drop.rate)))
+
+    def keep(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
+        """True where an image learns from a teacher: its hardest, and where uniform >= rate."""
+        keep_TB = uniform_TB >= self.drop.rate
+        if not self.drop.keep_hardest:
+            return keep_TB
+        if self.drop.unit == "step":
+            loss_TB = loss_TB.mean(1, keepdim=True).expand_as(loss_TB)
+        return keep_TB.scatter(0, loss_TB.argmax(0, keepdim=True), True)
+
+
+class AdaLoss(Balancer):
+    """Weights by the inverse of each teacher's running loss over the global batch."""
+
+    running_T: Tensor
+    sums_2T: Tensor
+
+    def __init__(self, weight_T: Tensor, momentum: float):
+        super().__init__(weight_T)
+        self.momentum = momentum
+        self.register_buffer("running_T", torch.zeros_like(weight_T))  # 0: no step was taken yet
+        # Loss and images since the last `track`; empty at every checkpoint.
+        sums_2T = torch.zeros(2, len(weight_T), dtype=torch.float64)
+        self.register_buffer("sums_2T", sums_2T, persistent=False)
+
+    def share(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
+        seen_TB = torch.stack([loss_TB, torch.ones_like(loss_TB)]).double()
+        self.sums_2T += seen_TB.sum(2)
+        inverse_T = torch.where(self.running_T > 0, 1 / self.running_T, 1.0)
+        share_T = inverse_T / inverse_T.mean()
+        return (share_T / loss_TB.numel())[:, None].expand_as(loss_TB)
+
+    @torch.no_grad()
+    def track(self) -> None:
+        loss_T, images_T = dist.gather(self.sums_2T).sum(0)
+        mean_T = (loss_T / images_T.clamp(min=1)).float()
+        moved_T = self.momentum * self.running_T + (1 - self.momentum) * mean_T
+        moved_T = torch.where(self.running_T > 0, moved_T, mean_T)
+        # A step that is not finite is skipped; it may not poison the weights either.
+        self.running_T.copy_(torch.where(moved_T.isfinite().all(), moved_T, self.running_T))
+        self.sums_2T.zero_()
+
+
+def build(cfg: config.Config) -> Balancer:
+    """The balancer of a run; its `state_dict` belongs in the checkpoint."""
+    weight_T = torch.tensor([row.weight for row in cfg.teachers])
+    if cfg.balance.kind == "dropping":
+        return Dropping(weight_T, cfg.drop, cfg.loss.divisor)
+    if cfg.balance.kind == "adaloss":
+        return AdaLoss(weight_T, cfg.balance.momentum)
+    return Balancer(weight_T)

@@ -1,0 +1,89 @@
+"""The methods of the field as settings of this trainer: each turns a recipe into its own.
+
+`--recipe BASE+METHOD` keeps the base's teachers, student, data and optimiser, and changes what the
+method is about. docs/methods.md tells where a method differs from its paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from unic_ds.config import Balance, Config, Drop, Ladder, Loss, Standardise
+
+
+def unic(cfg: Config) -> Config:
+    """Ladder on all blocks, running standardisation, teacher dropping.
+
+    Sariyildiz et al., "UNIC: Universal Classification Models via Multi-teacher Distillation", ECCV
+    2024, arXiv 2408.05088. p is 0.5 for more than two teachers, else 0.25.
+    """
+    return replace(
+        cfg,
+        ladder=Ladder(),
+        loss=Loss(),
+        balance=Balance(),
+        drop=Drop(rate=0.5 if len(cfg.teachers) > 2 else 0.25),
+        standardise=Standardise(),
+    )
+
+
+def standard(cfg: Config) -> Config:
+    """Several teachers, projectors on the last block, all teachers equal, raw features.
+
+    The "basic" row of the UNIC paper's component table (arXiv 2408.05088).
+    """
+    return replace(standard_norm(cfg), standardise=Standardise(on=False))
+
+
+def standard_norm(cfg: Config) -> Config:
+    """`standard` with standardised features (the next row of the same table)."""
+    return replace(
+        cfg,
+        ladder=Ladder(rungs="last"),
+        loss=Loss(),
+        balance=Balance(kind="none"),
+        standardise=Standardise(),
+    )
+
+
+def fitnet(cfg: Config) -> Config:
+    """One teacher, the table's last: its output from the last block, a hint from the middle one.
+
+    Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, arXiv 1412.6550. The hint is the
+    patch tokens of the teacher's middle block, regressed by mean squared error from the student's.
+    """
+    if not cfg.teachers:
+        return standard_norm(cfg)
+    teacher = cfg.teachers[-1]
+    hint = replace(
+        teacher,
+        name=f"{teacher.name}_hint",
+        block="middle",
+        rungs="middle",
+        cls_loss="none",
+        patch_loss="1 mse",
+    )
+    return replace(standard_norm(cfg), teachers=(teacher, hint))
+
+
+def crd(cfg: Config) -> Config:
+    """CLS tokens by InfoNCE at temperature 0.07, negatives from all ranks; teachers are summed.
+
+    Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv 1910.10699.
+    """
+    return replace(standard(cfg), loss=Loss(cls="1 contrastive", patch="none", temperature=0.07))
+
+
+def dune(cfg: Config) -> Config:
+    """A transformer block and a Linear per teacher on the last block's tokens, no ladder.
+
+    Sariyildiz et al., "DUNE: Distilling a Universal Encoder from Heterogeneous 2D and 3D Teachers",
+    CVPR 2025, arXiv 2503.14405. `--balance.kind dropping` adds teacher dropping.
+    """
+    return replace(standard_norm(cfg), ladder=Ladder(rungs="last", projector="transformer"))
+
+
+METHODS: dict[str, Callable[[Config], Config]] = {
+    method.__name__: method for method in (unic, standard, standard_norm, fitnet, crd, dune)
+}
