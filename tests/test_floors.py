@@ -19,7 +19,7 @@ FLOORS = (
     {"formula", "chance"},
     {"config"},
     {"override", "methods"},
-    {"tokens", "optim", "dist", "ds_config", "entry"},
+    {"tokens", "optim", "average", "dist", "ds_config", "entry"},
     {"balance"},
     {"data", "teachers", "student", "loss", "engine", "log", "evaluate", "recipes", "quickstart"},
     {"checkpoint", "job", "initial"},

@@ -350,6 +350,11 @@ class Optim:
     eps: float = knob(1e-8, "AdamW")
     weight_decay: float = knob(0.03, "AdamW; never on biases and 1-D tensors")
     clip: float = knob(0.0, "largest gradient norm; 0: off")
+    ema: float = knob(
+        0.0,
+        "decay of an average of the student's weights, exported and evaluated in their place;"
+        " 0: off",
+    )
 
     def __post_init__(self) -> None:
         check(self.batch_size > 0, "optim.batch_size", "positive", self.batch_size)
@@ -359,7 +364,7 @@ class Optim:
         check(self.lr_batch > 0, "optim.lr_batch", "positive", self.lr_batch)
         check(self.lr_end >= 0, "optim.lr_end", ">= 0", self.lr_end)
         check(self.warmup_epochs >= 0, "optim.warmup_epochs", ">= 0", self.warmup_epochs)
-        for key in ("beta1", "beta2"):
+        for key in ("beta1", "beta2", "ema"):
             check(0 <= getattr(self, key) < 1, f"optim.{key}", "in [0, 1)", getattr(self, key))
         for key in ("eps", "weight_decay", "clip"):
             check(getattr(self, key) >= 0, f"optim.{key}", ">= 0", getattr(self, key))
