@@ -233,13 +233,16 @@ def images(teachers: Teachers, seed: int, count: int = 4) -> dict[int, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["channel", "phi_s"])
-def test_a_pool_fits_once_and_stays(rows_of_teachers, kind):
+def test_a_pool_fits_once_and_stays(rows_of_teachers, kind, monkeypatch):
     teachers = pool(rows_of_teachers, kind=kind, fit_steps=2)
     batches = [images(teachers, seed) for seed in range(3)]
     teachers.fit(batches)
     state = {name: value.clone() for name, value in teachers.state_dict().items()}
     targets = [teachers(batch) for batch in batches]
-    teachers.track(0.7)
+    assert all(norm.moments().abs().sum() == 0 for norm in teachers.norms.values())
+    with monkeypatch.context() as two_ranks:
+        two_ranks.setenv("WORLD_SIZE", "2")  # that never met: a collective would fail
+        teachers.track(0.7)
     for name, value in teachers.state_dict().items():
         assert torch.equal(value, state[name])
     for name in teachers.widths:
@@ -271,6 +274,28 @@ def test_a_teacher_that_cannot_be_standardised_is_named(rows_of_teachers, tmp_pa
     teachers = pool((source,), fit_steps=1)
     with pytest.raises(ValueError, match="teacher 'odd': its features are not finite"):
         teachers.fit([{8: torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)}])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_fit_is_the_same_and_a_step_never_waits(rows_of_teachers):
+    device = torch.device("cuda")
+    knobs = config.Standardise(kind="phi_s", fit_steps=2)
+    here, there = (
+        Teachers(rows_of_teachers, grid=4, standardise=knobs, device=d) for d in (CPU, device)
+    )
+    batches = [images(here, seed) for seed in range(2)]
+    here.fit(batches)
+    there.fit([{size: pixels.to(device) for size, pixels in batch.items()} for batch in batches])
+    for name, norm in there.norms.items():
+        torch.testing.assert_close(norm.scale_2.cpu(), here.norms[name].scale_2, rtol=1e-2, atol=0)
+    batch = {size: pixels.to(device) for size, pixels in batches[0].items()}
+    there(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there(batch)
+        there.track(0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 ODD_TEACHER = """
