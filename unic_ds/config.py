@@ -152,6 +152,7 @@ class Student:
 
     model: str = knob("vit_base_patch16_224", "timm name of a ViT")
     size: int = knob(224, "image side in pixels")
+    registers: int = knob(-1, "register tokens; -1: the model's own")
     drop_path: float = knob(0.1, "drop-path rate of the last block, linear from 0")
     mean: tuple[float, ...] = knob((0.485, 0.456, 0.406), "channel means of its preprocessing")
     std: tuple[float, ...] = knob((0.229, 0.224, 0.225), "channel stds of its preprocessing")
@@ -163,6 +164,7 @@ class Student:
 
     def __post_init__(self) -> None:
         check(self.size > 0, "student.size", "positive", self.size)
+        check(self.registers >= -1, "student.registers", ">= -1", self.registers)
         check(0 <= self.drop_path < 1, "student.drop_path", "in [0, 1)", self.drop_path)
         check(len(self.mean) == 3, "student.mean", "three numbers", self.mean)
         check(
