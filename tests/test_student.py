@@ -1,5 +1,6 @@
 """The ladder against the published vectors; the student's initial weights, drop-path and rungs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import parity
@@ -7,15 +8,8 @@ import pytest
 import timm
 import torch
 
-from unic_ds import config, export
-from unic_ds.student import (
-    Head,
-    Ladder,
-    Student,
-    build_encoder,
-    give_drop_paths,
-    rung_blocks,
-)
+from unic_ds import config
+from unic_ds.student import Head, Ladder, Student, build_encoder, rung_blocks
 from unic_ds.tokens import Tokens
 
 VECTORS = Path(__file__).parent / "data" / "ladder.npz"
@@ -121,12 +115,53 @@ def test_any_vit_of_timm_can_be_the_student(model):
     assert student.encode(image).patch_BNC.shape[1] == 16
 
 
+def test_registers_are_prefix_tokens_that_no_teacher_sees():
+    cfg = replace(TINY, registers=4)
+    student = Student(cfg, config.Ladder(), HEADS, seed=0).train()
+    image = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert student.encoder.reg_token.shape == (1, 4, 192)
+    assert 0 < student.encoder.reg_token.abs().max() < 1e-5
+    pred = student(image, torch.rand(2, len(student.paths)))
+    assert pred["a"].cls_BC.shape == (2, 12)
+    assert pred["b"].patch_BNC.shape == (2, 4, 20)
+    sum(value.sum() for tokens in pred.values() for value in tokens).backward()
+    assert student.encoder.reg_token.grad.abs().max() > 0
+    tokens = student.encode(image)
+    assert (tokens.cls_BC.shape, tokens.patch_BNC.shape) == ((2, 192), (2, 4, 192))
+
+
+@pytest.mark.parametrize(
+    ("model", "registers", "have", "width", "depth"),
+    [
+        ("vit_large_patch14_224", -1, 0, 1024, 24),
+        ("vit_large_patch14_dinov2", -1, 0, 1024, 24),
+        ("vit_large_patch14_dinov2", 4, 4, 1024, 24),
+        ("vit_large_patch14_reg4_dinov2", -1, 4, 1024, 24),
+        ("vit_large_patch14_reg4_dinov2", 0, 0, 1024, 24),
+        ("vit_giant_patch14_224", 4, 4, 1408, 40),
+        ("vit_giant_patch14_dinov2", -1, 0, 1536, 40),
+        ("vit_giant_patch14_dinov2", 4, 4, 1536, 40),
+    ],
+)
+@pytest.mark.parametrize("size", [224, 336])
+def test_large_and_giant_with_registers_or_none(model, registers, have, width, depth, size):
+    with torch.device("meta"):
+        encoder = build_encoder(config.Student(model=model, size=size, registers=registers))
+    assert encoder.num_prefix_tokens == 1 + have
+    assert ("reg_token" in encoder.state_dict()) == (have > 0)
+    assert (encoder.embed_dim, len(encoder.blocks)) == (width, depth)
+    assert encoder.patch_embed.grid_size == (size // 14, size // 14)
+
+
 @pytest.mark.parametrize(
     ("cfg", "sentence"),
     [
         (config.Student(model="vit_tinny_patch16_224"), "did you mean vit_tiny_patch16_224"),
         (config.Student(model="resnet18"), "not a plain ViT|resnet18"),
         (config.Student(model="vit_tiny_patch16_224", size=100), "not a multiple of"),
+        (config.Student(model="vit_small_patch16_dinov3", registers=8), "registers 8 cannot be"),
+        (config.Student(model="beit_base_patch16_224", registers=0), "registers 0 cannot be"),
+        (config.Student(model="deit_tiny_distilled_patch16_224", registers=4), "registers 4 cann"),
     ],
 )
 def test_a_student_that_cannot_be_is_refused(cfg, sentence):
@@ -187,41 +222,3 @@ def test_a_transformer_projector_sees_all_tokens_together():
     torch.testing.assert_close(pred.patch_BNC, rung.linear(rung.block(joined))[:, 1:])
     state.patch_BNC[:, 0, 0] += 5  # a patch speaks to the CLS prediction
     assert not torch.allclose(ladder([state])["a"].cls_BC, pred.cls_BC)
-
-
-@pytest.mark.parametrize("registers", [0, 4])
-def test_a_student_may_have_registers(registers, tmp_path):
-    cfg = config.Student(model="vit_tiny_patch16_224", size=32, registers=registers, drop_path=0.2)
-    student = Student(cfg, config.Ladder(rungs="last"), HEADS, seed=0).train()
-    assert student.encoder.num_prefix_tokens == 1 + registers
-    image = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    pred = student(image, torch.rand(2, len(student.paths)))
-    assert pred["a"].patch_BNC.shape == (2, 4, 12)
-    state = student.encoder.state_dict()
-    out = export.export(state, config.Config(student=cfg), image, tmp_path / "student")
-    loaded = timm.create_model(f"local-dir:{out}", pretrained=True)
-    assert loaded.num_prefix_tokens == 1 + registers
-    with pytest.raises(ValueError, match="vit_small_patch16_dinov3"):
-        build_encoder(config.Student(model="vit_small_patch16_dinov3", registers=3))
-
-
-@pytest.mark.parametrize(
-    ("model", "registers", "prefix"),
-    [
-        ("vit_large_patch14_224", -1, 1),
-        ("vit_large_patch14_dinov2", -1, 1),
-        ("vit_large_patch14_reg4_dinov2", -1, 5),
-        ("vit_giant_patch14_224", 4, 5),
-        ("vit_giant_patch14_dinov2", -1, 1),
-        ("vit_giant_patch14_reg4_dinov2", -1, 5),
-    ],
-)
-def test_large_students_with_registers_or_none(model, registers, prefix):
-    cfg = config.Student(model=model, size=336, registers=registers)
-    with torch.device("meta"):
-        encoder = build_encoder(cfg)
-        pixels = torch.zeros(1, 3, 336, 336)
-        tokens = encoder.forward_features(pixels)
-    assert encoder.num_prefix_tokens == prefix
-    assert tokens.shape == (1, prefix + 24 * 24, encoder.embed_dim)
-    assert len(give_drop_paths(encoder)) >= 2 * (len(encoder.blocks) - 1)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unic_ds import config
 from unic_ds.initial import LADDER, STATISTICS, WEIGHTS
-from unic_ds.student import build_encoder, has_cls, shape_options
+from unic_ds.student import arguments, build_encoder, has_cls
 from unic_ds.tokens import Normalise, Tokens, split_prefix
 
 TOLERANCE = 1e-5
@@ -119,9 +119,7 @@ def prove(encoder: Any, cfg: config.Student, folder: Path, image_B3HW: Tensor) -
         "checkpoint_path": lambda: timm.create_model(
             cfg.model,
             checkpoint_path=str(folder / "model.safetensors"),
-            img_size=cfg.size,
-            num_classes=0,
-            **shape_options(cfg),
+            **arguments(cfg),
         ),
     }
     own = tokens(encoder, cfg, image_B3HW)
@@ -159,7 +157,7 @@ def card(encoder: Any, cfg: config.Config, teachers: Mapping[str, Any], origin: 
         millions=millions,
         width=encoder.num_features,
         size=student.size,
-        more="".join(f", {key}={value}" for key, value in shape_options(student).items()),
+        arguments=", ".join(f"{key}={value}" for key, value in arguments(student).items()),
         grid=encoder.patch_embed.grid_size[0],
         mean=", ".join(map(str, student.mean)),
         std=", ".join(map(str, student.std)),
@@ -212,7 +210,7 @@ import timm
 model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()
 # the same by name:
 model = timm.create_model(
-    "{model}", checkpoint_path="THIS_FOLDER/model.safetensors", img_size={size}, num_classes=0{more}
+    "{model}", checkpoint_path="THIS_FOLDER/model.safetensors", {arguments}
 ).eval()
 
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
