@@ -39,12 +39,10 @@ def start(path: str, student: Student, teachers: Teachers) -> dict[str, str]:
     taken = ["encoder"]
     for name, part in ((LADDER, student.ladder), (STATISTICS, teachers)):
         what = name.partition(".")[0]
-        if name not in files:
-            log.say(f"{what} starts anew: {path} has none")
-            continue
-        state = read(files[name])
-        if wrong := misfit(state, part.state_dict()):
-            log.say(f"{what} starts anew: that of {path} is of another run ({wrong})")
+        state = read(files[name]) if name in files else {}
+        wrong = misfit(state, part.state_dict()) if state else f"{path} has none"
+        if wrong:
+            log.say(f"the {what} start{'s' * (what == 'ladder')} anew: {wrong}")
             continue
         part.load_state_dict(state)
         taken.append(what)
@@ -80,13 +78,13 @@ def resized(pos_1ND: Tensor, encoder: Any, path: str) -> Tensor:
     """Position embeddings on the encoder's grid, by timm's own resampling."""
     prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
     grid, side = encoder.patch_embed.grid_size, math.isqrt(max(pos_1ND.shape[1] - prefix, 0))
-    if (side, side) == grid:
-        return pos_1ND
     if pos_1ND.ndim != 3 or side == 0 or side * side + prefix != pos_1ND.shape[1]:
         raise ValueError(
             f"student.init {path!r} has position embeddings {tuple(pos_1ND.shape)}: they are no"
             f" square grid after {prefix} prefix tokens"
         )
+    if (side, side) == tuple(grid):
+        return pos_1ND
     log.say(f"position embeddings resized from {side} x {side} to {grid[0]} x {grid[1]}")
     return resample_abs_pos_embed(pos_1ND, new_size=list(grid), num_prefix_tokens=prefix)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +112,10 @@ def unpickle(path: Path) -> dict[str, Any]:
                 broken = archive.testzip()  # torch itself checks no checksum
             if broken:
                 raise ValueError(f"{broken} is damaged")
-        with torch.serialization.safe_globals([(Discarded, name) for name in ADMITTED]):
+        with (
+            torch.serialization.safe_globals([(Discarded, name) for name in ADMITTED]),
+            warnings.catch_warnings(action="ignore"),  # of protocols that torch.save does not write
+        ):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     # A damaged pickle leads the unpickler to any exception at all; each becomes a sentence.
     except Exception as error:
@@ -120,7 +124,9 @@ def unpickle(path: Path) -> dict[str, Any]:
                 f"{str(path)!r} is refused: it names {foreign[1]}, which no published checkpoint"
                 " needs"
             ) from None
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        # torch goes on to advise an unrestricted load
+        said = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+        reason = (said or type(error).__name__).splitlines()[0]
         raise ValueError(f"{str(path)!r} cannot be read as a checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{str(path)!r} holds no checkpoint but a {type(checkpoint).__name__}")
