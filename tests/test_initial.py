@@ -13,7 +13,7 @@ from torch import nn
 
 from unic_ds import config, initial, job
 from unic_ds.export import export
-from unic_ds.student import Student, grid_of
+from unic_ds.student import Head, Student, grid_of
 from unic_ds.teachers.pool import Teachers
 from unic_ds.tokens import from_map
 
@@ -51,7 +51,8 @@ def run(
     """A student and its teachers as a run builds them; untrained weights differ by seed."""
     cfg = config.Student(model=model, size=size)
     teachers = pool(cfg, *(names or ("a", "b")))
-    return cfg, Student(cfg, ladder, teachers.widths, seed=seed), teachers
+    heads = {name: Head(width) for name, width in teachers.widths.items()}
+    return cfg, Student(cfg, ladder, heads, seed=seed), teachers
 
 
 def stir(module: nn.Module) -> None:
