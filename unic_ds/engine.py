@@ -163,7 +163,6 @@ def copies(engine: Any) -> int:
     return 4 if isinstance(engine.basic_optimizer, AveragedAdamW) else 3
 
 
-def grad_norm(engine: Any) -> float | None:
-    """The last step's gradient norm over all ranks, where DeepSpeed kept it."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+def grad_norm(engine: Any) -> Tensor | float | None:
+    """The last step's gradient norm over all ranks as DeepSpeed kept it, if it did; not read."""
+    return engine.get_global_grad_norm()
