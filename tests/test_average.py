@@ -200,6 +200,7 @@ def masters_by_name(folder, saved):
 ALL = ("zero0", "zero0_bf16", "zero1", "zero2", "zero3", "zero2_bf16", "zero3_offload")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_the_export_is_the_average_of_all_weights_from_the_first(folders, name):
     folder = folders / name
@@ -216,6 +217,7 @@ def test_the_export_is_the_average_of_all_weights_from_the_first(folders, name):
     assert max(gaps) > 5e-4  # it is not the last weights
 
 
+@pytest.mark.slow
 def test_stages_agree_on_it(folders):
     first = exported(folders / "zero1")
     for name in ("zero0", "zero2", "zero3"):
@@ -223,12 +225,14 @@ def test_stages_agree_on_it(folders):
             torch.testing.assert_close(value, first[key], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
 def test_resumed_it_is_the_same_bit_for_bit(folders, zero):
     straight, resumed = exported(folders / zero), exported(folders / f"{zero}_resumed")
     assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ALL if "zero0" not in name])
 def test_it_can_be_read_from_the_shards(folders, name):
     shards = folders / name / "checkpoints" / f"step_{STEPS:07d}" / "zero"
@@ -237,6 +241,7 @@ def test_it_can_be_read_from_the_shards(folders, name):
         assert torch.equal(found[key], value), key
 
 
+@pytest.mark.slow
 def test_shards_of_no_zero_are_refused(folders):
     shards = folders / "zero0" / "checkpoints" / f"step_{STEPS:07d}" / "zero"
     with pytest.raises(ValueError, match="saved under ZeRO-0"):

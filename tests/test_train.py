@@ -187,6 +187,7 @@ def test_the_export_verb_gives_the_same_folder_from_the_shards(finished, tmp_pat
         assert files[0].read_bytes() == files[1].read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_second_stage_starts_from_the_first_s_student_at_another_resolution(finished, tmp_path):
     first, out = finished[0] / "student", tmp_path / "second"
     more = {"student__size": 48, "teachers__dinov2__size": 42, "precision": "fp32"}

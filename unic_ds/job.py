@@ -60,10 +60,10 @@ def resolve(options: dict[str, str]) -> Job:
         settings = ds_config.merge(file, stage, int(os.environ.get("WORLD_SIZE", "1")))
         jobs.append(Job(cfg=stage, settings=settings, out=folder, resume=resume, init=init))
         init = str(folder / "student")
-    if len(jobs) > 1 and resume not in ("auto", "never"):
-        raise ValueError(f"--resume {resume!r} is of one stage; add --stages '' to train one alone")
     for job in jobs:
         check_folder(job)
+    if len(jobs) > 1 and resume not in ("auto", "never"):
+        raise ValueError(f"--resume {resume!r} is of one stage; add --stages '' to train one alone")
     check_inputs(cfg)
     check_room(out)
     return replace(jobs[-1], before=tuple(jobs[:-1]))
