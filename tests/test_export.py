@@ -154,3 +154,20 @@ def test_a_vit_of_registers_without_cls(tmp_path: Path) -> None:
     out = export(state, cfg, photographs(size), tmp_path / "student")
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True)
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model", "registers"), [("vit_tiny_patch16_224", 4), ("vit_wee_patch16_reg1_gap_256", 0)]
+)
+def test_registers_beside_the_model_s_own_travel(
+    model: str, registers: int, tmp_path: Path
+) -> None:
+    student = config.Student(model=model, size=64, registers=registers)
+    torch.manual_seed(0)
+    state = timm.create_model(model, img_size=64, num_classes=0, reg_tokens=registers).state_dict()
+    out = export(state, config.Config(student=student), photographs(), tmp_path / "student")
+    assert json.loads((out / "config.json").read_text())["model_args"]["reg_tokens"] == registers
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    assert f"num_classes=0, reg_tokens={registers}\n" in (out / "README.md").read_text()

@@ -57,6 +57,17 @@ def test_dune_projects_by_a_transformer_block():
     assert (found["ladder.projector"], found["ladder.rungs"]) == ("transformer", "last")
 
 
+def test_theia_learns_patches_on_fixed_statistics():
+    found = changed("theia")
+    assert (found["loss.cls"], found["loss.patch"]) == ("none", "0.9 cosine + 0.1 smooth_l1")
+    assert found["standardise.fit_steps"] == "100"
+
+
+def test_radio_rotates_by_phi_s():
+    found = changed("radio")
+    assert (found["loss.cls"], found["standardise.kind"]) == ("1 cosine", "phi_s")
+
+
 def test_an_option_after_the_recipe_still_counts():
     cfg = job.configure(
         "quickstart+dune", {"balance.kind": "dropping", "teachers.effnet.weight": "2"}
@@ -88,6 +99,8 @@ def test_every_method_trains_on_two_ranks_with_any_balancer(tmp_path):
     plan = []
     for name in methods.METHODS:
         more = {"recipe": f"quickstart+{name}", "optim__steps": 3, "eval__on": "false"}
+        if name in ("theia", "radio"):
+            more["standardise__fit_steps"] = 2
         if name in kinds:
             more["balance__kind"] = kinds[name]
         if name == "fitnet":  # one teacher, read twice

@@ -1,41 +1,19 @@
 """Schedules against the published vectors; parameter groups."""
 
-import json
 from pathlib import Path
 
+import parity
 import pytest
 from torch import nn
 
 from unic_ds import optim
 from unic_ds.config import Optim, Standardise
 
-VECTORS = json.loads((Path(__file__).parent / "data" / "schedules.json").read_text())
+VECTORS = Path(__file__).parent / "data" / "schedules.json"
 
 
-@pytest.mark.parametrize("name", ["lr", "tnorm_momentum"])
-def test_schedules_equal_the_published_vectors(name):
-    args, want = VECTORS[name]["args"], VECTORS[name]["values"]
-    a_epoch = args["niter_per_ep"]
-    got = [
-        optim.warmup_cosine(
-            i,
-            steps=args["epochs"] * a_epoch,
-            peak=args["base_value"],
-            end=args["final_value"],
-            warmup=args["warmup_epochs"] * a_epoch,
-        )
-        for i in range(len(want))
-    ]
-    assert got == pytest.approx(want, rel=1e-5, abs=1e-12)
-
-
-def test_the_loop_s_step_starts_at_1():
-    lr = VECTORS["lr"]
-    cfg = Optim(batch_size=256, lr=6e-4, epochs=20, warmup_epochs=3)
-    got = [optim.learning_rate(s, cfg, 13 * 256) for s in range(1, 261)]
-    assert got == pytest.approx(lr["values"], rel=1e-5, abs=1e-12)
-    momentum = [optim.momentum(s, Standardise(), 260) for s in range(1, 261)]
-    assert momentum == pytest.approx(VECTORS["tnorm_momentum"]["values"], rel=1e-5)
+def test_the_loop_s_schedules_equal_the_published_vectors():
+    assert parity.over(parity.check_schedules(VECTORS)) == []
 
 
 def test_statistics_freeze():

@@ -1,60 +1,24 @@
 """The ladder against the published vectors; the student's initial weights, drop-path and rungs."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import parity
 import pytest
 import timm
 import torch
 
 from unic_ds import config
-from unic_ds.student import Head, Ladder, Student, rung_blocks
+from unic_ds.student import Head, Ladder, Student, build_encoder, rung_blocks
 from unic_ds.tokens import Tokens
 
-VECTORS = np.load(Path(__file__).parent / "data" / "ladder.npz", allow_pickle=False)
+VECTORS = Path(__file__).parent / "data" / "ladder.npz"
 TINY = config.Student(model="vit_tiny_patch16_224", size=32, drop_path=0.3)
 HEADS = {"a": Head(12), "b": Head(20)}
 
 
-def take(key):
-    return torch.from_numpy(VECTORS[key])
-
-
-@pytest.mark.parametrize("number", range(3))
-def test_ladder_equals_the_published_vectors(number):
-    case = f"case{number}_"
-    settings = json.loads(str(VECTORS[case + "config"]))
-    cfg = config.Ladder(
-        rungs=",".join(map(str, settings.get("which_blocks", range(4)))),
-        width=settings["hidden_dim"],
-        last_width=settings["last_hidden_dim"],
-        prenorm=settings.get("prenorm", False),
-        midnorm=settings.get("midnorm", False),
-    )
-    ladder = Ladder(16, 4, HEADS, cfg)
-    weights = {
-        k.removeprefix(f"{case}w:"): take(k) for k in VECTORS.files if k.startswith(f"{case}w:")
-    }
-    ladder.load_state_dict(weights, strict=True)  # the published names, one to one
-    states = [
-        Tokens(*(take(f"{case}x_{kind}{b + 1}").requires_grad_() for kind in ("cls", "patch")))
-        for b in ladder.blocks
-    ]
-    pred = ladder(states)
-    for name in HEADS:
-        for kind, value in zip(("cls", "patch"), pred[name], strict=True):
-            torch.testing.assert_close(value, take(f"{case}y_{name}_{kind}"), rtol=1e-5, atol=1e-6)
-    outs = [value for name in HEADS for value in pred[name]]
-    grads = [take(f"{case}gy_{name}_{kind}") for name in HEADS for kind in ("cls", "patch")]
-    torch.autograd.backward(outs, grads)
-    for name, parameter in ladder.named_parameters():
-        torch.testing.assert_close(parameter.grad, take(f"{case}gw:{name}"), rtol=1e-5, atol=1e-5)
-    for block, state in zip(ladder.blocks, states, strict=True):
-        for kind, x in zip(("cls", "patch"), state, strict=True):
-            torch.testing.assert_close(
-                x.grad, take(f"{case}gx_{kind}{block + 1}"), rtol=1e-5, atol=1e-5
-            )
+def test_ladder_equals_the_published_vectors():
+    assert parity.over(parity.check_ladder(VECTORS)) == []
 
 
 @pytest.mark.parametrize(
@@ -151,12 +115,53 @@ def test_any_vit_of_timm_can_be_the_student(model):
     assert student.encode(image).patch_BNC.shape[1] == 16
 
 
+def test_registers_are_prefix_tokens_that_no_teacher_sees():
+    cfg = replace(TINY, registers=4)
+    student = Student(cfg, config.Ladder(), HEADS, seed=0).train()
+    image = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert student.encoder.reg_token.shape == (1, 4, 192)
+    assert 0 < student.encoder.reg_token.abs().max() < 1e-5
+    pred = student(image, torch.rand(2, len(student.paths)))
+    assert pred["a"].cls_BC.shape == (2, 12)
+    assert pred["b"].patch_BNC.shape == (2, 4, 20)
+    sum(value.sum() for tokens in pred.values() for value in tokens).backward()
+    assert student.encoder.reg_token.grad.abs().max() > 0
+    tokens = student.encode(image)
+    assert (tokens.cls_BC.shape, tokens.patch_BNC.shape) == ((2, 192), (2, 4, 192))
+
+
+@pytest.mark.parametrize(
+    ("model", "registers", "have", "width", "depth"),
+    [
+        ("vit_large_patch14_224", -1, 0, 1024, 24),
+        ("vit_large_patch14_dinov2", -1, 0, 1024, 24),
+        ("vit_large_patch14_dinov2", 4, 4, 1024, 24),
+        ("vit_large_patch14_reg4_dinov2", -1, 4, 1024, 24),
+        ("vit_large_patch14_reg4_dinov2", 0, 0, 1024, 24),
+        ("vit_giant_patch14_224", 4, 4, 1408, 40),
+        ("vit_giant_patch14_dinov2", -1, 0, 1536, 40),
+        ("vit_giant_patch14_dinov2", 4, 4, 1536, 40),
+    ],
+)
+@pytest.mark.parametrize("size", [224, 336])
+def test_large_and_giant_with_registers_or_none(model, registers, have, width, depth, size):
+    with torch.device("meta"):
+        encoder = build_encoder(config.Student(model=model, size=size, registers=registers))
+    assert encoder.num_prefix_tokens == 1 + have
+    assert ("reg_token" in encoder.state_dict()) == (have > 0)
+    assert (encoder.embed_dim, len(encoder.blocks)) == (width, depth)
+    assert encoder.patch_embed.grid_size == (size // 14, size // 14)
+
+
 @pytest.mark.parametrize(
     ("cfg", "sentence"),
     [
         (config.Student(model="vit_tinny_patch16_224"), "did you mean vit_tiny_patch16_224"),
         (config.Student(model="resnet18"), "not a plain ViT|resnet18"),
         (config.Student(model="vit_tiny_patch16_224", size=100), "not a multiple of"),
+        (config.Student(model="vit_small_patch16_dinov3", registers=8), "registers 8 cannot be"),
+        (config.Student(model="beit_base_patch16_224", registers=0), "registers 0 cannot be"),
+        (config.Student(model="deit_tiny_distilled_patch16_224", registers=4), "registers 4 cann"),
     ],
 )
 def test_a_student_that_cannot_be_is_refused(cfg, sentence):

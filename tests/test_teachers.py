@@ -188,7 +188,7 @@ def test_a_pickle_is_not_run(tmp_path):
     ("keys", "words"),
     [
         ({"size": 100}, ("multiple", "16", "100")),
-        ({"block": 6}, ("block", "below 6")),
+        ({"block": "6"}, ("block", "below 6")),
         ({"source": "timm:test_vitt"}, ("did you mean test_vit",)),
         ({"source": "timm:test_vit.nope"}, ("test_vit.r160_in1k",)),
         ({"source": "open_clip:ViT-B-33/openai"}, ("did you mean ViT-B-32",)),

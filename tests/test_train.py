@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from unic_ds import quickstart
 
@@ -140,7 +142,8 @@ def test_the_run_folder_holds_what_it_should(finished):
     assert (out / "checkpoints" / "latest").read_text() == "step_0000004"
     assert list((out / "tb").glob("events.*"))
     assert (out / "results.png").stat().st_size > 10_000
-    assert (out / "student" / "config.json").is_file()
+    names = {p.name for p in (out / "student").iterdir()}
+    assert names == {"README.md", "config.json", *MODEL}
     row = curve(out)[4]
     wanted = {"loss", "samples", "lr", "grad_norm", "bad_images"}
     wanted |= {
@@ -150,6 +153,9 @@ def test_the_run_folder_holds_what_it_should(finished):
     }
     assert wanted <= row.keys()
     assert row["samples"] == 4 * 64
+
+
+MODEL = tuple(f"{part}.safetensors" for part in ("model", "ladder", "statistics"))
 
 
 def test_the_exported_encoder_is_timm_s(finished):
@@ -162,7 +168,7 @@ def test_the_exported_encoder_is_timm_s(finished):
     assert timm.create_model(f"local-dir:{out / 'student'}", pretrained=True).num_classes == 0
 
 
-def test_the_export_verb_gives_the_same_encoder_from_the_shards(finished, tmp_path):
+def test_the_export_verb_gives_the_same_folder_from_the_shards(finished, tmp_path):
     out, _ = finished
     run(
         [
@@ -176,8 +182,34 @@ def test_the_export_verb_gives_the_same_encoder_from_the_shards(finished, tmp_pa
             str(tmp_path / "again"),
         ]
     )
-    files = (out / "student" / "model.safetensors", tmp_path / "again" / "model.safetensors")
-    assert files[0].read_bytes() == files[1].read_bytes()
+    for name in MODEL:
+        files = (out / "student" / name, tmp_path / "again" / name)
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_second_stage_starts_from_the_first_s_student_at_another_resolution(finished, tmp_path):
+    first, out = finished[0] / "student", tmp_path / "second"
+    more = {"student__size": 48, "teachers__dinov2__size": 42, "precision": "fp32"}
+    more |= {"optim__steps": 2, "optim__lr": 1e-9, "eval__on": "false"}  # what it starts from stays
+    printed = run(alone(out, **more, student__init=first, run__stop_at=1))
+    assert "position embeddings resized from 2 x 2 to 3 x 3" in printed
+    assert f"starts from {first}: encoder, ladder, statistics" in printed
+
+    moved = Path(shutil.copytree(first, tmp_path / "moved"))
+    bare = moved / "model.safetensors"  # without ladder and statistics
+    printed = run(alone(out, **more, student__init=bare), code=2)
+    assert "was saved with init {'model.safetensors': '" in printed
+    assert "this run has None" in run(alone(out, **more), code=2)
+    printed = run(alone(out, **more, student__init=tmp_path / "none"), code=2)
+    assert "is no model folder and no .safetensors file" in printed
+
+    assert "resumed after step 1" in run(alone(out, **more, student__init=moved))
+    for part in ("model.safetensors", "ladder.safetensors"):
+        ours, theirs = load_file(out / "student" / part), load_file(first / part)
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"pos_embed"}:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-7)
 
 
 def test_a_finished_run_prints_its_table_at_once(finished):
@@ -308,6 +340,11 @@ def test_every_zero_stage_trains_and_agrees(tmp_path):
     for step in (1, 2, 3):
         losses = [c[step]["loss"] for c in curves]
         assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    for part in MODEL:
+        ours, theirs = (load_file(tmp_path / z / "student" / part) for z in ("zero3", "zero1"))
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
     offload = curve(tmp_path / "offload")
     assert offload[3]["loss"] == pytest.approx(curves[0][3]["loss"], rel=2e-2)  # bf16 beside fp32
     assert (tmp_path / "offload" / "student" / "model.safetensors").is_file()

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unic_ds import dist
+from unic_ds.engine import copies
 
 LOG = logging.getLogger("unic_ds.checkpoint")
 MANIFEST, FACTS, STATISTICS, SHARDS = "manifest.json", "run.json", "statistics.safetensors", "zero"
@@ -66,11 +67,11 @@ def save(
 def needed_bytes(engine: Any) -> int:
     """What this rank is about to write, at most.
 
-    Its share of fp32 weights and two moments; on rank 0 the whole weights too.
+    Its share of fp32 weights and optimiser state; on rank 0 the whole weights too.
     """
     count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     whole = 4 * count if dist.rank() == 0 else 0
-    return whole + 12 * count // dist.world() + (1 << 20)
+    return whole + 4 * copies(engine) * count // dist.world() + (1 << 20)
 
 
 def claim(part: Path, size: int) -> None:

@@ -21,6 +21,7 @@ unic-ds VERB [--option value ...]
   SHA-256
   teachers fetch    download the teachers' weights (on a machine that reaches the hub)
   export            bare encoder of a run's newest checkpoint: --run DIR --out DIR
+  import-unic       a published checkpoint as a model folder: import-unic PATH OUT
   quickstart        prepare the demonstration's teachers and images
 
   --recipe R        quickstart, unic_b, unic_l, unic_g or a .yaml file; --section.key value
@@ -43,9 +44,13 @@ def verb(argv: Sequence[str]) -> int:
     if not words or entry.wants_help(options):
         print(USAGE)
         return 0
+    if words[0] == "import-unic":
+        return import_unic(words[1:], options)
     if name not in VERBS:
-        near = nearest(name, ["train", *VERBS])
-        raise ValueError(f"unknown verb {name!r}{near}; there are train, {', '.join(VERBS)}")
+        verbs = ["train", "import-unic", *VERBS]
+        raise ValueError(
+            f"unknown verb {name!r}{nearest(name, verbs)}; there are {', '.join(verbs)}"
+        )
     return VERBS[name](options)
 
 
@@ -103,15 +108,36 @@ def export(options: dict[str, str]) -> int:
         )
     run, out = Path(given["run"]), Path(given["out"])
     cfg = recipes.read(run / "config.yaml")
-    from unic_ds import checkpoint, data, engine, finish
+    from unic_ds import checkpoint, data, engine, finish, initial
     from unic_ds.export import export as write
 
     found = checkpoint.find(run / "checkpoints", "auto")
     if found is None:
         raise ValueError(f"--run {str(run)!r} holds no checkpoint yet")
-    state = engine.weights_on_disk(found / checkpoint.SHARDS, "encoder.")
+    parts: dict[str, dict[str, Any]] = {"encoder": {}, "ladder": {}}
+    for name, value in engine.weights_on_disk(found / checkpoint.SHARDS, "").items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = value
     images = finish.sample(data.scan(cfg.data.train), cfg, 8)
-    print(write(state, cfg, images, out, teachers=json.loads((run / "teachers.json").read_text())))
+    beside = {
+        initial.LADDER: parts["ladder"],
+        initial.STATISTICS: initial.read(found / checkpoint.STATISTICS),
+    }
+    teachers = json.loads((run / "teachers.json").read_text())
+    print(write(parts["encoder"], cfg, images, out, teachers=teachers, beside=beside))
+    return 0
+
+
+def import_unic(words: list[str], options: dict[str, str]) -> int:
+    """Write a published checkpoint as a model folder."""
+    if options or len(words) != 2:
+        wrong = f"unknown option --{next(iter(options))}; " if options else ""
+        raise ValueError(
+            f"{wrong}import-unic needs PATH (a published checkpoint) and OUT (a new folder)"
+        )
+    from unic_ds import published
+
+    print(published.import_unic(Path(words[0]), Path(words[1])))
     return 0
 
 

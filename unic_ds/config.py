@@ -152,12 +152,19 @@ class Student:
 
     model: str = knob("vit_base_patch16_224", "timm name of a ViT")
     size: int = knob(224, "image side in pixels")
+    registers: int = knob(-1, "register tokens; -1: the model's own")
     drop_path: float = knob(0.1, "drop-path rate of the last block, linear from 0")
     mean: tuple[float, ...] = knob((0.485, 0.456, 0.406), "channel means of its preprocessing")
     std: tuple[float, ...] = knob((0.229, 0.224, 0.225), "channel stds of its preprocessing")
+    init: str = knob(
+        "",
+        "start from a model folder (a run's student/, import-unic's) or a .safetensors encoder",
+        machinery=True,  # the path may move; a checkpoint knows the SHA-256 of what it held
+    )
 
     def __post_init__(self) -> None:
         check(self.size > 0, "student.size", "positive", self.size)
+        check(self.registers >= -1, "student.registers", ">= -1", self.registers)
         check(0 <= self.drop_path < 1, "student.drop_path", "in [0, 1)", self.drop_path)
         check(len(self.mean) == 3, "student.mean", "three numbers", self.mean)
         check(
@@ -274,12 +281,22 @@ class Drop:
 
 @dataclass(frozen=True, kw_only=True)
 class Standardise:
-    """Running per-channel standardisation of the targets (method: section 1)."""
+    """Standardisation of the targets, by running statistics or fitted ones (method: section 1)."""
 
     on: bool = knob(True, "standardise teacher features")
+    kind: Literal["channel", "phi_s"] = knob(
+        "channel",
+        "channel: each by its own mean and std; phi_s: PHI-S, one rotation and one scale that give"
+        " every channel variance 1 (needs fit_steps)",
+    )
+    fit_steps: int = knob(
+        0,
+        "fit the statistics to this many batches before training and keep them fixed; 0: running"
+        " statistics",
+    )
     momentum_end: float = knob(0.001, "last value of the cosine from 1")
     std_floor: float = knob(
-        0.1, "smallest std, as a share of the teacher's median channel std; 0: off"
+        0.1, "smallest std, as a share of the teacher's median channel std; 0: off (kind channel)"
     )
     target_clamp: float = knob(10.0, "largest absolute target; 0: off")
     freeze_after: int = knob(0, "fix the statistics after this step; 0: never")
@@ -288,8 +305,30 @@ class Standardise:
         check(
             0 <= self.momentum_end <= 1, "standardise.momentum_end", "in [0, 1]", self.momentum_end
         )
-        for key in ("std_floor", "target_clamp", "freeze_after"):
+        for key in ("fit_steps", "std_floor", "target_clamp", "freeze_after"):
             check(getattr(self, key) >= 0, f"standardise.{key}", ">= 0", getattr(self, key))
+        check(
+            self.kind == "channel" or self.fit_steps > 0,
+            "standardise.fit_steps",
+            f"positive for --standardise.kind {self.kind} (say 100)",
+            self.fit_steps,
+        )
+        check(
+            not (self.fit_steps and self.freeze_after),
+            "standardise.freeze_after",
+            "0 where standardise.fit_steps fixes the statistics before training",
+            self.freeze_after,
+        )
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the statistics are fitted before training and fixed then."""
+        return self.on and self.fit_steps > 0
+
+    @property
+    def running(self) -> bool:
+        """Whether the statistics follow the training batches."""
+        return self.on and self.fit_steps == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +350,11 @@ class Optim:
     eps: float = knob(1e-8, "AdamW")
     weight_decay: float = knob(0.03, "AdamW; never on biases and 1-D tensors")
     clip: float = knob(0.0, "largest gradient norm; 0: off")
+    ema: float = knob(
+        0.0,
+        "decay of an average of the student's weights, exported and evaluated in their place;"
+        " 0: off",
+    )
 
     def __post_init__(self) -> None:
         check(self.batch_size > 0, "optim.batch_size", "positive", self.batch_size)
@@ -320,7 +364,7 @@ class Optim:
         check(self.lr_batch > 0, "optim.lr_batch", "positive", self.lr_batch)
         check(self.lr_end >= 0, "optim.lr_end", ">= 0", self.lr_end)
         check(self.warmup_epochs >= 0, "optim.warmup_epochs", ">= 0", self.warmup_epochs)
-        for key in ("beta1", "beta2"):
+        for key in ("beta1", "beta2", "ema"):
             check(0 <= getattr(self, key) < 1, f"optim.{key}", "in [0, 1)", getattr(self, key))
         for key in ("eps", "weight_decay", "clip"):
             check(getattr(self, key) >= 0, f"optim.{key}", ">= 0", getattr(self, key))
@@ -389,6 +433,11 @@ class Config:
         "", "of the student; empty: what the ds_config says"
     )
     teachers: tuple[Teacher, ...] = knob((), "comma-separated SOURCE or NAME=SOURCE")
+    stages: str = knob(
+        "",
+        "earlier stages, each as what differs from this run, in OUT/stage1 and so on; separated by"
+        " ; as in 'student.size=224 optim.epochs=200'; each starts from the student before it",
+    )
     data: Data = Data()
     student: Student = Student()
     ladder: Ladder = Ladder()

@@ -112,6 +112,15 @@ def gather_batch(values_BC: Tensor) -> tuple[Tensor, int]:
     return gather(values_BC).flatten(0, 1), rank() * len(values_BC)
 
 
+def total(values: Tensor) -> Tensor:
+    """`values` summed over the ranks; the same on all."""
+    if world() == 1:
+        return values
+    summed = values.clone()
+    td.all_reduce(summed)
+    return summed
+
+
 def gather_rows(values_NC: Tensor) -> Tensor:
     """Rows of every rank in rank order, the same on all; their numbers may differ.
 

@@ -77,12 +77,25 @@ def merge(settings: dict[str, Any], cfg: Config, world: int) -> dict[str, Any]:
         "gradient_accumulation_steps": batch // (micro * world),
         "gradient_clipping": cfg.optim.clip,
     }
+    if cfg.optim.ema:
+        refuse_what_averages_cannot(settings)
+        merged["zero_allow_untested_optimizer"] = True  # DeepSpeed knows AdamW by its exact type
     if cfg.precision:
         merged["bf16"] = {"enabled": cfg.precision == "bf16"}
         if cfg.precision == "fp32":
             merged.pop("communication_data_type", None)
             merged.pop("data_types", None)
     return merged
+
+
+def refuse_what_averages_cannot(settings: dict[str, Any]) -> None:
+    """ValueError where the optimiser's state would not all be in reach: on NVMe, or in parts."""
+    offload = settings.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device") == "nvme" or offload.get("ratio", 1) != 1:
+        raise ValueError(
+            "optim.ema wants the optimiser's state whole on the GPU or the CPU, but the ds_config"
+            f" has offload_optimizer {offload!r}; set its device to cpu, or optim.ema to 0"
+        )
 
 
 def stage(settings: dict[str, Any]) -> int:

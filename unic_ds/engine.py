@@ -14,18 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unic_ds import config, optim
+from unic_ds.average import KEY, AveragedAdamW, in_place_of_weights
 
 
 def build(student: nn.Module, cfg: config.Optim, settings: dict[str, Any]) -> Any:
     """A DeepSpeed engine around `student` with AdamW on its trained parameters."""
     deepspeed = load_deepspeed()
-    optimizer = torch.optim.AdamW(
-        optim.groups(student, cfg.weight_decay),
-        lr=cfg.peak,
-        betas=(cfg.beta1, cfg.beta2),
-        eps=cfg.eps,
-        fused=True,
-    )
+    optimizer = adamw(optim.groups(student, cfg.weight_decay), cfg)
     linear = F.linear
     engine, *_ = deepspeed.initialize(
         model=student, optimizer=optimizer, config=settings, dist_init_required=False
@@ -33,7 +28,21 @@ def build(student: nn.Module, cfg: config.Optim, settings: dict[str, Any]) -> An
     if F.linear is not linear:
         confine(student, F.linear)
         F.linear = linear
+    optimizer.state.clear()  # under ZeRO-0 in bf16 DeepSpeed took a step of zero gradients
     return engine
+
+
+def adamw(groups: list[dict[str, Any]], cfg: config.Optim) -> torch.optim.AdamW:
+    """AdamW, with an average of the weights where `cfg.ema` asks; its rate comes with each step."""
+    options: dict[str, Any] = {
+        "lr": 0.0,
+        "betas": (cfg.beta1, cfg.beta2),
+        "eps": cfg.eps,
+        "fused": True,
+    }
+    if cfg.ema:
+        return AveragedAdamW(groups, decay=cfg.ema, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def confine(student: nn.Module, linear: Any) -> None:
@@ -69,31 +78,91 @@ def load_deepspeed() -> Any:
 
 
 def weights(engine: Any, prefix: str) -> dict[str, Tensor]:
-    """fp32 weights under `prefix` (cut off), gathered on the CPU; every rank must call it."""
+    """What is exported: fp32 weights under `prefix` (cut off), gathered on the CPU.
+
+    Their average where the run keeps one. Every rank must call it.
+    """
+    masters = whole_masters(engine.optimizer)
+    with in_place_of_weights(engine.basic_optimizer):
+        return {
+            name.removeprefix(prefix): gather(parameter, masters).float().cpu().clone()
+            for name, parameter in engine.module.named_parameters()
+            if name.startswith(prefix)
+        }
+
+
+def gather(parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]) -> Tensor:
+    """The whole of a parameter, in fp32 where it is trained."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
-    state = {}
-    for name, parameter in engine.module.named_parameters():
-        if not name.startswith(prefix):
-            continue
-        full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-        if full is None:
-            with GatheredParameters([parameter]):
-                full = parameter.detach().clone()
-        state[name.removeprefix(prefix)] = full.detach().float().cpu().clone()
-    return state
+    full = masters.get(parameter)
+    if full is None and parameter.requires_grad:
+        full = safe_get_full_fp32_param(parameter)
+    if full is None:
+        with GatheredParameters([parameter]):
+            full = parameter.detach().clone()
+    return full.detach()
+
+
+def whole_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
+    """Each bf16 parameter's fp32 master where every rank holds all of it: under ZeRO-0."""
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    if not isinstance(optimizer, FP16_UnfusedOptimizer):
+        return {}
+    pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
 
 
 def weights_on_disk(shards: Path, prefix: str) -> dict[str, Tensor]:
-    """fp32 weights under `prefix` (cut off) from the ZeRO shards of a checkpoint of our own."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    """What `weights` gives, from the ZeRO shards of a checkpoint of our own."""
+    from deepspeed.utils import zero_to_fp32 as disk
 
-    state = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name)
-    return {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
+    if not any(shards.glob("*_optim_states.pt")):
+        raise ValueError(
+            f"{str(shards)!r} was saved under ZeRO-0, whose checkpoints hold no shards to read;"
+            " the training command itself exports at its end"
+        )
+    files = disk.get_optim_files(str(shards))
+    stage, world, masters, paddings = disk.parse_optim_states(files, str(shards))
+    models = disk.parse_model_states(disk.get_model_state_files(str(shards)))
+    flat = [averages_on_disk(Path(f), m) for f, m in zip(files, masters, strict=True)]
+    if stage == 3:
+        state = disk._get_fp32_state_dict_from_zero3_checkpoint(world, flat, models, False)
+    else:
+        state = disk._get_fp32_state_dict_from_zero2_checkpoint(
+            world, flat, models, False, paddings
+        )
+        # ZeRO-1 saves frozen weights with the module alone
+        state = whole_module(shards) | state
+    wanted = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return disk.to_torch_tensor(wanted, dtype=torch.float32)
 
 
-def grad_norm(engine: Any) -> float | None:
-    """The last step's gradient norm over all ranks, where DeepSpeed kept it."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+def whole_module(shards: Path) -> dict[str, Tensor]:
+    """The module's weights as ZeRO-1 and 2 save them, in the precision that it computes in."""
+    file = shards / "mp_rank_00_model_states.pt"
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
+
+
+def averages_on_disk(file: Path, masters: list[Tensor]) -> list[Tensor]:
+    """A rank's averages in the place of its flat fp32 `masters`; these where none are kept."""
+    shard = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+    saved = shard["optimizer_state_dict"]
+    state = saved.get("optimizer_state_dict", saved.get("base_optimizer_state"))["state"]
+    # a master is saved without its padding, the state of the same index with it
+    return [
+        state[i][KEY][: len(master)] if KEY in state.get(i, {}) else master
+        for i, master in enumerate(masters)
+    ]
+
+
+def copies(engine: Any) -> int:
+    """fp32 numbers that a checkpoint holds for each weight: itself, two moments, an average."""
+    return 4 if isinstance(engine.basic_optimizer, AveragedAdamW) else 3
+
+
+def grad_norm(engine: Any) -> Tensor | float | None:
+    """The last step's gradient norm over all ranks as DeepSpeed kept it, if it did; not read."""
+    return engine.get_global_grad_norm()

@@ -1,8 +1,9 @@
 """The trained encoder as a folder that timm loads, proven equal before it takes its name.
 
-The folder is timm's own hub format: `model.safetensors`, `config.json`, and a model card. The final
-norm keeps its initial affine (arXiv 2408.05088: it gets no gradient), so exported features are the
-residual stream, normalised.
+The folder is timm's own hub format: `model.safetensors`, `config.json`, and a model card. Ladder
+and statistics stand beside them, so that another run may start there. The final norm keeps its
+initial affine (arXiv 2408.05088: it gets no gradient), so exported features are the residual
+stream, normalised.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from typing import Any
 
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor
 
 from unic_ds import config
-from unic_ds.student import build_encoder, has_cls
+from unic_ds.initial import LADDER, STATISTICS, WEIGHTS
+from unic_ds.student import arguments, build_encoder, has_cls
 from unic_ds.tokens import Normalise, Tokens, split_prefix
 
 TOLERANCE = 1e-5
-FILES = {"model.safetensors", "config.json", "README.md"}
+FILES = {WEIGHTS, "config.json", "README.md", LADDER, STATISTICS}
 FOREIGN = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "description")
 """What timm's registry says of the weights it would have downloaded: not true of these."""
 
@@ -34,11 +37,15 @@ def export(
     out: Path,
     *,
     teachers: Mapping[str, Mapping[str, Any]] | None = None,
+    beside: Mapping[str, Mapping[str, Tensor]] | None = None,
+    origin: str = "",
 ) -> Path:
     """Write the encoder's fp32 `state` to the folder `out` and prove that timm loads it; `out`.
 
     `images` are uint8 B3HW at `cfg.student.size`; features of both ways of loading must be within
-    1e-5 of the encoder's own. `teachers` is the run's manifest, for the model card's licences.
+    1e-5 of the encoder's own. `teachers` is the run's manifest, for the model card's licences;
+    `origin` says there where the weights are from, if not of the run. `beside` are ladder and
+    statistics, tensors by file name.
     RuntimeError where features differ: nothing is left at `out`, but an earlier export stays.
     ValueError where `out` holds something that is no export, or weights or images do not fit.
     """
@@ -54,7 +61,10 @@ def export(
     part.mkdir(parents=True)
     try:
         encoder = load(state, cfg.student)
-        write(encoder, cfg, part, teachers or {})
+        write(encoder, cfg, part)
+        (part / "README.md").write_text(card(encoder, cfg, teachers or {}, origin))
+        for name, tensors in (beside or {}).items():
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part / name)
         prove(encoder, cfg.student, part, images.cpu())
         shutil.rmtree(out, ignore_errors=True)
         return part.rename(out)
@@ -87,8 +97,8 @@ def load(state: dict[str, Tensor], cfg: config.Student) -> Any:
     return encoder.eval()
 
 
-def write(encoder: Any, cfg: config.Config, folder: Path, teachers: Mapping[str, Any]) -> None:
-    """Fill `folder` with weights, timm's config and the model card."""
+def write(encoder: Any, cfg: config.Config, folder: Path) -> None:
+    """Fill `folder` with weights and timm's config."""
     student = cfg.student
     for key in FOREIGN:
         encoder.pretrained_cfg.pop(key, None)
@@ -100,7 +110,6 @@ def write(encoder: Any, cfg: config.Config, folder: Path, teachers: Mapping[str,
         "crop_pct": 1.0,
     }
     save_for_hf(encoder, str(folder), safe_serialization=True, data_config=preprocessing)
-    (folder / "README.md").write_text(card(encoder, cfg, teachers))
 
 
 def prove(encoder: Any, cfg: config.Student, folder: Path, image_B3HW: Tensor) -> None:
@@ -110,8 +119,7 @@ def prove(encoder: Any, cfg: config.Student, folder: Path, image_B3HW: Tensor) -
         "checkpoint_path": lambda: timm.create_model(
             cfg.model,
             checkpoint_path=str(folder / "model.safetensors"),
-            img_size=cfg.size,
-            num_classes=0,
+            **arguments(cfg),
         ),
     }
     own = tokens(encoder, cfg, image_B3HW)
@@ -133,25 +141,36 @@ def tokens(encoder: Any, cfg: config.Student, image_B3HW: Tensor) -> Tokens:
     return split_prefix(x_BND, encoder.num_prefix_tokens, has_cls=has_cls(encoder))
 
 
-def card(encoder: Any, cfg: config.Config, teachers: Mapping[str, Any]) -> str:
-    """The model card in Markdown."""
+def card(encoder: Any, cfg: config.Config, teachers: Mapping[str, Any], origin: str) -> str:
+    """The model card in Markdown; it has a row for each teacher that is known by name."""
     student = cfg.student
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
+    sources = dict.fromkeys(teachers, "unknown") | {t.name: source(t.source) for t in cfg.teachers}
     licences = {name: row.get("licence") for name, row in teachers.items()}
     rows = "\n".join(
-        f"| {t.name} | `{source(t.source)}` | {licences.get(t.name) or 'unknown'} |"
-        for t in cfg.teachers
+        f"| {name} | `{where}` | {licences.get(name) or 'unknown'} |"
+        for name, where in sources.items()
     )
     return CARD.format(
-        recipe=cfg.recipe or "a custom run",
+        origin=origin or f"distilled by unic_ds ({cfg.recipe or 'a custom run'})",
         model=student.model,
         millions=millions,
         width=encoder.num_features,
         size=student.size,
+        arguments=", ".join(f"{key}={value}" for key, value in arguments(student).items()),
         grid=encoder.patch_embed.grid_size[0],
         mean=", ".join(map(str, student.mean)),
         std=", ".join(map(str, student.std)),
+        norm=f"\n{INITIAL_NORM}\n" if has_initial_norm(encoder) else "",
         rows=rows or "| - | - | - |",
+    )
+
+
+def has_initial_norm(encoder: Any) -> bool:
+    """Whether the final norm has the affine it was built with, scale 1 and offset 0."""
+    return all(
+        bool((value == float(name == "weight")).all())
+        for name, value in encoder.norm.named_parameters()
     )
 
 
@@ -161,6 +180,7 @@ def source(text: str) -> str:
     return f"file:{Path(rest).name}" if kind == "file" else text
 
 
+INITIAL_NORM = "The final norm has its initial affine (scale 1, offset 0): it was not trained."
 CARD = """\
 ---
 library_name: timm
@@ -171,7 +191,7 @@ tags:
 - image-feature-extraction
 - distillation
 ---
-# {model}, distilled by unic_ds ({recipe})
+# {model}, {origin}
 
 One ViT that learned the features of several frozen teachers by the UNIC method (arXiv 2408.05088).
 
@@ -182,9 +202,7 @@ One ViT that learned the features of several frozen teachers by the UNIC method 
 | mean | {mean} |
 | std | {std} |
 | features | {width} wide: CLS and a {grid} x {grid} grid of patch tokens, after the final norm |
-
-The final norm has its initial affine (scale 1, offset 0): it was not trained.
-
+{norm}
 ## Loading
 ```python
 import timm
@@ -192,7 +210,7 @@ import timm
 model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()
 # the same by name:
 model = timm.create_model(
-    "{model}", checkpoint_path="THIS_FOLDER/model.safetensors", img_size={size}, num_classes=0
+    "{model}", checkpoint_path="THIS_FOLDER/model.safetensors", {arguments}
 ).eval()
 
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))

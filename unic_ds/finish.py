@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unic_ds import chance, config, data, dist, engine, export, job, log
+from unic_ds import chance, config, data, dist, engine, export, initial, job, log
 from unic_ds.evaluate import features, knn, linear, table
 from unic_ds.student import Student
 
@@ -22,10 +22,14 @@ def finish(task: job.Job, parts: Any) -> None:
     Rank 0 fits the probes alone: the others are done, and wait for nothing.
     """
     state = engine.weights(parts.engine, "encoder.")
+    beside = {
+        export.LADDER: engine.weights(parts.engine, "ladder."),
+        export.STATISTICS: parts.teachers.state_dict(),
+    }
     source = parts.val or parts.train
     if dist.rank() == 0:
-        images = sample(source, task.cfg, 8)
-        path = export.export(state, task.cfg, images, task.out / "student", teachers=parts.manifest)
+        images, out = sample(source, task.cfg, 8), task.out / "student"
+        path = export.export(state, task.cfg, images, out, teachers=parts.manifest, beside=beside)
         log.say(f"exported encoder: {path}")
     dist.barrier()
     rows = measure(task, parts, state) if measurable(task, parts) else {}
@@ -62,6 +66,8 @@ def measure(task: job.Job, parts: Any, state: dict[str, Tensor]) -> dict[str, di
     before, after = (
         Student(cfg.student, cfg.ladder, {}, seed=cfg.seed).to(device).eval() for _ in range(2)
     )
+    if task.init:
+        initial.start_encoder(task.init, before.encoder)
     after.encoder.load_state_dict(state)
     widths: dict[str, int] = {}
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ class Job:
     settings: dict[str, Any]
     out: Path
     resume: str
+    init: str  # model folder or encoder weights that it starts from; empty: from the seed
+    before: tuple[Job, ...] = ()  # earlier stages, in folders of their own under `out`
 
     @property
     def finished(self) -> bool:
@@ -49,15 +52,35 @@ def resolve(options: dict[str, str]) -> Job:
         raise ValueError(
             f"--ds_config is needed{near}, for example --ds_config ds_configs/zero2.json"
         )
-    settings = ds_config.read(door["ds_config"])
+    file = ds_config.read(door["ds_config"])
     cfg = configure(door.get("recipe", "quickstart"), options)
-    settings = ds_config.merge(settings, cfg, int(os.environ.get("WORLD_SIZE", "1")))
     out = Path(door.get("out") or Path("runs") / (Path(cfg.recipe).name or "run"))
-    job = Job(cfg=cfg, settings=settings, out=out, resume=door.get("resume", "auto"))
-    check_folder(job)
+    resume, jobs, init = door.get("resume", "auto"), [], cfg.student.init
+    for stage, folder in staged(cfg, out):
+        settings = ds_config.merge(file, stage, int(os.environ.get("WORLD_SIZE", "1")))
+        jobs.append(Job(cfg=stage, settings=settings, out=folder, resume=resume, init=init))
+        init = str(folder / "student")
+    for job in jobs:
+        check_folder(job)
+    if len(jobs) > 1 and resume not in ("auto", "never"):
+        raise ValueError(f"--resume {resume!r} is of one stage; add --stages '' to train one alone")
     check_inputs(cfg)
-    check_room(job.out)
-    return job
+    check_room(out)
+    return replace(jobs[-1], before=tuple(jobs[:-1]))
+
+
+def staged(cfg: Config, out: Path) -> list[tuple[Config, Path]]:
+    """(settings, folder) of every stage, the last being `cfg` in `out` itself."""
+    stages = []
+    for number, text in enumerate(filter(str.strip, cfg.stages.split(";")), 1):
+        try:
+            pairs = [word.partition("=") for word in shlex.split(text)]
+            options = {key.removeprefix("--"): value for key, _, value in pairs}
+            stage = override_all(replace(cfg, stages=""), options)
+        except ValueError as error:
+            raise ValueError(f"stage {number} of --stages ({text.strip()!r}): {error}") from None
+        stages.append((stage, out / f"stage{number}"))
+    return [*stages, (cfg, out)]
 
 
 def configure(recipe: str, options: dict[str, str]) -> Config:
@@ -81,6 +104,7 @@ def check_inputs(cfg: Config) -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return  # the node's first rank checks and prepares; this one meets it before it reads
     prepare_demonstration(cfg)
+    check_init(cfg.student.init)
     files = [t.source[5:].rpartition("#arch=")[0] for t in cfg.teachers if t.source[:5] == "file:"]
     for key, folder in (("train", cfg.data.train), ("val", cfg.data.val)):
         if folder and not Path(folder).is_dir():
@@ -97,6 +121,17 @@ def check_inputs(cfg: Config) -> None:
                 f"teacher {teacher.name!r} has no weights at {path!r}; put them there or give"
                 f" --teachers.{teacher.name}.source (`unic-ds teachers fetch` has those of hubs)"
             )
+
+
+def check_init(path: str) -> None:
+    """ValueError where there is nothing to start from."""
+    given = Path(path).expanduser()
+    if path and given.is_dir() and not (given / "model.safetensors").is_file():
+        raise ValueError(
+            f"--student.init {path!r} holds no model.safetensors; give a run's student/ folder"
+        )
+    if path and not given.is_dir() and not (given.is_file() and given.suffix == ".safetensors"):
+        raise ValueError(f"--student.init {path!r} is no model folder and no .safetensors file")
 
 
 def prepare_demonstration(cfg: Config) -> None:

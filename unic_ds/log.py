@@ -88,27 +88,30 @@ class Log:
         self.count += 1
 
     def write(
-        self, step: int, *, waited_s: float, bad: int, **values: float | None
+        self, step: int, *, waited_s: float, bad: int, **values: Tensor | float | None
     ) -> dict[str, Any]:
         """One line for the steps since the last, from the one transfer; returns it. Every rank
         calls it.
 
         `waited_s` is this rank's whole time spent waiting for data, `bad` its unreadable images so
-        far.
+        far. What is still on the device among `values` is averaged over the ranks.
         """
         assert self.sums is not None
         seconds = time.monotonic() - self.logged_time
         share = (waited_s - self.logged_wait) / max(seconds, 1e-9)
+        still = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         ours = torch.tensor([share, float(bad)], device=self.sums.device)
-        all_ranks = dist.gather(
-            torch.cat([self.sums / self.count, ours])
-        ).cpu()  # the one host read
-        *means, data_wait = all_ranks.mean(0)[:-1].tolist()
+        theirs = [value.to(self.sums).reshape(1) for value in still.values()]
+        line = torch.cat([self.sums / self.count, *theirs, ours])
+        columns = list(zip(*dist.gather(line).tolist(), strict=True))  # the one host read
+        names = [*self.names, *still, "data_wait_share"]
+        means = [sum(column) / len(column) for column in columns[:-1]]
         images_per_s = (step - self.logged_step) * self.batch_size / max(seconds, 1e-9)
         row: dict[str, Any] = {"step": step, "samples": step * self.batch_size}
-        row |= dict(zip(self.names, means, strict=True)) | values
-        row |= {"images_per_s": images_per_s, "data_wait_share": data_wait, "mem_gb": memory_gb()}
-        row |= {"bad_images": int(all_ranks[:, -1].sum())} | throughput(images_per_s, self.flops)
+        row |= {name: value for name, value in values.items() if name not in still}
+        row |= dict(zip(names, means, strict=True))
+        row |= {"images_per_s": images_per_s, "mem_gb": memory_gb()}
+        row |= {"bad_images": int(sum(columns[-1]))} | throughput(images_per_s, self.flops)
         self.sums, self.count = None, 0
         self.logged_step, self.logged_time, self.logged_wait = step, time.monotonic(), waited_s
         if self.writer:

@@ -11,6 +11,9 @@ from dataclasses import replace
 
 from unic_ds.config import Balance, Config, Drop, Ladder, Loss, Standardise
 
+FIT_STEPS = 100
+"""Batches that fixed statistics are fitted on: at batch 512, 51,200 images."""
+
 
 def unic(cfg: Config) -> Config:
     """Ladder on all blocks, running standardisation, teacher dropping.
@@ -75,6 +78,31 @@ def crd(cfg: Config) -> Config:
     return replace(standard(cfg), loss=Loss(cls="1 contrastive", patch="none", temperature=0.07))
 
 
+def theia(cfg: Config) -> Config:
+    """Patch tokens only, fixed per-channel statistics, 0.9 cosine + 0.1 smooth-L1, equal weights.
+
+    Shang et al., "Theia: Distilling Diverse Vision Foundation Models for Robot Learning", CoRL
+    2024, arXiv 2407.20179.
+    """
+    return replace(
+        standard_norm(cfg),
+        loss=Loss(cls="none", patch="0.9 cosine + 0.1 smooth_l1"),
+        standardise=Standardise(fit_steps=FIT_STEPS),
+    )
+
+
+def radio(cfg: Config) -> Config:
+    """CLS by cosine, patches by 0.9 cosine + 0.1 smooth-L1, PHI-S standardisation.
+
+    Ranzinger et al., "AM-RADIO", CVPR 2024, arXiv 2312.06709; "PHI-S", arXiv 2410.01680.
+    """
+    return replace(
+        standard_norm(cfg),
+        loss=Loss(cls="1 cosine", patch="0.9 cosine + 0.1 smooth_l1"),
+        standardise=Standardise(kind="phi_s", fit_steps=FIT_STEPS),
+    )
+
+
 def dune(cfg: Config) -> Config:
     """A transformer block and a Linear per teacher on the last block's tokens, no ladder.
 
@@ -85,5 +113,6 @@ def dune(cfg: Config) -> Config:
 
 
 METHODS: dict[str, Callable[[Config], Config]] = {
-    method.__name__: method for method in (unic, standard, standard_norm, fitnet, crd, dune)
+    method.__name__: method
+    for method in (unic, standard, standard_norm, fitnet, crd, theia, radio, dune)
 }

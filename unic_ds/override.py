@@ -115,8 +115,17 @@ def override_teacher(teachers: tuple[Teacher, ...], path: str, text: str) -> tup
 
 def override_all(config: Config, options: dict[str, str]) -> Config:
     """`config` with every option applied; `teachers` before `teachers.NAME.key`."""
-    for path in sorted(options, key=lambda p: (p.count("."), p)):
-        config = override(config, path, options[path])
+    waiting = sorted(options, key=lambda p: (p.count("."), p))
+    while waiting:
+        refused: dict[str, ValueError] = {}
+        for path in waiting:
+            try:
+                config = override(config, path, options[path])
+            except ValueError as error:
+                refused[path] = error  # it may be right beside another option: try again after it
+        if len(refused) == len(waiting):
+            raise next(iter(refused.values()))
+        waiting = list(refused)
     return config
 
 

@@ -20,6 +20,9 @@ from unic_ds import chance, config, override
 from unic_ds.tokens import Normalise, Tokens, split_prefix
 
 KINDS = ("cls", "patch")
+NO_REGISTERS = (
+    "student.registers {} cannot be had of {!r}; leave it -1, or choose a plain vit_ model"
+)
 
 
 class DropPath(nn.Module):
@@ -247,21 +250,29 @@ class Student(nn.Module):
         return split_prefix(x_BND, self.encoder.num_prefix_tokens, has_cls=has_cls(self.encoder))
 
 
+def arguments(cfg: config.Student) -> dict[str, Any]:
+    """What timm is told beside the model's name, whoever builds the encoder."""
+    registers = {"reg_tokens": cfg.registers} if cfg.registers >= 0 else {}
+    return {"img_size": cfg.size, "num_classes": 0} | registers
+
+
 def build_encoder(cfg: config.Student) -> Any:
     """A timm ViT without a head at `cfg.size`; ValueError for what timm does not have or take."""
     if not timm.is_model(cfg.model):
         near = override.nearest(cfg.model, timm.list_models("*vit*"))
         raise ValueError(f"student.model {cfg.model!r} is not a timm model{near}")
     try:
-        encoder: Any = timm.create_model(
-            cfg.model, img_size=cfg.size, num_classes=0, drop_path_rate=cfg.drop_path
-        )
+        encoder: Any = timm.create_model(cfg.model, drop_path_rate=cfg.drop_path, **arguments(cfg))
     except (TypeError, AssertionError) as error:
+        if "reg_tokens" in str(error):
+            raise ValueError(NO_REGISTERS.format(cfg.registers, cfg.model)) from error
         raise ValueError(f"student.model {cfg.model!r} at {cfg.size} px: {error}") from error
     if not (hasattr(encoder, "blocks") and hasattr(encoder, "num_prefix_tokens")):
         raise ValueError(
             f"student.model {cfg.model!r} is not a plain ViT; choose one of timm's vit_ models"
         )
+    if cfg.registers not in (-1, encoder.num_prefix_tokens - has_cls(encoder)):
+        raise ValueError(NO_REGISTERS.format(cfg.registers, cfg.model))
     patch = encoder.patch_embed.patch_size[0]
     if cfg.size % patch:
         raise ValueError(

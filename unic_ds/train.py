@@ -11,9 +11,11 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,7 +55,21 @@ def main(argv: Sequence[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = (
         "1"  # a compute node must not ask a hub; `unic-ds teachers fetch` does
     )
-    return distil(task)
+    # Looked at before anything runs, when all ranks see the same.
+    waiting = [stage for stage in (*task.before, task) if not stage.finished]
+    for stage in waiting:
+        announce(stage, task)
+        if not distil(stage):
+            break
+    return 0
+
+
+def announce(stage: job.Job, task: job.Job) -> None:
+    """Say which stage of how many begins."""
+    if task.before and os.environ.get("RANK", "0") == "0":
+        number, student = [*task.before, task].index(stage) + 1, stage.cfg.student
+        of = f"stage {number} of {len(task.before) + 1}"
+        print(f"{of}: {student.model} at {student.size} px in {stage.out}", flush=True)
 
 
 def show(task: job.Job) -> int:
@@ -80,14 +96,15 @@ class Parts:
     stream: Any
     teachers: Any
     manifest: dict[str, Any]
+    init: dict[str, str] | None
     engine: Any
     balance: Any
     steps: int
     flops: float
 
 
-def distil(task: job.Job) -> int:
-    """Train until the last step, then export and evaluate; the exit code."""
+def distil(task: job.Job) -> bool:
+    """Train until the last step, then export and evaluate; False where `run.stop_at` came first."""
     from unic_ds import dist, finish, log
     from unic_ds.engine import grad_norm
     from unic_ds.loss import distill_loss
@@ -142,7 +159,7 @@ def distil(task: job.Job) -> int:
     if stop == last:
         finish.finish(task, parts)
     lock.close()
-    return 0
+    return stop == last
 
 
 def uniforms(cfg: config.Config, step: int, position_B: Any, engine: Any) -> tuple[Any, Any]:
@@ -165,7 +182,7 @@ def uniforms(cfg: config.Config, step: int, position_B: Any, engine: Any) -> tup
 
 def build(task: job.Job) -> Parts:
     """Images, teachers, student and engine of a job."""
-    from unic_ds import balance, dist, engine, log
+    from unic_ds import balance, dist, engine, initial, log
     from unic_ds.student import Head, Student, grid_of
     from unic_ds.teachers.pool import Teachers
 
@@ -183,6 +200,7 @@ def build(task: job.Job) -> Parts:
         for row in cfg.teachers
     }
     student = Student(cfg.student, cfg.ladder, heads, seed=cfg.seed).to(device)
+    init = initial.start(task.init, student, teachers) if task.init else None
     flops = count_flops(student, teachers, cfg.student.size, device)
     cost = f"{flops / 1e9:.1f} GFLOP an image for the whole step"
     log.say(f"student {cfg.student.model}, {cfg.student.size} px; {cost}")
@@ -192,6 +210,7 @@ def build(task: job.Job) -> Parts:
         stream=open_stream(task, train, teachers.sizes, device),
         teachers=teachers,
         manifest=manifest,
+        init=init,
         engine=engine.build(student, cfg.optim, task.settings),
         balance=balance.build(cfg).to(device),
         steps=cfg.optim.step_count(len(train)),
@@ -290,6 +309,7 @@ def identity(task: job.Job, parts: Parts) -> dict[str, Any]:
     return {
         "images": parts.train.fingerprint(),
         "teachers": [[name, row["sha256"]] for name, row in parts.manifest.items()],
+        "init": parts.init,
         "decoder": data.backend(task.cfg.data),
         "ranks": dist.world(),
         "zero_stage": ds_config.stage(task.settings),
@@ -327,8 +347,26 @@ def resume(task: job.Job, parts: Parts) -> int:
         parts.teachers.load_state_dict(statistics)
         step = facts["step"]
         log.say(f"resumed after step {step} from {found}")
+    elif task.cfg.standardise.fitted:
+        fit_statistics(task, parts)
     parts.stream.seek(step)
     return step
+
+
+def fit_statistics(task: job.Job, parts: Parts) -> None:
+    """Fix the targets' statistics by the first batches of the run, which training reads again."""
+    from unic_ds import dist, log
+
+    steps, start = task.cfg.standardise.fit_steps, time.monotonic()
+    images = steps * task.cfg.optim.batch_size
+    log.say(f"fitting the teachers' statistics to {images} images ({steps} batches)")
+    count = steps * parts.engine.gradient_accumulation_steps()
+    # A stream of its own: the log's share of time spent waiting is of training alone.
+    stream = open_stream(task, parts.train, parts.teachers.sizes, dist.device())
+    batches = (batch.images for batch in islice(stream, count))
+    parts.teachers.fit(log.track(batches, count, "statistics"))
+    stream.close()
+    log.say(f"statistics fitted in {time.monotonic() - start:.1f} s")
 
 
 def refuse_non_finite(row: dict[str, Any]) -> None:

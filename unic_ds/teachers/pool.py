@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,8 +12,11 @@ from torch import Tensor, nn
 
 from unic_ds import config, dist
 from unic_ds.teachers import sources, weights
+from unic_ds.teachers.phi_s import PhiS
 from unic_ds.teachers.standardise import Standardiser
 from unic_ds.tokens import Tokens
+
+KINDS: dict[str, type[Standardiser]] = {"channel": Standardiser, "phi_s": PhiS}
 
 
 class Teachers:
@@ -36,10 +41,11 @@ class Teachers:
             weights.locate(row)
         with dist.in_turn():
             self.teachers = {row.name: sources.load(row, grid=grid, device=device) for row in rows}
-        self.norms = {
-            name: Standardiser(teacher.width, standardise).to(device)
-            for name, teacher in self.teachers.items()
-        }
+        kind = KINDS[standardise.kind if standardise.on else "channel"]
+        self.norms = {}
+        for name, teacher in self.teachers.items():
+            with blaming(name):
+                self.norms[name] = kind(teacher.width, standardise).to(device)
         self.standardise = standardise
 
     @property
@@ -55,12 +61,12 @@ class Teachers:
     def __call__(self, images: dict[int, Tensor], *, observe: bool = True) -> dict[str, Tokens]:
         """Standardised fp32 targets of uint8 images [B, 3, H, H], keyed by side H in pixels.
 
-        `observe` adds the batch to the step's statistics: off in validation. No host sync.
+        `observe` adds the batch to running statistics: off in validation. No host sync.
         """
         targets = {}
         for name, tokens in self.raw(images).items():
             targets[name] = self.norms[name](tokens)
-            if observe:
+            if observe and self.standardise.running:
                 self.norms[name].observe(tokens)
         return targets
 
@@ -68,18 +74,42 @@ class Teachers:
         """Tokens as the teachers give them, each in its own precision, on the student's grid."""
         return {name: teacher(images[teacher.size]) for name, teacher in self.teachers.items()}
 
+    @torch.no_grad()
+    def fit(self, batches: Iterable[dict[int, Tensor]]) -> None:
+        """Fix the statistics by batches of images of all ranks; ValueError names who misbehaves."""
+        for images in batches:
+            for name, tokens in self.raw(images).items():
+                self.norms[name].observe(tokens)
+        for name, moments_PS2C in self.gather().items():
+            with blaming(name):
+                self.norms[name].fit(moments_PS2C, dist.total)
+        # One rank's for all: eigenvectors of the same matrix may differ between two machines.
+        self.load_state_dict(dist.share({k: v.cpu() for k, v in self.state_dict().items()}))
+
     def track(self, momentum: float) -> None:
-        """Move all statistics by the optimiser step just taken: one collective, no host sync."""
-        if not self.standardise.on:
-            return
-        norms = list(self.norms.values())
-        shares = [norm.moments().flatten() for norm in norms]
-        gathered = dist.gather(torch.cat(shares)).split([len(share) for share in shares], 1)
-        for norm, moments_P in zip(norms, gathered, strict=True):
-            norm.track(moments_P.unflatten(1, norm.moments_S2C.shape), momentum)
+        """Move running statistics by the optimiser step just taken: one collective, no host sync.
+
+        Fixed ones stay.
+        """
+        if self.standardise.running:
+            for name, moments_PS2C in self.gather().items():
+                self.norms[name].track(moments_PS2C, momentum)
+
+    def gather(self) -> dict[str, Tensor]:
+        """What each rank has observed of each teacher, [P, 3, 2, C]: one collective."""
+        shares = {name: norm.moments() for name, norm in self.norms.items()}
+        flat_P = dist.gather(torch.cat([share.flatten() for share in shares.values()]))
+        parts = flat_P.split([share.numel() for share in shares.values()], 1)
+        return {
+            name: part_P.unflatten(1, shares[name].shape)
+            for name, part_P in zip(shares, parts, strict=True)
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Running statistics as `TEACHER.mean_2C` and `.std_2C`, without the frozen weights."""
+        """Statistics as `TEACHER.mean_2C` and `.std_2C` (PHI-S: `.basis_2CC` and `.scale_2` too).
+
+        Without the frozen weights.
+        """
         return nn.ModuleDict(self.norms).state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -90,11 +120,26 @@ class Teachers:
             raise ValueError(
                 f"the checkpoint has statistics of {theirs}; this run's teachers are {ours}"
             )
+        if state.keys() != self.state_dict().keys():
+            theirs = "phi_s" if any(key.endswith(".basis_2CC") for key in state) else "channel"
+            raise ValueError(
+                f"the checkpoint's statistics are of --standardise.kind {theirs}, this run's of"
+                f" {self.standardise.kind}; use the same, or start in a fresh --out"
+            )
         nn.ModuleDict(self.norms).load_state_dict(state)
 
     def manifest(self) -> dict[str, dict[str, Any]]:
         """What identifies each teacher, for `teachers.json`; hashes weight files: call it once."""
         return {name: teacher.facts() for name, teacher in self.teachers.items()}
+
+
+@contextmanager
+def blaming(name: str) -> Iterator[None]:
+    """A ValueError of the body, with the teacher that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"teacher {name!r}: {error}") from None
 
 
 def describe(

@@ -1,4 +1,4 @@
-"""Running per-channel standardisation of a teacher's tokens (method: section 1).
+"""Per-channel standardisation of a teacher's tokens (method: section 1).
 
     y = (x - mean) / (std + eps)        with the statistics from before the step
     mean <- (1 - m) mean + m mean_batch
@@ -7,13 +7,15 @@
 What ranks and micro batches exchange is count, mean and M2 (the sum of squared deviations) per
 channel, merged in fp64 by the many-part form of Chan et al., "Updating formulae and a pairwise
 algorithm for computing sample variances" (1979). So the statistics do not depend on how a batch was
-split.
+split. Statistics that are fitted before training are one such step with m = 1 over many batches.
 
 Shapes: P parts to merge (micro batches or ranks), S = 3 statistics, 2 token kinds; the rest as in
 `tokens`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +50,7 @@ def merge(moments_PS2C: Tensor) -> Tensor:
 
 
 class Standardiser(nn.Module):
-    """Running statistics of one teacher with `width` channels; kind 0 is cls, kind 1 is patch."""
+    """Statistics of one teacher with `width` channels; kind 0 is cls, kind 1 is patch."""
 
     mean_2C: Tensor
     std_2C: Tensor
@@ -72,13 +74,24 @@ class Standardiser(nn.Module):
         return Tokens(self.scale(tokens.cls_BC, 0), self.scale(tokens.patch_BNC, 1))
 
     def scale(self, x_C: Tensor, kind: int) -> Tensor:
-        """(x - mean) / std over the last axis, whatever axes stand before it."""
-        mean_C, std_C = self.mean_2C[kind], self.std_2C[kind]
+        """The target of raw features, clamped; over the last axis, whatever stands before it."""
+        y_C, clamp = self.normalise(x_C, kind), self.cfg.target_clamp
+        return y_C.clamp(-clamp, clamp) if clamp > 0 else y_C
+
+    def normalise(self, x_C: Tensor, kind: int) -> Tensor:
+        """(x - mean) / (std + eps) over the last axis."""
+        return (x_C.float() - self.mean_2C[kind]) / self.divisor(kind)
+
+    def invert(self, y_C: Tensor, kind: int) -> Tensor:
+        """The features that `normalise` made `y_C` of."""
+        return y_C * self.divisor(kind) + self.mean_2C[kind]
+
+    def divisor(self, kind: int) -> Tensor:
+        """Each channel's std + eps, floored."""
+        std_C = self.std_2C[kind]
         if self.cfg.std_floor > 0:
             std_C = std_C.maximum(self.cfg.std_floor * std_C.median())
-        y_C = (x_C.float() - mean_C) / (std_C + EPS)
-        clamp = self.cfg.target_clamp
-        return y_C.clamp(-clamp, clamp) if clamp > 0 else y_C
+        return std_C + EPS
 
     @torch.no_grad()
     def observe(self, tokens: Tokens) -> None:
@@ -107,3 +120,15 @@ class Standardiser(nn.Module):
             moved_2C = (1 - momentum) * running_2C + momentum * batch_2C.float()
             running_2C.copy_(torch.where(usable, moved_2C, running_2C))
         self.moments_S2C.zero_()
+
+    def fit(self, moments_PS2C: Tensor, total: Callable[[Tensor], Tensor]) -> None:
+        """Fix the statistics by what all ranks observed; `total` sums a tensor over the ranks.
+
+        ValueError where the features are not finite.
+        """
+        if not torch.isfinite(moments_PS2C).all():
+            raise ValueError(
+                "its features are not finite in the batches that its statistics are fitted to; try"
+                " --teachers.NAME.precision fp32"
+            )
+        self.track(moments_PS2C, 1.0)

@@ -1,0 +1,184 @@
+"""A step of ours makes the host wait for nothing between log lines, and knows no single image."""
+
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from host_reads import HostReads
+from test_train import (  # noqa: F401
+    ROOT,
+    SMALL,
+    demonstration,
+    pytestmark,
+    run,
+)
+
+HERE = {"here": Path(__file__).parent}
+X, S, TWO = torch.tensor([1.0, 2.0, 0.0]), torch.tensor(2.0), torch.tensor(2)
+
+PLANTED = {
+    "item": lambda: S.item(),
+    "float": lambda: float(S),
+    "int": lambda: int(TWO),
+    "bool": lambda: bool(S),
+    "if": lambda: 1 if S else 0,
+    "isfinite": lambda: math.isfinite(S),
+    "comparison": lambda: max(S, X[0]),
+    "format": lambda: f"{S:.2f}",
+    "repr": lambda: str(X),
+    "range": lambda: range(TWO),
+    "slice": lambda: X[:TWO],
+    "shape": lambda: torch.zeros(TWO),
+    "list": lambda: torch.tensor([S, S]),
+    "tolist": lambda: X.tolist(),
+    "numpy": lambda: X.numpy(),
+    "asarray": lambda: np.asarray(X),
+    "cpu": lambda: X.cpu(),
+    "to": lambda: X.to("cpu"),
+    "contains": lambda: 2.0 in X,
+    "equal": lambda: torch.equal(X, X),
+    "allclose": lambda: torch.allclose(X, X),
+    "nonzero": lambda: X.nonzero(),
+    "where": lambda: torch.where(X > 0),
+    "masked_select": lambda: X.masked_select(X > 0),
+    "mask": lambda: X[X > 0],
+    "masked write": lambda: X.clone().__setitem__(X > 0, 1.0),
+    "unique": lambda: X.unique(),
+    "repeat": lambda: X.repeat_interleave(torch.tensor([1, 1, 2])),
+}
+
+HARMLESS = {
+    "where with a scalar": lambda: torch.where(X > S, X, S),
+    "masked_fill": lambda: X.masked_fill(X > 0, 0.0),
+    "scatter": lambda: X.scatter(0, X.argmax(0, keepdim=True), 1.0),
+    "gather": lambda: X[torch.tensor([0, 2])],
+    "scale": lambda: X * S + X.clamp(min=S),
+    "stack": lambda: torch.stack([S, S]),
+    "length": lambda: len(X) + X.numel() + X.shape[0],
+    "host to device": lambda: torch.from_numpy(np.zeros(3)).float().to(X.device),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_read_is_found_where_it_is(name):
+    with HostReads(HERE) as reads:
+        PLANTED[name]()
+    assert sum(reads.of("here").values()) == len(reads.reads) == 1
+    assert reads.reads[0].where == "test_host_reads.py:<lambda>"
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_stays_on_the_device_is_no_read(name):
+    with HostReads(HERE) as reads:
+        HARMLESS[name]()
+    assert reads.reads == []
+
+
+def test_a_read_belongs_to_the_nearest_root_else_to_the_graph():
+    """Here `torch.nn` stands for a library whose own reads are not ours."""
+    weight = torch.ones(3, requires_grad=True)
+    masked = weight[X > 0].sum()
+    roots = HERE | {"library": Path(torch.nn.__file__).parent}
+    with HostReads(roots) as reads:
+        masked.backward()
+        torch.nn.utils.clip_grad_norm_([weight], 1.0, error_if_nonfinite=True)
+    assert reads.of("here") == Counter()
+    assert reads.of("backward") == Counter({"autograd: index_put": 1})
+    assert set(reads.of("library")) == {"utils/clip_grad.py:_get_total_norm: __bool__"}
+
+
+def test_nothing_is_counted_outside():
+    with HostReads(HERE) as reads:
+        pass
+    S.item()
+    assert (reads.reads, reads.operators) == ([], {})
+
+
+RUNS = {  # name: stage, micro batch, images per step
+    "zero0": (0, 8, 8),
+    "zero1": (1, 4, 8),
+    "zero2": (2, 8, 8),
+    "zero3": (3, 8, 8),
+    "few": (2, 4, 4),
+}
+LOGGED = 3
+"""The step with a log line, of the 2, 3 and 4 that are counted."""
+
+
+def arguments(folder: Path, name: str) -> list[str]:
+    """The command line of a run of five steps in bf16, as recipes are."""
+    stage, micro, batch = RUNS[name]
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    settings = {
+        "train_micro_batch_size_per_gpu": micro,
+        "bf16": {"enabled": True},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero | {"overlap_comm": True, "contiguous_gradients": True},
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+    }
+    (folder / f"{name}.json").write_text(json.dumps(settings))
+    more = {"ds_config": folder / f"{name}.json", "out": folder / name}
+    more |= {"optim.batch_size": batch, "optim.steps": 6, "run.stop_at": 5}
+    more |= {"run.log_every": LOGGED, "ladder.rungs": "5,11", "eval.on": "false"}
+    return [word for key, value in (SMALL | more).items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    """What was counted in steps 2, 3 and 4 of each run, made in a process of their own."""
+    folder = tmp_path_factory.mktemp("counted")
+    (folder / "plan.json").write_text(json.dumps([arguments(folder, name) for name in RUNS]))
+    run([sys.executable, str(ROOT / "tests" / "counted_runs.py"), str(folder / "plan.json")])
+    rows = {name: json.loads((folder / name / "reads.json").read_text()) for name in RUNS}
+    return {name: dict(zip((2, 3, 4), steps, strict=True)) for name, steps in rows.items()}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_whole_step_reads_nothing_and_a_log_line_once(counted, name):
+    for step, row in counted[name].items():
+        assert row["operators"]["mm"] > 100  # it did see a step
+        assert row["ours"] == ({"log.py:write: tolist": 1} if step == LOGGED else {}), step
+        assert row["backward"] == row["elsewhere"] == {}, step
+
+
+SHARDED = {
+    "runtime/zero/stage_1_and_2.py:has_overflow: item": 1,
+    "runtime/utils.py:is_invalid_grad_norm: __bool__": 1,
+}
+"""What DeepSpeed itself reads in an optimiser step of ZeRO-1 and 2, whatever the accumulation."""
+ZERO3 = {"runtime/utils.py:is_invalid_grad_norm: __bool__": 1}
+ZERO0 = {
+    "runtime/utils.py:has_overflow_serial: __bool__",  # for each parameter
+    "runtime/utils.py:has_overflow: item",
+    "runtime/utils.py:get_weight_norm: __float__",
+    "runtime/utils.py:get_weight_norm: item",
+}
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "few"])
+def test_deepspeed_reads_twice_in_a_step_of_zero_1_and_2(counted, name):
+    for row in counted[name].values():
+        assert row["deepspeed"] == SHARDED
+
+
+def test_deepspeed_reads_once_in_a_step_of_zero_3(counted):
+    """From the third step on: in the first two, ranks agree on the order of their modules."""
+    for step in (3, 4):
+        assert counted["zero3"][step]["deepspeed"] == ZERO3
+
+
+def test_deepspeed_reads_for_each_parameter_under_zero_0_in_bf16(counted):
+    for row in counted["zero0"].values():
+        assert set(row["deepspeed"]) == ZERO0
+        assert row["deepspeed"]["runtime/utils.py:has_overflow: item"] == 1
+
+
+def test_a_step_runs_as_many_operators_for_8_images_as_for_4(counted):
+    for step, row in counted["zero2"].items():
+        assert row["operators"] == counted["few"][step]["operators"]

@@ -1,0 +1,97 @@
+"""One recipe in stages: each a run of its own that starts from the student before it."""
+
+import random
+import time
+
+import pytest
+from safetensors.torch import load_file
+from test_train import curve, kill_group, launched, run, start
+
+from unic_ds import job, quickstart, recipes
+
+DS = {"ds_config": "ds_configs/zero2.json"}
+NEEDS = pytest.mark.skipif(
+    bool(quickstart.missing_packages()), reason="the quickstart's packages are not installed"
+)
+
+
+def resolved(tmp_path, **more):
+    return job.resolve(DS | {"out": str(tmp_path / "run")} | more)
+
+
+@NEEDS
+def test_a_stage_is_the_last_one_with_its_own_settings(tmp_path):
+    stages = "student.size=32 optim.epochs=9;student.size=64 loss.cls='1 cosine'"
+    last = resolved(tmp_path, stages=stages, **{"optim.lr": "0.5"})
+    one, two = last.before
+    assert [s.cfg.student.size for s in (one, two, last)] == [32, 64, 112]
+    assert [s.cfg.optim.epochs for s in (one, two, last)] == [9, 3.9, 3.9]
+    assert {s.cfg.optim.lr for s in (one, two, last)} == {0.5}
+    assert (two.cfg.loss.cls, last.cfg.loss.patch) == ("1 cosine", last.cfg.loss.cls)
+    out = tmp_path / "run"
+    assert [s.out for s in (one, two, last)] == [out / "stage1", out / "stage2", out]
+    assert [s.init for s in (one, two, last)] == [
+        "",
+        str(out / "stage1" / "student"),
+        str(out / "stage2" / "student"),
+    ]
+
+
+@NEEDS
+@pytest.mark.parametrize(
+    ("stages", "sentence"),
+    [
+        ("student.sze=32", r"stage 1 of --stages \('student.sze=32'\): unknown option"),
+        ("seed=1;optim.epochs=many", r"stage 2 of --stages .* must be a number, got 'many'"),
+        ("optim.batch_size=63", "optim.batch_size 63 is not a multiple"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_refused_at_the_door(tmp_path, stages, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        resolved(tmp_path, stages=stages)
+
+
+@NEEDS
+def test_a_checkpoint_s_path_does_not_fit_stages(tmp_path):
+    with pytest.raises(ValueError, match="is of one stage; add --stages ''"):
+        resolved(tmp_path, stages="seed=1", resume=str(tmp_path))
+
+
+def test_unic_l_has_the_paper_s_stages(tmp_path):
+    cfg = recipes.get("unic_l")
+    (first, _), (last, _) = job.staged(cfg, tmp_path)
+    assert (first.student.size, first.optim.epochs) == (224, 200)
+    assert (last.student.size, last.optim.epochs) == (336, 100)
+
+
+@NEEDS
+def test_two_stages_killed_in_the_second_give_the_same_curve(tmp_path):
+    more = {
+        "stages": "student.size=32 optim.steps=2",
+        "student__size": 48,
+        "teachers__dinov2__size": 42,
+        "optim__steps": 6,
+        "run__save_every": 2,
+        "eval__on": "false",
+    }
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    printed = run(launched(whole, **more))
+    assert "stage 1 of 2: vit_tiny_patch16_224 at 32 px" in printed
+    assert "position embeddings resized from 2 x 2 to 3 x 3" in printed
+    assert "encoder, ladder, statistics" in printed
+    assert (whole / "stage1" / "student" / "ladder.safetensors").is_file()
+    encoder = load_file(whole / "student" / "model.safetensors")
+    assert encoder["pos_embed"].shape[1] == 1 + 9
+
+    process = start(launched(killed, **more))
+    while not (killed / "checkpoints" / "latest").exists():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.5))
+    kill_group(process)
+    printed = run(launched(killed, **more))
+    assert "stage 2 of 2" in printed
+    assert "stage 1 of 2" not in printed
+    for part in (".", "stage1"):
+        assert curve(killed / part) == curve(whole / part)
+    assert "is finished" in run(launched(whole, **more))

@@ -1,0 +1,60 @@
+"""AdamW that keeps an exponential moving average of the weights it trains.
+
+After every step `average <- decay * average + (1 - decay) * weight`, from the weights before the
+first step. The average is optimiser state beside the two moments: DeepSpeed partitions it as it
+partitions the fp32 masters, and saves and loads it with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEY = "average"
+
+
+class AveragedAdamW(torch.optim.AdamW):
+    """AdamW whose state holds each weight's average."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, decay: float, **options: Any):
+        super().__init__(groups, **options)
+        self.decay = decay
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of AdamW and of the averages.
+
+        Under ZeRO-1 to 3 DeepSpeed steps one partition at a time: only those in the groups now.
+        """
+        stepped = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        # AdamW starts its own state where there is none at all, so ours waits until it has
+        starts = {p: p.detach().clone() for p in stepped if KEY not in self.state.get(p, {})}
+        loss = super().step(closure)
+        for weight, start in starts.items():
+            self.state[weight][KEY] = start
+        for weight in stepped:
+            self.state[weight][KEY].lerp_(weight, 1 - self.decay)
+        return loss
+
+
+@contextmanager
+@torch.no_grad()
+def in_place_of_weights(optimizer: Any) -> Iterator[None]:
+    """Exchange weights and averages while the body runs; nothing where no average is kept."""
+
+    def exchange() -> None:
+        for weight, state in optimizer.state.items():
+            if KEY in state:
+                kept: Tensor = weight.detach().clone()
+                weight.copy_(state[KEY])
+                state[KEY].copy_(kept)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
