@@ -1,0 +1,1 @@
+"""Triton ops of unic_ds; CPU tensors take torch code of the same algebra."""

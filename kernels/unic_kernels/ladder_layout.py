@@ -1,0 +1,86 @@
+"""Where the hidden units of every (rung, teacher) stand in the ladder's buffers.
+
+A rung's first Linears are stacked, teacher after teacher: rows of `w1[l]`. A teacher's hidden units
+of all rungs stand side by side: columns of its own [M, K_t] matrix, so that its second Linears are
+one GEMM. These matrices follow one another in one flat buffer of M * sum(K_t) elements, M = B N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """The hidden units of one teacher on one rung."""
+
+    teacher: int
+    row: int  # first row in the rung's stacked weight
+    column: int  # first column in the teacher's matrix
+    width: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Hidden widths per rung and teacher; 0 where a teacher has no projector on a rung."""
+
+    widths_LT: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def width_T(self) -> tuple[int, ...]:
+        """Columns K_t of each teacher's matrix."""
+        return tuple(sum(column) for column in zip(*self.widths_LT, strict=True))
+
+    @cached_property
+    def before_T(self) -> tuple[int, ...]:
+        """Columns of all teachers in front of each."""
+        return tuple(sum(self.width_T[:t]) for t in range(len(self.width_T)))
+
+    @cached_property
+    def total(self) -> int:
+        """Hidden units per token."""
+        return sum(self.width_T)
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether every rung gives all teachers the same width: the usual case."""
+        return all(len(set(rung)) == 1 for rung in self.widths_LT)
+
+    @cached_property
+    def rungs(self) -> tuple[tuple[Block, ...], ...]:
+        """The blocks of each rung."""
+        column_T = [0] * len(self.width_T)
+        found = []
+        for rung in self.widths_LT:
+            row, blocks = 0, []
+            for teacher, width in enumerate(rung):
+                if width:
+                    blocks.append(Block(teacher, row, column_T[teacher], width))
+                row += width
+                column_T[teacher] += width
+            found.append(tuple(blocks))
+        return tuple(found)
+
+    def block(self, rung: int, teacher: int) -> Block | None:
+        """A teacher's block on a rung, if it has one."""
+        return next((b for b in self.rungs[rung] if b.teacher == teacher), None)
+
+    def of(self, flat: Tensor, teacher: int, rows: int) -> Tensor:
+        """A teacher's [rows, K_t] matrix, a view into the flat buffer."""
+        start = rows * self.before_T[teacher]
+        return flat[start : start + rows * self.width_T[teacher]].view(rows, self.width_T[teacher])
+
+
+@lru_cache(maxsize=64)
+def _layout(widths: tuple[int, ...], teachers: int) -> Layout:
+    rungs = range(0, len(widths), teachers)
+    return Layout(tuple(widths[first : first + teachers] for first in rungs))
+
+
+def layout_of(widths: Sequence[int], teachers: int) -> Layout:
+    """The layout that a custom op's flat list of integers spells, rung after rung."""
+    return _layout(tuple(widths), teachers)
