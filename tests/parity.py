@@ -32,10 +32,12 @@ from torch import Tensor
 
 from unic_ds import config, optim, published
 from unic_ds.balance import Dropping
-from unic_ds.loss import distill_loss, image_loss
-from unic_ds.student import KINDS, Head, Ladder, Student
+from unic_ds.ladder import Head, Ladder
+from unic_ds.loss import distill_loss
+from unic_ds.ops import FUSED, Ops
+from unic_ds.student import Student
 from unic_ds.teachers.standardise import Standardiser
-from unic_ds.tokens import Tokens
+from unic_ds.tokens import KINDS, Target, Tokens
 
 EXACT, PUBLISHED = 1e-5, 1e-4
 
@@ -108,19 +110,24 @@ def tensor(value: np.ndarray) -> Tensor:
 
 
 def our_loss(
-    pred: dict[str, Tokens], target: dict[str, Tokens], uniform_TB: Tensor, rate: float
+    pred: dict[str, Tokens], target: dict[str, Tokens], uniform_TB: Tensor, rate: float, ops: Ops
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The paper's loss, its losses per (teacher, image), summed coefficients per teacher."""
-    cfg = config.Loss()
-    dropping = Dropping(torch.ones(len(pred)), config.Drop(rate=rate), "kept")
-    loss, _ = distill_loss(pred, target, uniform_TB, loss=cfg, balance=dropping)
-    with torch.no_grad():
-        gaps = [image_loss(pred[name], target[name], cfg.distance)[0] for name in pred]
-        loss_TB = torch.stack(gaps)
-    return loss, loss_TB, dropping(loss_TB, uniform_TB).sum(1)
+    seen = []
+
+    class Watched(Dropping):
+        def forward(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
+            weight_TB = super().forward(loss_TB, uniform_TB)
+            seen.append((loss_TB, weight_TB.sum(1)))
+            return weight_TB
+
+    dropping = Watched(torch.ones(len(pred)), config.Drop(rate=rate), "kept", ops)
+    targets = {name: Target.of(tokens) for name, tokens in target.items()}
+    loss, _ = distill_loss(pred, targets, uniform_TB, loss=config.Loss(), balance=dropping, ops=ops)
+    return loss, *seen[0]
 
 
-def check_loss(file: Path) -> Iterator[Row]:
+def check_loss(file: Path, ops: Ops = FUSED) -> Iterator[Row]:
     """Loss, losses per (teacher, image), coefficients and gradients of every case."""
     for case, take in cases(file):
         teachers = [str(name) for name in take["teachers"]]
@@ -137,7 +144,7 @@ def check_loss(file: Path) -> Iterator[Row]:
             for kind, value in zip(KINDS, pred[name], strict=True)
         }
         uniform_TB = tensor(take["uniform_TB"])
-        loss, loss_TB, coeff_T = our_loss(pred, target, uniform_TB, float(take["drop_prob"]))
+        loss, loss_TB, coeff_T = our_loss(pred, target, uniform_TB, float(take["drop_prob"]), ops)
         loss.backward()
         yield compare(f"loss {case} loss", {"": (loss, tensor(take["loss"]))})
         yield compare(f"loss {case} loss_TB", {"": (loss_TB, tensor(take["loss_TB"]))})
@@ -153,16 +160,16 @@ def gradient(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
-def check_ladder(file: Path) -> Iterator[Row]:
+def check_ladder(file: Path, ops: Ops = FUSED) -> Iterator[Row]:
     """State-dict names, outputs, input gradients and weight gradients of every case."""
     for case, take in cases(file):
         weights = {k.removeprefix("w:"): tensor(v) for k, v in take.items() if k.startswith("w:")}
         outs = {k.removeprefix("y_"): tensor(v) for k, v in take.items() if k.startswith("y_")}
-        ladder = build_ladder(json.loads(str(take["config"])), take, outs)
-        yield names(f"ladder {case} names", ladder.state_dict(), weights)
-        if ladder.state_dict().keys() != weights.keys():
+        ladder = build_ladder(json.loads(str(take["config"])), take, outs, ops)
+        yield names(f"ladder {case} names", ladder.published(), weights)
+        if ladder.published().keys() != weights.keys():
             continue
-        ladder.load_state_dict(weights)
+        ladder.load_published(weights)
         leaves = {
             f"{kind}{block + 1}": tensor(take[f"x_{kind}{block + 1}"]).requires_grad_()
             for block in ladder.blocks
@@ -180,14 +187,15 @@ def check_ladder(file: Path) -> Iterator[Row]:
             f"ladder {case} input gradients",
             {key: (gradient(x), tensor(take[f"gx_{key}"])) for key, x in leaves.items()},
         )
+        grads = {name: gradient(weight) for name, weight in ladder.named_parameters()}
         yield compare(
             f"ladder {case} weight gradients",
-            {k: (gradient(w), tensor(take[f"gw:{k}"])) for k, w in ladder.named_parameters()},
+            {k: (g, tensor(take[f"gw:{k}"])) for k, g in ladder.published(grads).items()},
         )
 
 
 def build_ladder(
-    settings: dict[str, Any], take: dict[str, np.ndarray], outs: dict[str, Tensor]
+    settings: dict[str, Any], take: dict[str, np.ndarray], outs: dict[str, Tensor], ops: Ops
 ) -> Ladder:
     """The Ladder of a case; `which_blocks` left out means all of them."""
     depth = max(int(key[5:]) for key in take if re.fullmatch(r"x_cls\d+", key))
@@ -200,7 +208,7 @@ def build_ladder(
     )
     widths = {key[: -len("_cls")]: y.shape[-1] for key, y in outs.items() if key.endswith("_cls")}
     heads = {name: Head(width) for name, width in widths.items()}
-    return Ladder(take[f"x_cls{depth}"].shape[-1], depth, heads, cfg)
+    return Ladder(take[f"x_cls{depth}"].shape[-1], depth, heads, cfg, ops=ops)
 
 
 def check_standardise(file: Path) -> Iterator[Row]:
@@ -213,7 +221,7 @@ def check_standardise(file: Path) -> Iterator[Row]:
     pairs: dict[str, dict[str, tuple[Tensor, Tensor]]] = {"y": {}, "mean": {}, "std": {}}
     for step in steps:
         tokens = Tokens(*(take[f"{kind}{step}_x"] for kind in KINDS))
-        target = norm(tokens)
+        target = norm(tokens).standardised()
         norm.observe(tokens)
         norm.track(norm.moments()[None], float(take[f"cls{step}_momentum"]))
         for i, kind in enumerate(KINDS):
@@ -266,9 +274,9 @@ def check_published(file: Path) -> Iterator[Row]:
     """Names of the ladder, exported features and predictions of an imported checkpoint."""
     found, take = published.read(file), load(file.with_name("published_format_io.npz"))
     student = Student(found.student, found.ladder, found.heads, seed=0).eval()
-    yield names("published names", student.ladder.state_dict(), found.ladder_state)
+    yield names("published names", student.ladder.published(), found.ladder_state)
     student.encoder.load_state_dict(found.encoder_state)
-    student.ladder.load_state_dict(found.ladder_state)
+    student.ladder.load_published(found.ladder_state)
     # Their images are normalised; the student takes what is not, and normalises.
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (found.student.mean, found.student.std))
     image_B3HW = (tensor(take["image"]) * std + mean) * 255

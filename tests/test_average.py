@@ -11,7 +11,8 @@ from test_train import ROOT, options, ranks_and_port, run
 
 from unic_ds import config, ds_config, engine, optim, quickstart, recipes
 from unic_ds.average import KEY, AveragedAdamW, in_place_of_weights
-from unic_ds.student import Head, Student
+from unic_ds.ladder import Head
+from unic_ds.student import Student
 
 DECAY = 0.9
 

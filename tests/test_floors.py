@@ -19,8 +19,8 @@ FLOORS = (
     {"formula", "chance"},
     {"config"},
     {"override", "methods"},
-    {"tokens", "optim", "average", "dist", "ds_config", "entry"},
-    {"balance"},
+    {"tokens", "ops", "optim", "average", "dist", "ds_config", "entry"},
+    {"balance", "ladder"},
     {"data", "teachers", "student", "loss", "engine", "log", "evaluate", "recipes", "quickstart"},
     {"checkpoint", "job", "initial"},
     {"export"},
@@ -112,7 +112,7 @@ def test_every_library_is_declared() -> None:
     demonstration = {plain(n) for n in re.findall(r"^([\w.-]+)==", read("demo-packages.txt"), re.M)}
     names = {name.split(".")[0] for file in FILES for name in imported(file)}
     sources = packages_distributions()
-    for name in names - set(sys.stdlib_module_names) - {"unic_ds"}:
+    for name in names - set(sys.stdlib_module_names) - {"unic_ds", "unic_kernels"}:
         found = {plain(distribution) for distribution in sources[name]}
         assert found & (declared | demonstration), f"{name} is imported, but setup.py lacks {found}"
 

@@ -142,7 +142,7 @@ def counted(tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_whole_step_reads_nothing_and_a_log_line_once(counted, name):
     for step, row in counted[name].items():
-        assert row["operators"]["mm"] > 100  # it did see a step
+        assert row["operators"]["mm"] > 50  # it did see a step
         assert row["ours"] == ({"log.py:write: tolist": 1} if step == LOGGED else {}), step
         assert row["backward"] == row["elsewhere"] == {}, step
 

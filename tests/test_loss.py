@@ -9,15 +9,16 @@ import torch
 
 from unic_ds.balance import Balancer, Dropping
 from unic_ds.config import Drop, Loss
-from unic_ds.loss import distill_loss, image_loss
-from unic_ds.tokens import Tokens
+from unic_ds.loss import distill_loss
+from unic_ds.ops import KERNELS
+from unic_ds.tokens import Target, Tokens
 
-BOTH = Loss().distance
 VECTORS = Path(__file__).parent / "data" / "loss.npz"
 
 
-def test_equals_the_published_vectors():
-    assert parity.over(parity.check_loss(VECTORS)) == []
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_equals_the_published_vectors(kernels):
+    assert parity.over(parity.check_loss(VECTORS, KERNELS[kernels])) == []
 
 
 def random_batch(images, teachers=3, seed=0):
@@ -31,11 +32,20 @@ def random_batch(images, teachers=3, seed=0):
             for i in range(teachers)
         }
 
-    return side(), side(), torch.rand(teachers, images, generator=g)
+    pred = side()
+    target = {name: Target.of(tokens) for name, tokens in side().items()}
+    return pred, target, torch.rand(teachers, images, generator=g)
 
 
-def part(tokens, rows):
-    return {n: Tokens(t.cls_BC[rows], t.patch_BNC[rows]) for n, t in tokens.items()}
+def part(sides, rows):
+    """Some images of all predictions, or of all targets."""
+
+    def cut(side):
+        if isinstance(side, Target):
+            return side._replace(raw=cut(side.raw))
+        return Tokens(*(x[rows] for x in side))
+
+    return {name: cut(side) for name, side in sides.items()}
 
 
 def test_how_a_batch_is_split_does_not_matter():
@@ -50,12 +60,17 @@ def test_how_a_batch_is_split_does_not_matter():
     assert whole.item() == pytest.approx((halves[0].item() + halves[1].item()) / 2, rel=1e-6)
 
 
-def test_each_averages_the_rungs():
-    pred, target, _ = random_batch(5, teachers=1)
+@pytest.mark.parametrize("loss", [Loss(), Loss(cls="contrastive", patch="none")])
+def test_each_averages_the_rungs(loss):
+    pred, target, uniform_TB = random_batch(5, teachers=1)
     other, _, _ = random_batch(5, teachers=1, seed=9)
     both = Tokens(*(torch.stack([a, b]) for a, b in zip(pred["t0"], other["t0"], strict=True)))
-    apart = [image_loss(p["t0"], target["t0"], BOTH)[0] for p in (pred, other)]
-    torch.testing.assert_close(image_loss(both, target["t0"], BOTH)[0], (apart[0] + apart[1]) / 2)
+    pairs = [
+        distill_loss(p, target, uniform_TB, loss=loss, balance=Balancer(torch.ones(1)))
+        for p in (pred, other, {"t0": both})
+    ]
+    for key, value in pairs[2][1].items():
+        torch.testing.assert_close(value, (pairs[0][1][key] + pairs[1][1][key]) / 2, msg=key)
 
 
 def plain_distance(pred, target, term, temperature):
@@ -92,7 +107,7 @@ def test_a_formula_means_what_it_says(cls, patch):
     want = []
     for name in pred:
         kinds = []
-        for terms, p, t in zip(loss.distance, pred[name], target[name], strict=True):
+        for terms, p, t in zip(loss.distance, pred[name], target[name].raw, strict=True):
             parts = [w * plain_distance(p, t, term, 0.2) for term, w in terms.items()]
             if parts:
                 kinds.append(sum(parts).reshape(6, -1).mean(1))
@@ -105,7 +120,7 @@ def test_negatives_come_from_everyone():
     pred, target, uniform_TB = random_batch(8, teachers=1)
     kinds = {"loss": Loss(cls="contrastive", patch="none"), "balance": Balancer(torch.ones(1))}
     whole, _ = distill_loss(pred, target, uniform_TB, **kinds)
-    all_8C = target["t0"].cls_BC
+    all_8C = target["t0"].raw.cls_BC
     shares = [
         distill_loss(
             part(pred, rows),

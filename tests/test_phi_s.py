@@ -20,8 +20,8 @@ from unic_ds import config, quickstart
 from unic_ds.override import override_all
 from unic_ds.teachers.phi_s import PhiS, hadamard
 from unic_ds.teachers.pool import Teachers
-from unic_ds.teachers.standardise import measure
 from unic_ds.tokens import Tokens
+from unic_kernels.moments import moments
 
 CFG = config.Standardise(kind="phi_s", fit_steps=1, target_clamp=0.0)
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def test_against_numpy(width):
     tokens = tokens_of(0, width=width)
     norm = fitted(part(tokens, slice(0, 11)), part(tokens, slice(11, 30)))
     matrix_CC = linalg.hadamard(16) if width == 16 else paley_12()
-    other, found = tokens_of(1, width=width), norm(tokens)
+    other, found = tokens_of(1, width=width), norm(tokens).standardised()
     for kind in range(2):
         expected = numpy_phi_s(rows(tokens, kind), matrix_CC)
         np.testing.assert_allclose(rows(found, kind), expected, rtol=1e-4, atol=1e-4)
@@ -116,7 +116,7 @@ def test_every_channel_has_variance_one_and_distances_are_kept(width):
     """Also where there are fewer tokens than channels (30 cls tokens of 384)."""
     tokens = tokens_of(2, width=width)
     norm = fitted(tokens)
-    target = norm(tokens)
+    target = norm(tokens).standardised()
     for kind in range(2):
         x_NC, y_NC = rows(tokens, kind), rows(target, kind)
         np.testing.assert_allclose(y_NC.mean(0), 0, atol=1e-5)
@@ -142,7 +142,7 @@ def test_ranks_do_not_matter():
     for norm, chosen in zip(ranks, (slice(0, 15), slice(15, 16), slice(16, 30)), strict=True):
         norm.observe(part(tokens, chosen))
     gathered_PS2C = torch.stack([norm.moments() for norm in ranks])
-    means_2C = [measure(tokens.cls_BC)[1], measure(tokens.patch_BNC.flatten(0, 1))[1]]
+    means_2C = [moments(x_C)[1] for x_C in tokens]
     shares = [norm.scatter(norm.moments(), torch.stack(means_2C)) for norm in ranks]
     for norm in ranks:
         norm.fit(gathered_PS2C, lambda share: torch.stack(shares).sum(0))
@@ -154,21 +154,23 @@ def test_ranks_do_not_matter():
 def test_a_shift_of_all_tokens_changes_nothing():
     tokens = tokens_of(5)
     far = Tokens(*(x.double() + 4096 for x in tokens))
-    one, two = fitted(tokens)(tokens), fitted(Tokens(*(x.float() for x in far)))(far)
+    near = Tokens(*(x.float() for x in far))
+    one, two = fitted(tokens)(tokens).standardised(), fitted(near)(far).standardised()
     torch.testing.assert_close(one.patch_BNC, two.patch_BNC, rtol=0, atol=5e-2)
 
 
 def test_targets_are_clamped_and_no_channel_is_floored():
     cfg = config.Standardise(kind="phi_s", fit_steps=1, target_clamp=0.5, std_floor=0.1)
     tokens = tokens_of(6)
-    target, free = fitted(tokens, cfg=cfg)(tokens), fitted(tokens)(tokens)
+    target = fitted(tokens, cfg=cfg)(tokens).standardised()
+    free = fitted(tokens)(tokens).standardised()
     assert torch.equal(target.cls_BC, free.cls_BC.clamp(-0.5, 0.5))
     assert target.cls_BC.abs().max() == 0.5
 
 
 def test_half_precision_gives_fp32_targets():
     tokens = Tokens(*(x.bfloat16() for x in tokens_of(7)))
-    target = fitted(tokens)(tokens)
+    target = fitted(tokens)(tokens).standardised()
     assert target.cls_BC.dtype == target.patch_BNC.dtype == torch.float32
     np.testing.assert_allclose(rows(target, 1).var(0, ddof=1), 1, rtol=1e-4)
 
@@ -246,14 +248,14 @@ def test_a_pool_fits_once_and_stays(rows_of_teachers, kind, monkeypatch):
     for name, value in teachers.state_dict().items():
         assert torch.equal(value, state[name])
     for name in teachers.widths:
-        x_NC = torch.cat([target[name].patch_BNC.flatten(0, 1) for target in targets]).double()
+        x_NC = torch.cat([target[name].kind(1).flatten(0, 1) for target in targets]).double()
         alive_C = teachers.norms[name].std_2C[1] > 1e-4
         assert alive_C.sum() > 30
         np.testing.assert_allclose(x_NC.mean(0)[alive_C], 0, atol=1e-3)
         np.testing.assert_allclose(x_NC.var(0)[alive_C], 1, rtol=2e-2)
     fresh = pool(rows_of_teachers, kind=kind, fit_steps=2)
     fresh.load_state_dict(state)
-    assert torch.equal(fresh(batches[0])["vit"].cls_BC, targets[0]["vit"].cls_BC)
+    assert torch.equal(fresh(batches[0])["vit"].kind(0), targets[0]["vit"].kind(0))
 
 
 def test_statistics_of_another_kind_are_refused(rows_of_teachers):
@@ -346,7 +348,7 @@ def test_two_ranks_fit_as_one(rows_of_teachers, tmp_path):
     one, two = (torch.load(tmp_path / f"state.{r}", weights_only=True) for r in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
     alone.load_state_dict(one)
-    targets = [alone(batch)["vit"] for batch in batches]
+    targets = [alone(batch)["vit"].standardised() for batch in batches]
     for kind in range(2):
         y_NC = np.concatenate([rows(target, kind) for target in targets])
         np.testing.assert_allclose(y_NC.mean(0), 0, atol=1e-3)

@@ -46,6 +46,7 @@ class Spread(NamedTuple):
     accumulation: int
     precision: str = "fp32"
     clip: float = 0.0
+    kernels: str = "fused"
 
     @property
     def micro(self) -> int:
@@ -75,7 +76,8 @@ def arguments(folder: Path, spread: Spread) -> list[str]:
     if spread.precision == "bf16":
         settings["communication_data_type"] = "fp32"
     (folder / f"{name}.json").write_text(json.dumps(settings))
-    more = {"ds_config": folder / f"{name}.json", "out": folder / name, "optim.clip": spread.clip}
+    more = {"ds_config": folder / f"{name}.json", "out": folder / name}
+    more |= {"optim.clip": spread.clip, "kernels": spread.kernels}
     return [word for key, value in (SCIENCE | more).items() for word in (f"--{key}", str(value))]
 
 
@@ -147,6 +149,7 @@ def assert_learns(found: Answer) -> None:
 @pytest.mark.dist
 def test_ranks_stages_and_splits_give_one_answer(tmp_path):
     spreads = [Spread(1, 0, 1), Spread(1, 2, 2), Spread(2, 1, 4), Spread(2, 3, 1)]
+    spreads.append(Spread(1, 2, 1, kernels="reference"))
     found = answers(tmp_path, spreads)
     assert_learns(found[spreads[0]])
     assert_same(found)

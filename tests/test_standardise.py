@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unic_ds import config
-from unic_ds.teachers.standardise import Standardiser, measure, merge
+from unic_ds.teachers.standardise import Standardiser, merge
 from unic_ds.tokens import Tokens
+from unic_kernels.moments import moments
 
 PAPER = config.Standardise(std_floor=0.0, target_clamp=0.0)
 VECTORS = Path(__file__).parent / "data" / "standardise.npz"
@@ -38,7 +39,7 @@ def step(norm: Standardiser, batches: list[Tokens], momentum: float) -> list[Tok
     """One optimiser step of one rank, by the functions training uses."""
     targets = []
     for tokens in batches:
-        targets.append(norm(tokens))
+        targets.append(norm(tokens).standardised())
         norm.observe(tokens)
     norm.track(norm.moments()[None], momentum)
     return targets
@@ -85,7 +86,7 @@ def test_ranks_do_not_matter():
 )
 def test_merge_is_the_union(counts, offset, seed):
     x_RC = torch.randn(sum(counts), 3, generator=torch.Generator().manual_seed(seed)) + offset
-    parts = [measure(x)[:, None] for x in x_RC.split(counts)]
+    parts = [moments(x)[:, None] for x in x_RC.split(counts)]
     found_S2C = merge(torch.stack(parts))
     truth_RC = x_RC.double()
     assert torch.equal(found_S2C[0, 0], torch.full((3,), float(len(x_RC)), dtype=torch.float64))
@@ -95,7 +96,7 @@ def test_merge_is_the_union(counts, offset, seed):
 
 
 def test_merge_order_and_empty_parts_do_not_matter():
-    parts = [measure(tokens_of(seed).cls_BC)[:, None] for seed in range(3)]
+    parts = [moments(tokens_of(seed).cls_BC)[:, None] for seed in range(3)]
     empty = torch.zeros_like(parts[0])
     forth, back = merge(torch.stack(parts)), merge(torch.stack([empty, *reversed(parts), empty]))
     torch.testing.assert_close(forth, back, rtol=1e-12, atol=1e-12)
@@ -112,15 +113,15 @@ def test_dead_channel_is_floored_and_clamped():
     awake = Tokens(tokens.cls_BC.clone(), tokens.patch_BNC.clone())
     awake.cls_BC[0, 4] += 1
     floor = 0.1 * norm.std_2C[0].median().item()
-    assert norm(awake).cls_BC[0, 4].item() == pytest.approx(1 / floor, rel=1e-3)
-    assert bare(awake).cls_BC[0, 4].item() > 1e4
+    assert norm(awake).standardised().cls_BC[0, 4].item() == pytest.approx(1 / floor, rel=1e-3)
+    assert bare(awake).standardised().cls_BC[0, 4].item() > 1e4
     awake.cls_BC[0, 4] += 1e6
-    assert norm(awake).cls_BC[0, 4].item() == 10.0
+    assert norm(awake).standardised().cls_BC[0, 4].item() == 10.0
 
 
 def test_first_targets_are_the_features():
     tokens = tokens_of(3)
-    target = Standardiser(6, PAPER)(tokens)
+    target = Standardiser(6, PAPER)(tokens).standardised()
     assert gap(target.patch_BNC, tokens.patch_BNC) < 2e-6
 
 
@@ -151,7 +152,7 @@ def test_bf16_features_give_fp32_targets():
     half = Tokens(*(x.bfloat16() for x in tokens_of(7)))
     norm = Standardiser(6, PAPER)
     step(norm, [half], 1.0)
-    target = norm(half)
+    target = norm(half).standardised()
     assert target.cls_BC.dtype == target.patch_BNC.dtype == torch.float32
     assert target.patch_BNC.flatten(0, 1).mean(0).abs().max() < 1e-5
 
@@ -160,7 +161,7 @@ def test_off_gives_raw_features():
     norm = Standardiser(6, config.Standardise(on=False))
     tokens = tokens_of(8)
     step(norm, [tokens], 1.0)
-    assert torch.equal(norm(tokens).cls_BC, tokens.cls_BC)
+    assert torch.equal(norm(tokens).standardised().cls_BC, tokens.cls_BC)
     assert torch.equal(norm.std_2C, torch.ones(2, 6))
 
 

@@ -9,7 +9,9 @@ import timm
 import torch
 
 from unic_ds import config
-from unic_ds.student import Head, Ladder, Student, build_encoder, rung_blocks
+from unic_ds.ladder import Head, Ladder, rung_blocks
+from unic_ds.ops import KERNELS
+from unic_ds.student import Student, build_encoder
 from unic_ds.tokens import Tokens
 
 VECTORS = Path(__file__).parent / "data" / "ladder.npz"
@@ -17,8 +19,9 @@ TINY = config.Student(model="vit_tiny_patch16_224", size=32, drop_path=0.3)
 HEADS = {"a": Head(12), "b": Head(20)}
 
 
-def test_ladder_equals_the_published_vectors():
-    assert parity.over(parity.check_ladder(VECTORS)) == []
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_ladder_equals_the_published_vectors(kernels):
+    assert parity.over(parity.check_ladder(VECTORS, KERNELS[kernels])) == []
 
 
 @pytest.mark.parametrize(
@@ -45,9 +48,9 @@ def test_initial_weights_depend_on_seed_and_name_alone():
         TINY, config.Ladder(rungs="half"), {"c": Head(7), "b": Head(20), "a": Head(12)}, seed=3
     )
     other = Student(TINY, config.Ladder(rungs="half"), HEADS, seed=4)
-    there = dict(two.named_parameters())
-    for name, parameter in one.named_parameters():
-        assert torch.equal(parameter, there[name]), name
+    there = two.weights()
+    for name, weight in one.weights().items():
+        assert torch.equal(weight, there[name]), name
     assert not torch.equal(
         one.encoder.blocks[0].mlp.fc1.weight, other.encoder.blocks[0].mlp.fc1.weight
     )
@@ -58,8 +61,8 @@ def test_initial_weights_have_the_method_s_spread():
     fc1 = student.encoder.blocks[5].mlp.fc1
     assert fc1.weight.std().item() == pytest.approx(0.02, rel=0.03)
     assert not fc1.bias.any()
-    head = student.ladder.heads["a"]["patch"]["3"].layers[0]
-    assert head.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    head = student.ladder.published()["heads.a.patch.3.layers.0.weight"]
+    assert head.std().item() == pytest.approx(0.02, rel=0.03)
     assert torch.equal(student.encoder.norm.weight, torch.ones(192))
     assert not student.encoder.norm.weight.requires_grad
 
@@ -176,7 +179,7 @@ def test_a_teacher_named_like_a_part_of_torch_is_refused():
 
 def plain_ladder(ladder, states):
     """The sum over rungs, written out with the ladder's own weights."""
-    weights = ladder.state_dict()
+    weights = ladder.published()
 
     def linear(x, name):
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]

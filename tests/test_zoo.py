@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from unic_ds import config
 from unic_ds.balance import Dropping
+from unic_ds.ladder import Head
 from unic_ds.loss import distill_loss
-from unic_ds.student import Head, Student, grid_of
+from unic_ds.student import Student, grid_of
 from unic_ds.teachers import pool, sources
 from unic_ds.tokens import Tokens
 
@@ -125,7 +126,7 @@ def test_each_is_what_it_is_and_all_end_on_the_student_s_grid(zoo, batch):
         teacher = zoo.teachers[name]
         seen = (teacher.size, teacher.own_grid, teacher.width, teacher.has_cls)
         assert seen == (member.size, member.own_grid, member.width, member.has_cls), name
-        cls_BC, patch_BNC = targets[name]
+        cls_BC, patch_BNC = targets[name].standardised()
         assert cls_BC.shape == (IMAGES, member.width), name
         assert patch_BNC.shape == (IMAGES, GRID**2, member.width), name
         assert cls_BC.dtype == patch_BNC.dtype == torch.float32

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from unic_ds import config, dist
+from unic_ds.ops import FUSED, KERNELS, Ops
 
 
 class Balancer(nn.Module):
@@ -49,26 +50,21 @@ class Dropping(Balancer):
     which depends on how a batch is split.
     """
 
-    def __init__(self, weight_T: Tensor, drop: config.Drop, divisor: str):
+    def __init__(self, weight_T: Tensor, drop: config.Drop, divisor: str, ops: Ops = FUSED):
         super().__init__(weight_T)
-        self.drop, self.divisor = drop, divisor
+        self.drop, self.divisor, self.ops = drop, divisor, ops
 
-    def share(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
-        teachers, images = loss_TB.shape
-        kept_TB = self.keep(loss_TB, uniform_TB).float()
-        if self.divisor == "kept":
-            return kept_TB / kept_TB.sum().clamp(min=1)
-        certain = 1 if self.drop.keep_hardest else 0
-        return kept_TB / (images * (certain + (teachers - certain) * (1 - self.drop.rate)))
-
-    def keep(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
-        """True where an image learns from a teacher: its hardest, and where uniform >= rate."""
-        keep_TB = uniform_TB >= self.drop.rate
-        if not self.drop.keep_hardest:
-            return keep_TB
-        if self.drop.unit == "step":
-            loss_TB = loss_TB.mean(1, keepdim=True).expand_as(loss_TB)
-        return keep_TB.scatter(0, loss_TB.argmax(0, keepdim=True), True)
+    @torch.no_grad()
+    def forward(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
+        return self.ops.drop_coefficients(
+            loss_TB,
+            uniform_TB,
+            self.weight_T,
+            rate=self.drop.rate,
+            keep_hardest=self.drop.keep_hardest,
+            unit=self.drop.unit,
+            divisor=self.divisor,
+        )
 
 
 class AdaLoss(Balancer):
@@ -107,7 +103,7 @@ def build(cfg: config.Config) -> Balancer:
     """The balancer of a run; its `state_dict` belongs in the checkpoint."""
     weight_T = torch.tensor([row.weight for row in cfg.teachers])
     if cfg.balance.kind == "dropping":
-        return Dropping(weight_T, cfg.drop, cfg.loss.divisor)
+        return Dropping(weight_T, cfg.drop, cfg.loss.divisor, KERNELS[cfg.kernels])
     if cfg.balance.kind == "adaloss":
         return AdaLoss(weight_T, cfg.balance.momentum)
     return Balancer(weight_T)

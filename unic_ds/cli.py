@@ -108,8 +108,12 @@ def export(options: dict[str, str]) -> int:
         )
     run, out = Path(given["run"]), Path(given["out"])
     cfg = recipes.read(run / "config.yaml")
+    import torch
+
     from unic_ds import checkpoint, data, engine, finish, initial
     from unic_ds.export import export as write
+    from unic_ds.ladder import heads_of
+    from unic_ds.student import build_encoder, ladder_on
 
     found = checkpoint.find(run / "checkpoints", "auto")
     if found is None:
@@ -118,12 +122,15 @@ def export(options: dict[str, str]) -> int:
     for name, value in engine.weights_on_disk(found / checkpoint.SHARDS, "").items():
         part, _, rest = name.partition(".")
         parts[part][rest] = value
+    teachers = json.loads((run / "teachers.json").read_text())
+    with torch.device("meta"):  # for the names alone
+        heads = heads_of(cfg, {name: row["width"] for name, row in teachers.items()})
+        ladder = ladder_on(build_encoder(cfg.student), cfg.ladder, heads)
     images = finish.sample(data.scan(cfg.data.train), cfg, 8)
     beside = {
-        initial.LADDER: parts["ladder"],
+        initial.LADDER: ladder.published(parts["ladder"]),
         initial.STATISTICS: initial.read(found / checkpoint.STATISTICS),
     }
-    teachers = json.loads((run / "teachers.json").read_text())
     print(write(parts["encoder"], cfg, images, out, teachers=teachers, beside=beside))
     return 0
 

@@ -195,12 +195,25 @@ class Ladder:
         "mlp", "per rung: Linear-GELU-Linear, one Linear, or a transformer block on all tokens"
     )
 
+    recompute: Literal["none", "hidden", "all"] = knob(
+        "hidden",
+        "what backward computes again instead of keeping it: nothing, GELU (free where its GEMM"
+        " does it on the side), or the first Linears too (+16% of the ladder's work)",
+        machinery=True,
+    )
+
     def __post_init__(self) -> None:
         check_rungs(self.rungs, "ladder.rungs")
         only = not self.midnorm or self.projector == "mlp"
         check(only, "ladder.midnorm", "false where ladder.projector is not mlp", self.midnorm)
         check(self.width >= 0, "ladder.width", ">= 0", self.width)
         check(self.last_width >= 0, "ladder.last_width", ">= 0", self.last_width)
+
+    @property
+    def one_op(self) -> bool:
+        """Whether this is the ladder that `unic_kernels` has as one op."""
+        plain = self.projector == "mlp" and not (self.prenorm or self.midnorm)
+        return plain and self.combine == "sum"
 
 
 class Distance(NamedTuple):
@@ -431,6 +444,11 @@ class Config:
     seed: int = knob(0, "of order, augmentation, drops and initial weights")
     precision: Literal["", "bf16", "fp32"] = knob(
         "", "of the student; empty: what the ds_config says"
+    )
+    kernels: Literal["fused", "reference"] = knob(
+        "fused",
+        "ladder, loss and statistics: by kernels (Triton on a GPU), or in plain torch to debug",
+        machinery=True,
     )
     teachers: tuple[Teacher, ...] = knob((), "comma-separated SOURCE or NAME=SOURCE")
     stages: str = knob(

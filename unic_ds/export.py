@@ -64,12 +64,17 @@ def export(
         write(encoder, cfg, part)
         (part / "README.md").write_text(card(encoder, cfg, teachers or {}, origin))
         for name, tensors in (beside or {}).items():
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part / name)
+            save_file({k: whole(v) for k, v in tensors.items()}, part / name)
         prove(encoder, cfg.student, part, images.cpu())
         shutil.rmtree(out, ignore_errors=True)
         return part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def whole(x: Tensor) -> Tensor:
+    """A copy on the CPU that shares its memory with nothing, as safetensors wants it."""
+    return x.cpu().clone(memory_format=torch.contiguous_format)
 
 
 def refuse_foreign(out: Path) -> None:

@@ -22,8 +22,9 @@ def finish(task: job.Job, parts: Any) -> None:
     Rank 0 fits the probes alone: the others are done, and wait for nothing.
     """
     state = engine.weights(parts.engine, "encoder.")
+    ladder = parts.engine.module.ladder
     beside = {
-        export.LADDER: engine.weights(parts.engine, "ladder."),
+        export.LADDER: ladder.published(engine.weights(parts.engine, "ladder.")),
         export.STATISTICS: parts.teachers.state_dict(),
     }
     source = parts.val or parts.train

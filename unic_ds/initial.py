@@ -37,14 +37,19 @@ def start(path: str, student: Student, teachers: Teachers) -> dict[str, str]:
     files = files_of(path)
     start_encoder(path, student.encoder)
     taken = ["encoder"]
-    for name, part in ((LADDER, student.ladder), (STATISTICS, teachers)):
+    ladder = student.ladder
+    parts = (
+        (LADDER, ladder.published(), ladder.load_published),
+        (STATISTICS, teachers.state_dict(), teachers.load_state_dict),
+    )
+    for name, want, load in parts:
         what = name.partition(".")[0]
         state = read(files[name]) if name in files else {}
-        wrong = misfit(state, part.state_dict()) if state else f"{path} has none"
+        wrong = misfit(state, want) if state else f"{path} has none"
         if wrong:
             log.say(f"the {what} start{'s' * (what == 'ladder')} anew: {wrong}")
             continue
-        part.load_state_dict(state)
+        load(state)
         taken.append(what)
     log.say(f"starts from {path}: {', '.join(taken)}")
     hashes = {name: sha256(file) for name, file in files.items()} if dist.rank() == 0 else None

@@ -3,12 +3,14 @@
 Per token a weighted sum of terms (method: section 3): cosine `1 - cos`, smooth_l1 (beta 1), mse,
 and for CLS tokens contrastive: InfoNCE of an image's prediction against the targets of all images
 (Tian et al., CRD, arXiv 1910.10699, with the batch as negatives). Per teacher and image the mean of
-the CLS loss and the mean patch loss. Pure functions: tensors in, tensors out, no host read.
+the CLS loss and the mean patch loss. All terms of a token on its own are one op of `unic_kernels`;
+what other images decide is added here. Tensors in, tensors out, no host read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,9 @@ from torch.nn import functional as F
 
 from unic_ds import config
 from unic_ds.balance import Balancer
-from unic_ds.tokens import Tokens
+from unic_ds.ops import FUSED, Ops
+from unic_ds.tokens import KINDS, Target, Tokens
+from unic_kernels.distill_loss import Distilled
 
 Everyone = Callable[[Tensor], tuple[Tensor, int]]
 """CLS targets of this rank -> those of all ranks in rank order, and where this rank's begin."""
@@ -27,16 +31,37 @@ def alone(target_BC: Tensor) -> tuple[Tensor, int]:
     return target_BC, 0
 
 
-def token_loss(
-    pred_C: Tensor, target_C: Tensor, terms: Mapping[str, float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted loss, cosine and smooth-L1 of each token; the last axis is the channels."""
-    cosine = F.cosine_similarity(pred_C, target_C, dim=-1)
-    smooth_l1 = F.smooth_l1_loss(pred_C, target_C.expand_as(pred_C), reduction="none").mean(-1)
-    total = terms.get("cosine", 0) * (1 - cosine) + terms.get("smooth_l1", 0) * smooth_l1
-    if "mse" in terms:
-        total = total + terms["mse"] * (pred_C - target_C).square().mean(-1)
-    return total, cosine, smooth_l1
+class Row(NamedTuple):
+    """One teacher's prediction and target, and what judges them."""
+
+    pred: Tokens
+    target: Target
+    distance: config.Distance
+
+    def rungs(self) -> list[Tokens]:
+        """Predictions to be judged each on its own: those along a leading rung axis, or the one."""
+        kind = 0 if self.distance.cls else 1
+        if self.pred[kind].dim() == self.target.raw[kind].dim():
+            return [self.pred]
+        count, pairs = len(self.pred[kind]), zip(self.pred, self.distance, strict=True)
+        sides = [x if terms else [x] * count for x, terms in pairs]
+        return [Tokens(*pair) for pair in zip(*sides, strict=True)]
+
+    def terms(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Weights of the terms that a token's own target decides; a kind that is learned has one.
+
+        A kind that only contrast judges is still looked at, for the log.
+        """
+        cls = {term: weight for term, weight in self.distance.cls.items() if term != "contrastive"}
+        return cls or ({"cosine": 0.0} if self.distance.cls else {}), self.distance.patch
+
+    def contrast(self, temperature: float, everyone: Everyone) -> Tensor | None:
+        """The contrastive share of the loss per image (B), where there is one."""
+        if "contrastive" not in self.distance.cls:
+            return None
+        gap_B = contrastive(self.pred.cls_BC.float(), self.target.kind(0), temperature, everyone)
+        gap_B = gap_B if gap_B.dim() == 1 else gap_B.mean(0)
+        return self.distance.cls["contrastive"] / len(self.distance.kinds) * gap_B
 
 
 def contrastive(
@@ -53,68 +78,69 @@ def contrastive(
     return -own_BB.diagonal(dim1=-2, dim2=-1)
 
 
-def image_loss(
-    pred: Tokens,
-    target: Tokens,
-    distance: config.Distance,
-    *,
-    temperature: float = 0.07,
-    everyone: Everyone = alone,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """One teacher's loss per image (B), and its mean cosine and smooth-L1 per token kind.
-
-    A leading rung axis in `pred` is averaged: `ladder.combine = each` judges every rung on its own.
-    A kind without terms is not looked at.
-    """
-    losses, metrics = [], {}
-    for kind, terms, pred_C, target_C in zip(distance._fields, distance, pred, target, strict=True):
-        if not terms:
-            continue
-        pred_C = pred_C.float()
-        loss, cosine, smooth_l1 = token_loss(pred_C, target_C, terms)
-        if "contrastive" in terms:
-            gap_B = contrastive(pred_C, target_C, temperature, everyone)
-            loss = loss + terms["contrastive"] * gap_B
-        images = 0 if pred_C.dim() == target_C.dim() else 1
-        losses.append(loss.movedim(images, 0).flatten(1).mean(1) if loss.dim() > 1 else loss)
-        metrics[f"{kind}_cosine"] = cosine.detach().mean()
-        metrics[f"{kind}_smooth_l1"] = smooth_l1.detach().mean()
-    return torch.stack(losses).mean(0), metrics
+def mean_of_rungs(x_E: Tensor, counts: Sequence[int]) -> Tensor:
+    """Means over neighbours along the first axis, `counts` of them for each teacher."""
+    if len(counts) == len(x_E):
+        return x_E
+    return torch.stack([part.mean(0) for part in x_E.split(list(counts))])
 
 
 def distill_loss(
     pred: Mapping[str, Tokens],
-    target: Mapping[str, Tokens],
+    target: Mapping[str, Target],
     uniform_TB: Tensor,
     *,
     loss: config.Loss,
     balance: Balancer,
     distances: Mapping[str, config.Distance] | None = None,
     everyone: Everyone = alone,
+    ops: Ops = FUSED,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a micro batch and its metrics, detached on the device.
 
     `pred` and `target` are keyed by teacher in config order; `uniform_TB` decides the dropping;
     `distances` are those of teachers that differ from `loss`. The loss is a mean over the micro
-    batch's images: average it over ranks and accumulation.
+    batch's images: average it over ranks and accumulation. A leading rung axis in `pred` is
+    averaged: `ladder.combine = each` judges every rung on its own.
     """
-    rows: list[Tensor] = []
-    metrics: dict[str, Tensor] = {}
-    for name, prediction in pred.items():
-        distance = (distances or {}).get(name, loss.distance)
-        loss_B, parts = image_loss(
-            prediction,
-            target[name],
-            distance,
-            temperature=loss.temperature,
-            everyone=everyone,
-        )
-        rows.append(loss_B)
-        metrics |= {f"{name}/{key}": value for key, value in parts.items()}
-    loss_TB = torch.stack(rows)
-    weight_TB = balance(loss_TB, uniform_TB)
-    total = (loss_TB * weight_TB).sum()
-    kept_T, weight_T = (weight_TB > 0).float().mean(1), weight_TB.sum(1)
-    for name, kept, weight in zip(pred, kept_T, weight_T, strict=True):
-        metrics |= {f"{name}/kept": kept, f"{name}/weight": weight}
-    return total, {"loss": total.detach()} | metrics
+    rows = {
+        name: Row(tokens, target[name], (distances or {}).get(name, loss.distance))
+        for name, tokens in pred.items()
+    }
+    rungs = [row.rungs() for row in rows.values()]
+    counts = [len(own) for own in rungs]
+    each = [row for row, own in zip(rows.values(), rungs, strict=True) for _ in own]
+
+    def refine(loss_EB: Tensor) -> Tensor:
+        loss_TB = mean_of_rungs(loss_EB, counts)
+        gaps = [row.contrast(loss.temperature, everyone) for row in rows.values()]
+        if all(gap_B is None for gap_B in gaps):
+            return loss_TB
+        none_B = torch.zeros_like(loss_TB[0])
+        return loss_TB + torch.stack([none_B if gap_B is None else gap_B for gap_B in gaps])
+
+    found = ops.distill_loss(
+        [tokens for own in rungs for tokens in own],
+        [row.target.raw for row in each],
+        [row.target.mean_2C for row in each],
+        [row.target.divisor_2C for row in each],
+        uniform_TB,
+        distances=[row.terms() for row in each],
+        balance=balance,
+        refine=refine,
+        clamp=each[0].target.clamp,
+        eps=0.0,  # the divisor has it
+    )
+    return found.loss, metrics(rows, found, mean_of_rungs(found.gap_T22, counts))
+
+
+def metrics(rows: Mapping[str, Row], found: Distilled, gap_T22: Tensor) -> dict[str, Tensor]:
+    """What the log shows of a micro batch, by `{teacher}/{name}`."""
+    said = {"loss": found.loss.detach()}
+    kept_T, weight_T = (found.weight_TB > 0).float().mean(1), found.weight_TB.sum(1)
+    for t, (name, row) in enumerate(rows.items()):
+        for kind in row.distance.kinds:
+            gap_2 = gap_T22[t, KINDS.index(kind)]
+            said |= {f"{name}/{kind}_cosine": gap_2[0], f"{name}/{kind}_smooth_l1": gap_2[1]}
+        said |= {f"{name}/kept": kept_T[t], f"{name}/weight": weight_T[t]}
+    return said

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from unic_ds import config, export
 from unic_ds.initial import LADDER, STATISTICS, misfit
-from unic_ds.student import KINDS, Head, Ladder, build_encoder
+from unic_ds.ladder import Head, Ladder
+from unic_ds.student import build_encoder
 from unic_ds.teachers.weights import sha256
+from unic_ds.tokens import KINDS
 
 ADMITTED = (
     "argparse.Namespace",
@@ -210,7 +212,7 @@ def ladder_of(
     heads = {name: Head(pair[1].shape[0]) for (name, _), pair in linears.items()}
     with torch.device("meta"):
         ladder = Ladder(width, depth, heads, cfg)
-    if wrong := misfit(state, ladder.state_dict()):
+    if wrong := misfit(state, ladder.published()):
         raise ValueError(f"the ladder (lp) is none of ours: {wrong}")
     return cfg, heads
 

@@ -1,25 +1,20 @@
-"""The student: a timm ViT whose blocks feed a ladder of projectors, one per teacher and token kind.
-
-After every chosen block the raw residual stream goes through `Linear -> GELU -> Linear` per teacher
-and token kind; the rungs' projections are summed (arXiv 2408.05088, section 3). Only the encoder is
-exported.
-"""
+"""The student: a timm ViT whose blocks feed a ladder of projectors; only the ViT is exported."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
 from timm.layers import DropPath as TimmDropPath
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from unic_ds import chance, config, override
+from unic_ds.ladder import Head, Ladder
+from unic_ds.ops import FUSED, Ops
 from unic_ds.tokens import Normalise, Tokens, split_prefix
 
-KINDS = ("cls", "patch")
 NO_REGISTERS = (
     "student.registers {} cannot be had of {!r}; leave it -1, or choose a plain vit_ model"
 )
@@ -43,173 +38,33 @@ class DropPath(nn.Module):
         return x_BND * self.scale_B.to(x_BND.dtype).view(-1, 1, 1)
 
 
-class Head(NamedTuple):
-    """What the ladder learns of one teacher."""
-
-    width: int
-    kinds: tuple[str, ...] = KINDS
-    rungs: str = ""  # empty: the ladder's
-
-
-class Projector(nn.Module):
-    """`[LayerNorm ->] Linear(D, H) -> [LayerNorm ->] GELU -> Linear(H, C)`; `[LN ->] Linear(D, C)`
-    where there is no hidden width.
-    """
-
-    def __init__(self, width: int, hidden: int, out: int, *, prenorm: bool, midnorm: bool):
-        super().__init__()
-        layers: list[nn.Module] = [nn.LayerNorm(width)] if prenorm else []
-        if hidden:
-            layers += [nn.Linear(width, hidden)] + ([nn.LayerNorm(hidden)] if midnorm else [])
-            layers += [nn.GELU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(hidden or width, out))
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        return self.layers(x_ND)
-
-
-class BlockProjector(nn.Module):
-    """One transformer block over [CLS; patches] and a Linear to the teacher's width.
-
-    Sariyildiz et al., DUNE, arXiv 2503.14405.
-    """
-
-    def __init__(self, width: int, attention_heads: int, out: int, *, prenorm: bool):
-        super().__init__()
-        self.block = Block(width, attention_heads, qkv_bias=True)
-        self.norm = nn.LayerNorm(width) if prenorm else nn.Identity()
-        self.linear = nn.Linear(width, out)
-
-    def forward(self, tokens: Tokens) -> Tokens:
-        x_BND = torch.cat([tokens.cls_BC[:, None], tokens.patch_BNC], 1)
-        y_BNC = self.linear(self.norm(self.block(x_BND)))
-        return Tokens(y_BNC[:, 0], y_BNC[:, 1:])
-
-
-class Ladder(nn.Module):
-    """Projectors `heads.{teacher}.{cls|patch}.{block}`, the published names.
-
-    A `transformer` projector sees both kinds of token: `heads.{teacher}.tokens.{block}`.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        depth: int,
-        heads: Mapping[str, Head],
-        cfg: config.Ladder,
-        *,
-        attention_heads: int = 1,
-    ):
-        """`heads` is keyed by teacher; `width`, `depth`, `attention_heads` are the encoder's."""
-        super().__init__()
-        if taken := [name for name in heads if hasattr(nn.ModuleDict(), name)]:
-            raise ValueError(f"a teacher may not be named {taken[0]!r}, a word of torch's own")
-        self.cfg = cfg
-        rungs = {name: rung_blocks(head.rungs or cfg.rungs, depth) for name, head in heads.items()}
-        # Without teachers (to evaluate the encoder alone) the rungs are those of the settings.
-        blocks = set().union(*rungs.values()) if rungs else rung_blocks(cfg.rungs, depth)
-        self.blocks = require_last(sorted(blocks), depth)
-        hidden = cfg.width or width
-        last = cfg.last_width or 4 * hidden
-
-        def projector(block: int, out: int) -> nn.Module:
-            if cfg.projector == "transformer":
-                return BlockProjector(width, attention_heads, out, prenorm=cfg.prenorm)
-            size = last if block == depth - 1 else hidden
-            size = 0 if cfg.projector == "linear" else size
-            return Projector(width, size, out, prenorm=cfg.prenorm, midnorm=cfg.midnorm)
-
-        def column(name: str) -> nn.ModuleDict:
-            made = {str(block): projector(block, heads[name].width) for block in rungs[name]}
-            return nn.ModuleDict(made)
-
-        joint = cfg.projector == "transformer"
-        self.heads: Any = nn.ModuleDict(
-            {
-                name: nn.ModuleDict(
-                    {kind: column(name) for kind in (("tokens",) if joint else head.kinds)}
-                )
-                for name, head in heads.items()
-            }
-        )
-
-    def forward(self, states: list[Tokens]) -> dict[str, Tokens]:
-        """Tokens of each rung -> fp32 prediction per teacher; `each` adds a leading axis L.
-
-        A kind of token that is not learned comes out empty.
-        """
-        at = dict(zip(map(str, self.blocks), states, strict=True))
-        return {name: self.climb(columns, at) for name, columns in self.heads.items()}
-
-    def climb(self, columns: Any, at: Mapping[str, Tokens]) -> Tokens:
-        """One teacher's projections, over its rungs: fp32 sum or stack."""
-        if "tokens" in columns:
-            rungs = [rung(at[block]) for block, rung in columns["tokens"].items()]
-            return Tokens(*(self.combine(list(kind)) for kind in zip(*rungs, strict=True)))
-        found = []
-        for i, kind in enumerate(KINDS):
-            column = columns[kind].items() if kind in columns else ()
-            rungs = [rung(at[block][i]) for block, rung in column]
-            found.append(self.combine(rungs) if rungs else at[str(self.blocks[-1])][i].new_empty(0))
-        return Tokens(*found)
-
-    def combine(self, projections: list[Tensor]) -> Tensor:
-        """The rungs' projections of one kind of token, summed or apart, in fp32."""
-        if self.cfg.combine == "each":
-            return torch.stack([y.float() for y in projections])
-        total = projections[0].float()
-        for y in projections[1:]:
-            total = total + y
-        return total
-
-
-def rung_blocks(rungs: str, depth: int) -> list[int]:
-    """0-based blocks that `all`, `half`, `middle`, `last` or a list names; ValueError if absent."""
-    named = {
-        "all": range(depth),
-        "half": range(depth - 1, -1, -2),
-        "middle": [(depth - 1) // 2],
-        "last": [depth - 1],
-    }
-    blocks = sorted(set(named[rungs] if rungs in named else map(int, rungs.split(","))))
-    if blocks[-1] >= depth:
-        raise ValueError(
-            f"ladder.rungs names block {blocks[-1]}; the student's last is {depth - 1}"
-        )
-    return blocks
-
-
-def require_last(blocks: list[int], depth: int) -> list[int]:
-    """The blocks; ValueError unless the student's last is among them."""
-    if blocks[-1] != depth - 1:  # what lies above the last rung would learn nothing
-        raise ValueError(
-            f"ladder.rungs ends with block {blocks[-1]}; it must end with the student's last,"
-            f" {depth - 1}"
-        )
-    return blocks
-
-
 class Student(nn.Module):
     """Encoder and ladder: uint8 images in, a prediction per teacher out."""
 
     def __init__(
-        self, cfg: config.Student, ladder: config.Ladder, heads: Mapping[str, Head], *, seed: int
+        self,
+        cfg: config.Student,
+        ladder: config.Ladder,
+        heads: Mapping[str, Head],
+        *,
+        seed: int,
+        ops: Ops = FUSED,
     ):
-        """`heads` is keyed by teacher; weights are a function of (seed, name)."""
+        """`heads` is keyed by teacher; weights are a function of (seed, published name)."""
         super().__init__()
         self.encoder = build_encoder(cfg)
         self.normalise = Normalise(cfg.mean, cfg.std)
-        self.ladder = Ladder(
-            self.encoder.embed_dim,
-            len(self.encoder.blocks),
-            heads,
-            ladder,
-            attention_heads=self.encoder.blocks[0].attn.num_heads,
-        )
+        self.ladder = ladder_on(self.encoder, ladder, heads, ops)
         self.paths = give_drop_paths(self.encoder)
-        initialise(self, seed)
+        initialise(self.weights(), seed)
         freeze_after_blocks(self.encoder)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter by its published name; the ladder's are views."""
+        own = dict(self.ladder.named_parameters())
+        parts = {"encoder": dict(self.encoder.named_parameters()), "ladder": own}
+        parts["ladder"] = self.ladder.published(own)
+        return {f"{part}.{k}": w for part, weights in parts.items() for k, w in weights.items()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -248,6 +103,20 @@ class Student(nn.Module):
         """Exported features: tokens after the final norm."""
         x_BND = self.encoder.forward_features(self.normalise(image_B3HW, self.dtype))
         return split_prefix(x_BND, self.encoder.num_prefix_tokens, has_cls=has_cls(self.encoder))
+
+
+def ladder_on(
+    encoder: Any, cfg: config.Ladder, heads: Mapping[str, Head], ops: Ops = FUSED
+) -> Ladder:
+    """The ladder that stands on an encoder's blocks."""
+    return Ladder(
+        encoder.embed_dim,
+        len(encoder.blocks),
+        heads,
+        cfg,
+        attention_heads=encoder.blocks[0].attn.num_heads,
+        ops=ops,
+    )
 
 
 def arguments(cfg: config.Student) -> dict[str, Any]:
@@ -314,14 +183,14 @@ def has_cls(encoder: Any) -> bool:
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, seed: int) -> None:
-    """Give every parameter the initial value that its (seed, name) says, on any rank and stage.
+def initialise(weights: Mapping[str, Tensor], seed: int) -> None:
+    """Give every weight the initial value that its (seed, name) says, on any rank and stage.
 
     Weights and position embeddings: normal of std 0.02, cut at -2 and 2 as timm does; CLS and
     register tokens: std 1e-6; biases 0; norms and layer scales stay at the constants they were
     built with.
     """
-    for name, parameter in module.named_parameters():
+    for name, parameter in weights.items():
         generator = torch.Generator().manual_seed(chance.number(seed, name))
         if name.endswith("bias"):
             parameter.zero_()

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+KINDS = ("cls", "patch")
+
 
 class Tokens(NamedTuple):
     """An image batch seen by one model: a global token and a grid of patch tokens.
@@ -23,6 +25,33 @@ class Tokens(NamedTuple):
 
     cls_BC: Tensor
     patch_BNC: Tensor
+
+
+class Target(NamedTuple):
+    """What a teacher says of an image batch: its tokens, and how they become targets.
+
+    target = clip((raw - mean) / divisor, -clamp, clamp) of each kind and channel; clamp 0 is off.
+    """
+
+    raw: Tokens
+    mean_2C: Tensor
+    divisor_2C: Tensor
+    clamp: float
+
+    @classmethod
+    def of(cls, tokens: Tokens, clamp: float = 0.0) -> Target:
+        """Tokens that are targets already, save for the clamp."""
+        mean_2C = torch.zeros(2, tokens.cls_BC.shape[-1], device=tokens.cls_BC.device)
+        return cls(tokens, mean_2C, torch.ones_like(mean_2C), clamp)
+
+    def standardised(self) -> Tokens:
+        """The fp32 targets themselves."""
+        return Tokens(self.kind(0), self.kind(1))
+
+    def kind(self, kind: int) -> Tensor:
+        """The fp32 targets of one kind of token."""
+        y_C = (self.raw[kind].float() - self.mean_2C[kind]) / self.divisor_2C[kind]
+        return y_C.clamp(-self.clamp, self.clamp) if self.clamp > 0 else y_C
 
 
 def split_prefix(tokens_BNC: Tensor, prefix: int, *, has_cls: bool) -> Tokens:

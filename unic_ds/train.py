@@ -108,6 +108,7 @@ def distil(task: job.Job) -> bool:
     from unic_ds import dist, finish, log
     from unic_ds.engine import grad_norm
     from unic_ds.loss import distill_loss
+    from unic_ds.ops import KERNELS
 
     dist.start()
     cfg, parts = task.cfg, build(task)
@@ -117,6 +118,7 @@ def distil(task: job.Job) -> bool:
         balance=parts.balance,
         distances=cfg.distances,
         everyone=dist.gather_batch,
+        ops=KERNELS[cfg.kernels],
     )
     engine, stream, teachers, last = parts.engine, parts.stream, parts.teachers, parts.steps
     first = resume(task, parts) + 1
@@ -183,23 +185,24 @@ def uniforms(cfg: config.Config, step: int, position_B: Any, engine: Any) -> tup
 def build(task: job.Job) -> Parts:
     """Images, teachers, student and engine of a job."""
     from unic_ds import balance, dist, engine, initial, log
-    from unic_ds.student import Head, Student, grid_of
+    from unic_ds.ladder import heads_of
+    from unic_ds.ops import KERNELS
+    from unic_ds.student import Student, grid_of
     from unic_ds.teachers.pool import Teachers
 
-    cfg, device = task.cfg, dist.device()
+    cfg, device, ops = task.cfg, dist.device(), KERNELS[task.cfg.kernels]
     train, val = find_images(cfg)
     held_out = f", {len(val)} held out" if val else ""
     log.say(f"{len(train)} training images in {cfg.data.train}{held_out}")
     grid = grid_of(cfg.student)
-    teachers = Teachers(cfg.teachers, grid=grid, standardise=cfg.standardise, device=device)
+    teachers = Teachers(
+        cfg.teachers, grid=grid, standardise=cfg.standardise, device=device, ops=ops
+    )
     manifest = dist.share(teachers.manifest() if dist.rank() == 0 else None)
     for name, facts in manifest.items():
         log.say(f"teacher {name}: {facts['source']}, {facts['width']} wide, {facts['size']} px")
-    heads = {
-        row.name: Head(teachers.widths[row.name], cfg.distance(row).kinds, row.rungs)
-        for row in cfg.teachers
-    }
-    student = Student(cfg.student, cfg.ladder, heads, seed=cfg.seed).to(device)
+    heads = heads_of(cfg, teachers.widths)
+    student = Student(cfg.student, cfg.ladder, heads, seed=cfg.seed, ops=ops).to(device)
     init = initial.start(task.init, student, teachers) if task.init else None
     flops = count_flops(student, teachers, cfg.student.size, device)
     cost = f"{flops / 1e9:.1f} GFLOP an image for the whole step"

@@ -17,18 +17,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from unic_kernels.image_losses import Distance, Pair, image_losses
+from unic_kernels.image_losses import Distance, Pair, image_losses, image_losses_ref
 from unic_kernels.launch import Build, beside
 
 Balance = Callable[[Tensor, Tensor], Tensor]
 """Losses and uniforms (T, B) -> coefficients (T, B)."""
+Refine = Callable[[Tensor], Tensor]
+"""Losses of all entries -> losses per teacher."""
 
 
 # The torch reference
@@ -244,13 +246,40 @@ def distill_loss(
     *,
     distances: Sequence[Distance],
     balance: Balance,
+    refine: Refine | None = None,
     clamp: float = 0.0,
     eps: float = 1e-6,
 ) -> Distilled:
-    """The loss of a micro batch: `image_losses` (whose arguments these are) x `balance`, summed."""
-    loss_TB, gap_TB22 = image_losses(
-        pred, target, mean, std, distances=distances, clamp=clamp, eps=eps
-    )
+    """The loss of a micro batch: `image_losses` (whose arguments these are) x `balance`, summed.
+
+    `refine` may make other losses (T, B) of those, before they are balanced.
+    """
+    options: dict[str, Any] = {"distances": distances, "clamp": clamp, "eps": eps}
+    return balanced(image_losses(pred, target, mean, std, **options), uniform_TB, balance, refine)
+
+
+def distill_loss_ref(
+    pred: Sequence[Pair],
+    target: Sequence[Pair],
+    mean: Sequence[Tensor],
+    std: Sequence[Tensor],
+    uniform_TB: Tensor,
+    *,
+    balance: Balance,
+    refine: Refine | None = None,
+    **options: Any,
+) -> Distilled:
+    """What `distill_loss` means, in the plainest torch."""
+    found = image_losses_ref(pred, target, mean, std, **options)
+    return balanced(found, uniform_TB, balance, refine)
+
+
+def balanced(
+    losses: tuple[Tensor, Tensor], uniform_TB: Tensor, balance: Balance, refine: Refine | None
+) -> Distilled:
+    """Losses and gaps per teacher and image, refined, balanced, summed."""
+    loss_TB, gap_TB22 = losses
+    loss_TB = refine(loss_TB) if refine else loss_TB
     weight_TB = balance(loss_TB.detach(), uniform_TB)
     return Distilled((loss_TB * weight_TB).sum(), loss_TB, weight_TB, gap_TB22.mean(1))
 

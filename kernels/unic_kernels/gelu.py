@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 @triton.jit
-def erf(x):  # type: ignore[no-untyped-def]
+def erf(x):
     a = tl.abs(x)
     t = 1.0 / (1.0 + 0.3275911 * a)
     series = ((((1.061405429 * t - 1.453152027) * t) + 1.421413741) * t - 0.284496736) * t
@@ -22,12 +22,12 @@ def erf(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gelu(z):  # type: ignore[no-untyped-def]
+def gelu(z):
     return 0.5 * z * (1.0 + erf(z * 0.7071067811865476))
 
 
 @triton.jit
-def gelu_slope(z):  # type: ignore[no-untyped-def]
+def gelu_slope(z):
     """Derivative of `gelu`."""
     normal = 0.3989422804014327 * tl.exp(-0.5 * z * z)
     return 0.5 * (1.0 + erf(z * 0.7071067811865476)) + z * normal

@@ -40,6 +40,7 @@ from unic_kernels.image_losses_kernels import (
     empty_results,
     forward_triton,
 )
+from unic_kernels.launch import wide
 
 TERMS = ("cosine", "smooth_l1", "mse")
 SMALL = 1e-8
@@ -88,11 +89,6 @@ def image_losses_ref(
         losses.append(torch.stack(kinds).mean(0))
         gaps.append(gap_22B.movedim(2, 0))
     return torch.stack(losses), torch.stack(gaps)
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x` in fp32, or in fp64 where it has that."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 # The same algebra in torch, for CPU tensors

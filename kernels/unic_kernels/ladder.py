@@ -29,9 +29,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from unic_kernels import ladder_torch
 from unic_kernels.ladder_layout import Layout, layout_of
+from unic_kernels.launch import wide
 
 RECOMPUTE = ("none", "hidden", "all")
 
@@ -43,16 +45,27 @@ def ladder_projection_ref(
     w2: Sequence[Tensor],
     b2: Sequence[Tensor],
     layout: Sequence[Sequence[int]],
+    *,
+    recompute: str = "none",
 ) -> list[Tensor]:
-    """The same by one projector per rung and teacher."""
+    """The same by one projector per rung and teacher, summed in fp32; autograd keeps what it needs.
+
+    `recompute` has no effect.
+    """
     rungs = Layout(tuple(map(tuple, layout))).rungs
     y: list[Any] = [0] * len(w2)
     for x_BND, weight_HD, bias_H, blocks in zip(x, w1, b1, rungs, strict=True):
         for t, row, column, width in blocks:
             own = slice(row, row + width)
             h_BNH = F.gelu(F.linear(x_BND, weight_HD[own], bias_H[own]))
-            y[t] = y[t] + F.linear(h_BNH, w2[t][:, column : column + width])
-    return [y_BNC + bias_C for y_BNC, bias_C in zip(y, b2, strict=True)]
+            y[t] = y[t] + wide(F.linear(h_BNH, w2[t][:, column : column + width]))
+    return [(y_BNC + bias_C).to(bias_C.dtype) for y_BNC, bias_C in zip(y, b2, strict=True)]
+
+
+def _flops(x: list[Any], w1: list[Any], b1: Any, w2: list[Any], *_: Any, **__: Any) -> int:
+    """Shapes -> multiplications and additions of the forward's GEMMs."""
+    rows = x[0][0] * x[0][1]
+    return 2 * rows * sum(shape[0] * shape[1] for shape in (*w1, *w2))
 
 
 @torch.library.custom_op("unic_kernels::ladder", mutates_args=())
@@ -148,6 +161,7 @@ def _differentiate(ctx: Any, dy: list[Tensor | None], *unused: Tensor) -> tuple[
     return dx if need_x else [None] * len(x), *rest, None, None
 
 
+register_flop_formula(torch.ops.unic_kernels.ladder)(_flops)
 _ladder.register_autograd(_differentiate, setup_context=_save)
 
 

@@ -56,3 +56,8 @@ def beside(x: Tensor) -> AbstractContextManager:
 def dense(x: Tensor) -> Tensor:
     """`x` where its last axis is contiguous, as kernels read it, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in fp32, or in fp64 where it has that."""
+    return x if x.dtype == torch.float64 else x.float()

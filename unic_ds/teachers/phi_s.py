@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from unic_ds import config
+from unic_ds.ops import FUSED, Ops
 from unic_ds.teachers.standardise import EPS, Standardiser, merge
-from unic_ds.tokens import Tokens
+from unic_ds.tokens import Target, Tokens
 
 
 def is_prime(n: int) -> bool:
@@ -103,12 +104,18 @@ class PhiS(Standardiser):
     basis_2CC: Tensor
     scale_2: Tensor
 
-    def __init__(self, width: int, cfg: config.Standardise):
-        super().__init__(width, cfg)
+    def __init__(self, width: int, cfg: config.Standardise, ops: Ops = FUSED):
+        super().__init__(width, cfg, ops)
         hadamard(width)  # a width without one is refused before anything runs
         self.register_buffer("basis_2CC", torch.eye(width).repeat(2, 1, 1))
         self.register_buffer("scale_2", torch.ones(2))
         self.scatter_2CC = torch.zeros(0)  # twice the bases' bytes: there only while fitting
+
+    @torch.no_grad()
+    def forward(self, tokens: Tokens) -> Target:
+        """What these tokens are as a target: rotated here, since the loss knows no rotation."""
+        turned = Tokens(*(self.normalise(x_C, kind) for kind, x_C in enumerate(tokens)))
+        return Target.of(turned, self.cfg.target_clamp)
 
     def normalise(self, x_C: Tensor, kind: int) -> Tensor:
         """Rotate and scale the last axis, whatever axes stand before it."""

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from unic_ds import config, dist
+from unic_ds.ops import FUSED, Ops
 from unic_ds.teachers import sources, weights
 from unic_ds.teachers.phi_s import PhiS
 from unic_ds.teachers.standardise import Standardiser
-from unic_ds.tokens import Tokens
+from unic_ds.tokens import Target, Tokens
 
 KINDS: dict[str, type[Standardiser]] = {"channel": Standardiser, "phi_s": PhiS}
 
@@ -34,6 +35,7 @@ class Teachers:
         grid: int,
         standardise: config.Standardise,
         device: torch.device,
+        ops: Ops = FUSED,
     ):
         if not rows:
             raise ValueError("no teachers; name some with --teachers NAME=SOURCE,...")
@@ -45,7 +47,7 @@ class Teachers:
         self.norms = {}
         for name, teacher in self.teachers.items():
             with blaming(name):
-                self.norms[name] = kind(teacher.width, standardise).to(device)
+                self.norms[name] = kind(teacher.width, standardise, ops).to(device)
         self.standardise = standardise
 
     @property
@@ -58,8 +60,8 @@ class Teachers:
         """Channels of each teacher."""
         return {name: teacher.width for name, teacher in self.teachers.items()}
 
-    def __call__(self, images: dict[int, Tensor], *, observe: bool = True) -> dict[str, Tokens]:
-        """Standardised fp32 targets of uint8 images [B, 3, H, H], keyed by side H in pixels.
+    def __call__(self, images: dict[int, Tensor], *, observe: bool = True) -> dict[str, Target]:
+        """Targets of uint8 images [B, 3, H, H], keyed by side H in pixels.
 
         `observe` adds the batch to running statistics: off in validation. No host sync.
         """

@@ -21,23 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from unic_ds import config
-from unic_ds.tokens import Tokens
+from unic_ds.ops import FUSED, Ops
+from unic_ds.tokens import Target, Tokens
 
 EPS = 1e-6
-
-
-def measure(x_BN_C: Tensor) -> Tensor:
-    """Count, mean and M2 of each channel as fp64 [3, C].
-
-    Two passes in fp32; the second also finds what rounding took from the mean, which would
-    otherwise pass for a difference between parts when the mean is large against the spread.
-    """
-    x_BN_C = x_BN_C.float()
-    mean_C = x_BN_C.mean(0)
-    rest_BN_C = x_BN_C - mean_C
-    lost_C = rest_BN_C.mean(0).double()
-    m2_C = rest_BN_C.square().sum(0).double() - len(x_BN_C) * lost_C.square()
-    return torch.stack([torch.full_like(lost_C, len(x_BN_C)), mean_C + lost_C, m2_C.clamp(min=0)])
 
 
 def merge(moments_PS2C: Tensor) -> Tensor:
@@ -56,9 +43,9 @@ class Standardiser(nn.Module):
     std_2C: Tensor
     moments_S2C: Tensor
 
-    def __init__(self, width: int, cfg: config.Standardise):
+    def __init__(self, width: int, cfg: config.Standardise, ops: Ops = FUSED):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.ops = cfg, ops
         self.register_buffer("mean_2C", torch.zeros(2, width))
         self.register_buffer("std_2C", torch.ones(2, width))
         # Empty at every checkpoint: a step that was saved was tracked.
@@ -67,39 +54,33 @@ class Standardiser(nn.Module):
         )
 
     @torch.no_grad()
-    def forward(self, tokens: Tokens) -> Tokens:
-        """Standardised fp32 targets; a channel that hardly varies is floored, the rest clamped."""
+    def forward(self, tokens: Tokens) -> Target:
+        """What these tokens are as a target, by the statistics of now."""
         if not self.cfg.on:
-            return Tokens(tokens.cls_BC.float(), tokens.patch_BNC.float())
-        return Tokens(self.scale(tokens.cls_BC, 0), self.scale(tokens.patch_BNC, 1))
-
-    def scale(self, x_C: Tensor, kind: int) -> Tensor:
-        """The target of raw features, clamped; over the last axis, whatever stands before it."""
-        y_C, clamp = self.normalise(x_C, kind), self.cfg.target_clamp
-        return y_C.clamp(-clamp, clamp) if clamp > 0 else y_C
+            return Target.of(tokens)
+        return Target(tokens, self.mean_2C.clone(), self.divisor(), self.cfg.target_clamp)
 
     def normalise(self, x_C: Tensor, kind: int) -> Tensor:
-        """(x - mean) / (std + eps) over the last axis."""
-        return (x_C.float() - self.mean_2C[kind]) / self.divisor(kind)
+        """(x - mean) / (std + eps) over the last axis, whatever stands before it; no clamp."""
+        return (x_C.float() - self.mean_2C[kind]) / self.divisor()[kind]
 
     def invert(self, y_C: Tensor, kind: int) -> Tensor:
         """The features that `normalise` made `y_C` of."""
-        return y_C * self.divisor(kind) + self.mean_2C[kind]
+        return y_C * self.divisor()[kind] + self.mean_2C[kind]
 
-    def divisor(self, kind: int) -> Tensor:
-        """Each channel's std + eps, floored."""
-        std_C = self.std_2C[kind]
+    def divisor(self) -> Tensor:
+        """Each channel's std + eps [2, C]; one that hardly varies is floored."""
+        std_2C = self.std_2C
         if self.cfg.std_floor > 0:
-            std_C = std_C.maximum(self.cfg.std_floor * std_C.median())
-        return std_C + EPS
+            floor_21 = self.cfg.std_floor * std_2C.median(1, keepdim=True).values
+            std_2C = std_2C.maximum(floor_21)
+        return std_2C + EPS
 
     @torch.no_grad()
     def observe(self, tokens: Tokens) -> None:
         """Add a micro batch of raw tokens to this rank's share of the step; no host sync."""
         if self.cfg.on:
-            batch_S2C = torch.stack(
-                [measure(tokens.cls_BC), measure(tokens.patch_BNC.flatten(0, 1))], 1
-            )
+            batch_S2C = torch.stack([self.ops.moments(x_C) for x_C in tokens], 1)
             self.moments_S2C.copy_(merge(torch.stack([self.moments_S2C, batch_S2C])))
 
     def moments(self) -> Tensor:
