@@ -26,6 +26,7 @@ FLOORS = (
     {"export"},
     {"finish", "published"},
     {"train"},
+    {"precompute"},
     {"cli"},
 )
 """From the ground up; a room is a file or folder of unic_ds, and rooms of one floor do not meet."""

@@ -238,7 +238,7 @@ def images(teachers: Teachers, seed: int, count: int = 4) -> dict[int, Tensor]:
 def test_a_pool_fits_once_and_stays(rows_of_teachers, kind, monkeypatch):
     teachers = pool(rows_of_teachers, kind=kind, fit_steps=2)
     batches = [images(teachers, seed) for seed in range(3)]
-    teachers.fit(batches)
+    teachers.fit(map(teachers.raw, batches))
     state = {name: value.clone() for name, value in teachers.state_dict().items()}
     targets = [teachers(batch) for batch in batches]
     assert all(norm.moments().abs().sum() == 0 for norm in teachers.norms.values())
@@ -275,7 +275,7 @@ def test_a_teacher_that_cannot_be_standardised_is_named(rows_of_teachers, tmp_pa
     assert pool((source,), kind="phi_s", fit_steps=1, on=False).widths == {"odd": 6}
     teachers = pool((source,), fit_steps=1)
     with pytest.raises(ValueError, match="teacher 'odd': its features are not finite"):
-        teachers.fit([{8: torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)}])
+        teachers.fit([teachers.raw({8: torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)})])
 
 
 @pytest.mark.gpu
@@ -286,8 +286,9 @@ def test_on_a_gpu_the_fit_is_the_same_and_a_step_never_waits(rows_of_teachers):
         Teachers(rows_of_teachers, grid=4, standardise=knobs, device=d) for d in (CPU, device)
     )
     batches = [images(here, seed) for seed in range(2)]
-    here.fit(batches)
-    there.fit([{size: pixels.to(device) for size, pixels in batch.items()} for batch in batches])
+    here.fit(map(here.raw, batches))
+    moved = [{size: pixels.to(device) for size, pixels in batch.items()} for batch in batches]
+    there.fit(map(there.raw, moved))
     for name, norm in there.norms.items():
         torch.testing.assert_close(norm.scale_2.cpu(), here.norms[name].scale_2, rtol=1e-2, atol=0)
     batch = {size: pixels.to(device) for size, pixels in batches[0].items()}
@@ -323,7 +324,8 @@ source, batches, out = sys.argv[1:]
 row = config.Teacher(name="vit", source=source, precision="fp32")
 cfg = config.Standardise(kind="phi_s", fit_steps=1)
 teachers = Teachers((row,), grid=4, standardise=cfg, device=torch.device("cpu"))
-teachers.fit(torch.load(batches, weights_only=True)[dist.rank() :: dist.world()])
+mine = torch.load(batches, weights_only=True)[dist.rank() :: dist.world()]
+teachers.fit(map(teachers.raw, mine))
 torch.save(teachers.state_dict(), f"{out}.{dist.rank()}")
 dist.stop()
 """

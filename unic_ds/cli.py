@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from unic_ds import entry, job, recipes, train
-from unic_ds.config import Config
-from unic_ds.override import nearest
+from unic_ds.config import Config, check
+from unic_ds.override import coerce, nearest
 
 USAGE = """\
 unic-ds VERB [--option value ...]
@@ -20,6 +20,8 @@ unic-ds VERB [--option value ...]
   teachers check    run an image through each teacher: tokens, widths, grid, preprocessing, licence,
   SHA-256
   teachers fetch    download the teachers' weights (on a machine that reaches the hub)
+  cache             store what a recipe's teachers say of drawn views: cache OUT --recipe R
+  [--views V] [--dtype bf16|int8] [--batch B] [--yes]; then train with --teachers.cache OUT
   export            bare encoder of a run's newest checkpoint: --run DIR --out DIR
   import-unic       a published checkpoint as a model folder: import-unic PATH OUT
   quickstart        prepare the demonstration's teachers and images
@@ -44,10 +46,10 @@ def verb(argv: Sequence[str]) -> int:
     if not words or entry.wants_help(options):
         print(USAGE)
         return 0
-    if words[0] == "import-unic":
-        return import_unic(words[1:], options)
+    if words[0] in WITH_PATHS:
+        return WITH_PATHS[words[0]](words[1:], options)
     if name not in VERBS:
-        verbs = ["train", "import-unic", *VERBS]
+        verbs = ["train", *WITH_PATHS, *VERBS]
         raise ValueError(
             f"unknown verb {name!r}{nearest(name, verbs)}; there are {', '.join(verbs)}"
         )
@@ -148,6 +150,28 @@ def import_unic(words: list[str], options: dict[str, str]) -> int:
     return 0
 
 
+def cache(words: list[str], options: dict[str, str]) -> int:
+    """Store the teachers' features of drawn views."""
+    own = take(options, "views", "dtype", "yes", "batch")
+    if len(words) != 1:
+        raise ValueError("cache needs OUT, a folder for the features, for example cache features")
+    views, batch = (
+        int(coerce(int, own.get(name, default), f"--{name}"))
+        for name, default in (("views", "1"), ("batch", "32"))
+    )
+    dtype = own.get("dtype", "bf16")
+    for name, value in (("views", views), ("batch", batch)):
+        check(value > 0, f"--{name}", "positive", value)
+    check(dtype in ("bf16", "int8"), "--dtype", "bf16 or int8", dtype)
+    cfg = configured(options)
+    if not cfg.teachers or not cfg.data.train:
+        raise ValueError("cache needs teachers and --data.train; a --recipe may have both")
+    from unic_ds.precompute import store
+
+    store(cfg, Path(words[0]), views=views, dtype=dtype, yes="yes" in own, batch=batch)
+    return 0
+
+
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:
     """Print rows as a table for people or one JSON object for programs."""
     if as_json:
@@ -170,6 +194,7 @@ VERBS = {
     "export": export,
     "quickstart": quickstart,
 }
+WITH_PATHS = {"cache": cache, "import-unic": import_unic}
 
 if __name__ == "__main__":
     main()

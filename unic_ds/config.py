@@ -456,6 +456,11 @@ class Config:
         "earlier stages, each as what differs from this run, in OUT/stage1 and so on; separated by"
         " ; as in 'student.size=224 optim.epochs=200'; each starts from the student before it",
     )
+    cache: str = knob(
+        "",
+        "folder that `unic-ds cache` made: teachers in it are not run, and its views are shown",
+        machinery=True,  # the path may move; a checkpoint knows what it held
+    )
     data: Data = Data()
     student: Student = Student()
     ladder: Ladder = Ladder()

@@ -71,6 +71,8 @@ def measure(task: job.Job, parts: Any, state: dict[str, Tensor]) -> dict[str, di
         initial.start_encoder(task.init, before.encoder)
     after.encoder.load_state_dict(state)
     widths: dict[str, int] = {}
+    if parts.teachers.stored:
+        log.say(f"not measured, since not run: {', '.join(parts.teachers.stored)}")
 
     def encode(images: dict[int, Tensor]) -> Tensor:
         small = images[cfg.student.size]

@@ -116,7 +116,7 @@ def check_inputs(cfg: Config) -> None:
     for teacher, path in zip(
         (t for t in cfg.teachers if t.source[:5] == "file:"), files, strict=True
     ):
-        if not Path(path).expanduser().is_file():
+        if not cfg.cache and not Path(path).expanduser().is_file():
             raise ValueError(
                 f"teacher {teacher.name!r} has no weights at {path!r}; put them there or give"
                 f" --teachers.{teacher.name}.source (`unic-ds teachers fetch` has those of hubs)"

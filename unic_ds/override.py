@@ -71,8 +71,14 @@ def default_name(source: str) -> str:
     return name if TEACHER_NAME.fullmatch(name) else f"t_{name}"
 
 
+SAID = {"cache": "teachers.cache"}
+"""Fields whose option has another name."""
+
+
 def override(config: Any, path: str, text: str, *, prefix: str = "") -> Any:
     """`config` with the field at the dotted `path` set from `text`; unknown names are an error."""
+    if not prefix and path in SAID.values():
+        path = next(field for field, said in SAID.items() if said == path)
     head, _, rest = path.partition(".")
     name = prefix + head
     hints = get_type_hints(type(config))
@@ -137,7 +143,8 @@ def options_of(config: Any = None, prefix: str = "") -> list[tuple[str, Any, str
         if is_dataclass(value):
             rows += options_of(value, f"{prefix}{f.name}.")
         else:
-            rows.append((prefix + f.name, value, f.metadata["help"]))
+            name = SAID.get(prefix + f.name, prefix + f.name)
+            rows.append((name, value, f.metadata["help"]))
     return rows
 
 
@@ -186,10 +193,12 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 def science(config: Config) -> dict[str, str]:
     """Dotted name -> text of what decides the result: everything but the machinery."""
-    machinery = {"recipe"}
+    machinery = set()
     for section in fields(config):
         value = getattr(config, section.name)
-        if is_dataclass(value):
+        if section.metadata.get("machinery"):
+            machinery.add(section.name)
+        elif is_dataclass(value):
             machinery |= {
                 f"{section.name}.{f.name}" for f in fields(value) if f.metadata.get("machinery")
             }

@@ -95,6 +95,7 @@ class Parts:
     val: Any
     stream: Any
     teachers: Any
+    cache: Any  # features of teachers that are not run, or None
     manifest: dict[str, Any]
     init: dict[str, str] | None
     engine: Any
@@ -138,7 +139,7 @@ def distil(task: job.Job) -> bool:
             for _ in range(engine.gradient_accumulation_steps()):
                 batch = next(stream)
                 drop_TB, path_BK = uniforms(cfg, step, batch.position_B, engine)
-                target = teachers(batch.images)
+                target = teachers(batch.images, batch.beside)
                 pred = engine(batch.images[cfg.student.size], path_BK)
                 loss, metrics = judge(pred, target, drop_TB)
                 engine.backward(loss)
@@ -188,6 +189,7 @@ def build(task: job.Job) -> Parts:
     from unic_ds.ladder import heads_of
     from unic_ds.ops import KERNELS
     from unic_ds.student import Student, grid_of
+    from unic_ds.teachers.cache import FeatureCache
     from unic_ds.teachers.pool import Teachers
 
     cfg, device, ops = task.cfg, dist.device(), KERNELS[task.cfg.kernels]
@@ -195,8 +197,14 @@ def build(task: job.Job) -> Parts:
     held_out = f", {len(val)} held out" if val else ""
     log.say(f"{len(train)} training images in {cfg.data.train}{held_out}")
     grid = grid_of(cfg.student)
+    cache = FeatureCache(cfg.cache, cfg.teachers, draws_of(cfg, train)) if cfg.cache else None
     teachers = Teachers(
-        cfg.teachers, grid=grid, standardise=cfg.standardise, device=device, ops=ops
+        cfg.teachers,
+        grid=grid,
+        standardise=cfg.standardise,
+        device=device,
+        ops=ops,
+        cache=cache,
     )
     manifest = dist.share(teachers.manifest() if dist.rank() == 0 else None)
     for name, facts in manifest.items():
@@ -210,8 +218,9 @@ def build(task: job.Job) -> Parts:
     return Parts(
         train=train,
         val=val,
-        stream=open_stream(task, train, teachers.sizes, device),
+        stream=open_stream(task, train, teachers.sizes, device, cache),
         teachers=teachers,
+        cache=cache,
         manifest=manifest,
         init=init,
         engine=engine.build(student, cfg.optim, task.settings),
@@ -234,10 +243,31 @@ def find_images(cfg: config.Config) -> tuple[Any, Any]:
     return train, val
 
 
-def open_stream(task: job.Job, train: Any, sizes: tuple[int, ...], device: Any) -> Any:
-    """This rank's batches of the training images, at the student's size and the teachers'."""
+def draws_of(cfg: config.Config, train: Any) -> dict[str, Any]:
+    """What the images and their augmentation depend on, but the seed."""
+    from unic_ds import data
+    from unic_ds.student import grid_of
+
+    science = override.science(cfg)
+    said: dict[str, Any] = {k: v for k, v in science.items() if k.startswith("data.")}
+    said |= {"student.size": cfg.student.size, "grid": grid_of(cfg.student)}
+    return said | {"images": train.fingerprint(), "decoder": data.backend(cfg.data)}
+
+
+def open_stream(
+    task: job.Job, train: Any, sizes: tuple[int, ...], device: Any, cache: Any = None
+) -> Any:
+    """This rank's batches of the training images, at the student's size and the teachers'.
+
+    With a cache only its views are shown, and each batch brings their features.
+    """
     from unic_ds import data, dist
 
+    views = None
+    if cache:
+        views = data.Views(
+            cache.seed, cache.views, lambda slots: cache.read(slots.index_B, slots.epoch_B)
+        )
     return data.Stream(
         train,
         task.cfg.data,
@@ -248,6 +278,7 @@ def open_stream(task: job.Job, train: Any, sizes: tuple[int, ...], device: Any) 
         rank=dist.rank(),
         world=dist.world(),
         device=device,
+        views=views,
     )
 
 
@@ -313,6 +344,7 @@ def identity(task: job.Job, parts: Parts) -> dict[str, Any]:
         "images": parts.train.fingerprint(),
         "teachers": [[name, row["sha256"]] for name, row in parts.manifest.items()],
         "init": parts.init,
+        "feature cache": parts.cache.identity if parts.cache else None,
         "decoder": data.backend(task.cfg.data),
         "ranks": dist.world(),
         "zero_stage": ds_config.stage(task.settings),
@@ -365,9 +397,10 @@ def fit_statistics(task: job.Job, parts: Parts) -> None:
     log.say(f"fitting the teachers' statistics to {images} images ({steps} batches)")
     count = steps * parts.engine.gradient_accumulation_steps()
     # A stream of its own: the log's share of time spent waiting is of training alone.
-    stream = open_stream(task, parts.train, parts.teachers.sizes, dist.device())
-    batches = (batch.images for batch in islice(stream, count))
-    parts.teachers.fit(log.track(batches, count, "statistics"))
+    teachers = parts.teachers
+    stream = open_stream(task, parts.train, teachers.sizes, dist.device(), parts.cache)
+    tokens = (teachers.raw(batch.images, batch.beside) for batch in islice(stream, count))
+    teachers.fit(log.track(tokens, count, "statistics"))
     stream.close()
     log.say(f"statistics fitted in {time.monotonic() - start:.1f} s")
 

@@ -2,6 +2,6 @@
 
 from unic_ds.data.feed import Batch, backend
 from unic_ds.data.source import Source, scan, split
-from unic_ds.data.stream import Stream, passes
+from unic_ds.data.stream import Stream, Views, drawn, passes
 
-__all__ = ["Batch", "Source", "Stream", "backend", "passes", "scan", "split"]
+__all__ = ["Batch", "Source", "Stream", "Views", "backend", "drawn", "passes", "scan", "split"]

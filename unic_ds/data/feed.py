@@ -13,10 +13,10 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class Batch:
     images: dict[int, Tensor]  # uint8 B3HW on the device
     index_B: NDArray[np.int64]  # the samples that are shown: a replaced one is its neighbour
     position_B: NDArray[np.int64]  # in the global batch, or in the pass
+    beside: Any = None  # what the stream's caller has read for the planned samples
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Work:
     slots: Slots
     samples: list[Sample]
     draws: Draws
+    beside: Any
 
 
 class Decoder(Protocol):
@@ -110,8 +112,11 @@ class Feed:
         sizes: tuple[int, ...],
         batch: int,
         device: torch.device,
+        beside: Callable[[Slots], Any] | None = None,
     ):
+        """`beside` reads, on the reading thread, what else is known of a batch's slots."""
         self.waited_s = 0.0
+        self._beside = beside
         self._reader, self._cfg, self._seed = reader, reader.cfg, seed
         self._sizes, self._device = sizes, device
         threads = self._cfg.threads or dist.cores()
@@ -142,7 +147,7 @@ class Feed:
         self._fill(wait=False)
         self.waited_s += time.perf_counter() - start
         index_B = np.array([sample.index for sample in work.samples], dtype=np.int64)
-        return Batch(images, index_B, work.slots.position_B)
+        return Batch(images, index_B, work.slots.position_B, work.beside)
 
     def close(self) -> None:
         """Stop reading and free the decoder; closing again does nothing."""
@@ -177,7 +182,8 @@ class Feed:
 
     def _read(self, slots: Slots, readers: ThreadPoolExecutor) -> Work:
         samples = list(readers.map(self._reader.read, slots.index_B.tolist()))
-        return Work(slots, samples, self._draw(slots, samples))
+        beside = self._beside(slots) if self._beside else None
+        return Work(slots, samples, self._draw(slots, samples), beside)
 
     def _draw(self, slots: Slots, samples: list[Sample]) -> Draws:
         """Draws keyed by the planned sample, in windows of the sample that is shown."""
@@ -255,4 +261,5 @@ class Feed:
             *(a[b : b + 1] for a in (work.slots.index_B, work.slots.epoch_B, work.slots.position_B))
         )
         samples = [*work.samples[:b], sample, *work.samples[b + 1 :]]
-        return Work(work.slots, samples, work.draws.put(b, self._draw(slot, [sample])))
+        draws = work.draws.put(b, self._draw(slot, [sample]))
+        return Work(work.slots, samples, draws, work.beside)

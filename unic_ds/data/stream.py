@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import count
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from unic_ds.config import Data
 from unic_ds.data import order
 from unic_ds.data.feed import Batch, Feed, Slots
 from unic_ds.data.reader import Reader
 from unic_ds.data.source import Source
+
+
+class Views(NamedTuple):
+    """Which draws a run shows: those of `seed`, of every epoch or of the first `views` in turn."""
+
+    seed: int
+    views: int = 0  # 0: a new one in every epoch
+    beside: Callable[[Slots], Any] | None = None  # what is kept of a batch's samples and views
+
+    def of(self, epoch_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The view of each epoch."""
+        return epoch_B % self.views if self.views else epoch_B
 
 
 class Stream:
@@ -32,11 +45,13 @@ class Stream:
         rank: int,
         world: int,
         device: torch.device,
+        views: Views | None = None,
     ):
         """`batch_size` images per optimiser step, of which a rank reads `micro` at a time.
 
-        `sizes` are sides in pixels, the student's first (blur is in its pixels). ValueError where
-        the batch does not divide.
+        `views` are there where only some draws of each sample may be shown. `sizes` are sides
+        in pixels, the student's first (blur is in its pixels). ValueError where the batch does not
+        divide.
         """
         if not len(source):
             raise ValueError(f"no images to train on below {str(source.folder)!r}")
@@ -47,6 +62,7 @@ class Stream:
         self._reader = Reader(source, cfg)
         self._seed, self._sizes, self._device = seed, tuple(dict.fromkeys(sizes)), device
         self._batch_size, self._micro, self._rank, self._world = batch_size, micro, rank, world
+        self._views = views or Views(seed)
         self._feed: Feed | None = None
         self._step = 0
         self._waited_s = 0.0
@@ -74,10 +90,11 @@ class Stream:
             self._feed = Feed(
                 self._reader,
                 self._plan(self._step),
-                seed=self._seed,
+                seed=self._views.seed,
                 sizes=self._sizes,
                 batch=self._micro,
                 device=self._device,
+                beside=self._views.beside,
             )
         return next(self._feed)
 
@@ -98,7 +115,35 @@ class Stream:
                 )
                 first = step * self._batch_size + int(position_B[0])
                 index_B, epoch_B = order.batch(self._seed, n, first, self._micro)
-                yield Slots(index_B, epoch_B, position_B)
+                yield Slots(index_B, self._views.of(epoch_B), position_B)
+
+
+def drawn(
+    source: Source,
+    cfg: Data,
+    *,
+    seed: int,
+    sizes: tuple[int, ...],
+    batch: int,
+    plan: Iterable[tuple[int, range]],
+    device: torch.device,
+) -> Iterator[list[Batch]]:
+    """The batches of each (view, neighbouring samples) of the plan, augmented as in training."""
+    cuts = [
+        (view, [span[at : at + batch] for at in range(0, len(span), batch)]) for view, span in plan
+    ]
+    slots = (
+        Slots(np.array(part), np.full(len(part), view), np.arange(len(part)))
+        for view, parts in cuts
+        for part in parts
+    )
+    sides = tuple(dict.fromkeys(sizes))
+    feed = Feed(Reader(source, cfg), slots, seed=seed, sizes=sides, batch=batch, device=device)
+    try:
+        for _, parts in cuts:
+            yield [next(feed) for _ in parts]
+    finally:
+        feed.close()
 
 
 def passes(

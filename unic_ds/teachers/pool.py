@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from unic_ds import config, dist
 from unic_ds.ops import FUSED, Ops
 from unic_ds.teachers import sources, weights
+from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.phi_s import PhiS
 from unic_ds.teachers.standardise import Standardiser
 from unic_ds.tokens import Target, Tokens
 
+Stored = Mapping[str, Tokens] | None
+"""Tokens of teachers that are not run, on the CPU."""
 KINDS: dict[str, type[Standardiser]] = {"channel": Standardiser, "phi_s": PhiS}
 
 
@@ -36,18 +39,30 @@ class Teachers:
         standardise: config.Standardise,
         device: torch.device,
         ops: Ops = FUSED,
+        cache: FeatureCache | None = None,
     ):
+        """Teachers that `cache` has are not run: their tokens come with each batch."""
         if not rows:
             raise ValueError("no teachers; name some with --teachers NAME=SOURCE,...")
-        for row in rows:
+        self.device, self.stored = device, cache.facts if cache else {}
+        online = [row for row in rows if row.name not in self.stored]
+        for row in online:
             weights.locate(row)
         with dist.in_turn():
-            self.teachers = {row.name: sources.load(row, grid=grid, device=device) for row in rows}
+            self.teachers = {
+                row.name: sources.load(row, grid=grid, device=device) for row in online
+            }
+        self.widths = {  # channels of each teacher, in config order
+            row.name: int(self.stored[row.name]["width"])
+            if row.name in self.stored
+            else self.teachers[row.name].width
+            for row in rows
+        }
         kind = KINDS[standardise.kind if standardise.on else "channel"]
         self.norms = {}
-        for name, teacher in self.teachers.items():
+        for name, width in self.widths.items():
             with blaming(name):
-                self.norms[name] = kind(teacher.width, standardise, ops).to(device)
+                self.norms[name] = kind(width, standardise, ops).to(device)
         self.standardise = standardise
 
     @property
@@ -55,32 +70,35 @@ class Teachers:
         """The image sides in pixels that the teachers eat, each once, ascending."""
         return tuple(sorted({teacher.size for teacher in self.teachers.values()}))
 
-    @property
-    def widths(self) -> dict[str, int]:
-        """Channels of each teacher."""
-        return {name: teacher.width for name, teacher in self.teachers.items()}
-
-    def __call__(self, images: dict[int, Tensor], *, observe: bool = True) -> dict[str, Target]:
+    def __call__(
+        self, images: dict[int, Tensor], stored: Stored = None, *, observe: bool = True
+    ) -> dict[str, Target]:
         """Targets of uint8 images [B, 3, H, H], keyed by side H in pixels.
 
-        `observe` adds the batch to running statistics: off in validation. No host sync.
+        `stored` are the tokens of teachers that are not run. `observe` adds the batch to running
+        statistics: off in validation. No host sync.
         """
         targets = {}
-        for name, tokens in self.raw(images).items():
+        for name, tokens in self.raw(images, stored).items():
             targets[name] = self.norms[name](tokens)
             if observe and self.standardise.running:
                 self.norms[name].observe(tokens)
         return targets
 
-    def raw(self, images: dict[int, Tensor]) -> dict[str, Tokens]:
+    def raw(self, images: dict[int, Tensor], stored: Stored = None) -> dict[str, Tokens]:
         """Tokens as the teachers give them, each in its own precision, on the student's grid."""
-        return {name: teacher(images[teacher.size]) for name, teacher in self.teachers.items()}
+        found = {
+            name: Tokens(*(x.to(self.device, non_blocking=True) for x in tokens))
+            for name, tokens in (stored or {}).items()
+        }
+        found |= {name: teacher(images[teacher.size]) for name, teacher in self.teachers.items()}
+        return {name: found[name] for name in self.widths if name in found}
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[dict[int, Tensor]]) -> None:
-        """Fix the statistics by batches of images of all ranks; ValueError names who misbehaves."""
-        for images in batches:
-            for name, tokens in self.raw(images).items():
+    def fit(self, batches: Iterable[dict[str, Tokens]]) -> None:
+        """Fix the statistics by raw tokens of all ranks; ValueError names who misbehaves."""
+        for batch in batches:
+            for name, tokens in batch.items():
                 self.norms[name].observe(tokens)
         for name, moments_PS2C in self.gather().items():
             with blaming(name):
@@ -132,7 +150,10 @@ class Teachers:
 
     def manifest(self) -> dict[str, dict[str, Any]]:
         """What identifies each teacher, for `teachers.json`; hashes weight files: call it once."""
-        return {name: teacher.facts() for name, teacher in self.teachers.items()}
+        return {
+            name: self.stored[name] if name in self.stored else self.teachers[name].facts()
+            for name in self.widths
+        }
 
 
 @contextmanager

@@ -1,0 +1,212 @@
+"""Stored teacher features: the same curve as online teachers, whole after kill -9, refused if not
+theirs.
+"""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import (  # noqa: F401  (a fixture)
+    SMALL,
+    alone,
+    curve,
+    demonstration,
+    kill_group,
+    pytestmark,
+    ranks_and_port,
+    run,
+    start,
+)
+
+from unic_ds import quickstart
+from unic_ds.teachers import cache
+from unic_ds.tokens import Tokens
+
+IMAGES = 40
+COMMON = {k: v for k, v in SMALL.items() if k.startswith(("student.size", "teachers."))}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A few of the demonstration's photographs, in two class folders."""
+    folder = tmp_path_factory.mktemp("few") / "images"
+    classes = sorted(path for path in (quickstart.root() / "images").iterdir() if path.is_dir())
+    for place in classes[:2]:
+        (folder / place.name).mkdir(parents=True)
+        for path in sorted(place.iterdir())[: IMAGES // 2]:
+            (folder / place.name / path.name).symlink_to(path)
+    return folder
+
+
+def store(images, out, *more, ranks=1):
+    """The command line of `unic-ds cache`."""
+    pairs = COMMON | {"data.train": str(images), "data.val_share": "0"}
+    words = [str(out), *(w for k, v in pairs.items() for w in (f"--{k}", v)), *more]
+    if ranks == 1:
+        return [sys.executable, "-m", "unic_ds.cli", "cache", *words]
+    port = ranks_and_port(ranks)[3]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    return [*launch, "--master_port", port, "-m", "unic_ds.cli", "cache", *words]
+
+
+@pytest.fixture(scope="module")
+def stored(images, tmp_path_factory):
+    """Two views of both teachers in bf16, written by two ranks; and what they printed."""
+    out = tmp_path_factory.mktemp("cache") / "features"
+    return out, run(store(images, out, "--views", "2", ranks=2))
+
+
+def train(images, out, **more):
+    """A run of two epochs of five steps, and two steps."""
+    settings = out.with_suffix(".json")
+    settings.write_text('{"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}}')
+    fixed = {
+        "data__train": images,
+        "data__val_share": 0,
+        "eval__on": "false",
+        "ds_config": settings,
+    }
+    fixed |= {"eval__on": "false", "ladder__rungs": "11"}
+    steps = {"optim__batch_size": 8, "optim__steps": 12, "optim__lr": 1e-3}
+    return alone(out, **fixed, **steps, **more)
+
+
+def test_training_on_stored_features_is_training_with_the_teachers(images, stored, tmp_path):
+    folder, printed = stored
+    assert f"{IMAGES} images x 2 views x 2 teachers in bf16" in printed
+    run(train(images, tmp_path / "online"))
+    run(train(images, tmp_path / "cached", teachers__cache=folder))
+    online, cached = curve(tmp_path / "online"), curve(tmp_path / "cached")
+    for step in range(1, 11):  # two epochs of five: every view once, by the draws of its epoch
+        for key in ("loss", "dinov2/patch_cosine", "effnet/cls_smooth_l1"):
+            assert cached[step][key] == pytest.approx(online[step][key], rel=5e-3), (step, key)
+    assert cached[1]["loss"] == pytest.approx(online[1]["loss"], rel=1e-4)
+    # the third epoch shows the first view again, where the online run draws anew
+    assert abs(cached[11]["loss"] / online[11]["loss"] - 1) > 1e-3
+    facts = [json.loads((tmp_path / r / "teachers.json").read_text()) for r in ("online", "cached")]
+    assert [row["sha256"] for row in facts[0].values()] == [r["sha256"] for r in facts[1].values()]
+
+
+@pytest.mark.slow
+def test_some_stored_and_some_online(images, stored, tmp_path):
+    folder, _ = stored
+    part = tmp_path / "part"
+    part.mkdir()
+    manifest = json.loads((folder / cache.MANIFEST).read_text())
+    del manifest["teachers"]["effnet"]
+    (part / cache.MANIFEST).write_text(json.dumps(manifest))
+    (part / "dinov2").symlink_to(folder / "dinov2")
+    run(train(images, tmp_path / "all", teachers__cache=folder, run__stop_at=6))
+    run(train(images, tmp_path / "some", teachers__cache=part, run__stop_at=6))
+    whole, mixed = curve(tmp_path / "all"), curve(tmp_path / "some")
+    for step in range(1, 7):
+        assert mixed[step]["loss"] == pytest.approx(whole[step]["loss"], rel=5e-3)
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_it_is_the_same(images, stored, tmp_path):
+    folder, _ = stored
+    out = tmp_path / "features"
+    process = start(store(images, out, "--views", "2", "--batch", "2"))
+    deadline = time.monotonic() + 120
+    while not any(out.glob("*/*.bin")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    kill_group(process)
+    process.wait()
+    assert not json.loads((out / cache.MANIFEST).read_text())["whole"]
+    said = run(train(images, tmp_path / "run", teachers__cache=out), code=2)
+    assert "is not finished; run `unic-ds cache" in said
+    run(store(images, out, "--views", "2"))
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*.bin"))
+    assert len(names) == 4 == len(list(out.rglob("*.bin")))
+    for name in names:
+        ours, theirs = (bf16(place / name) for place in (out, folder))
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)  # batches differ
+
+
+def bf16(path: Path) -> torch.Tensor:
+    return torch.from_numpy(np.fromfile(path, np.int16)).view(torch.bfloat16).float()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"data__crop_min": 0.2}, "was made with data.crop_min '0.95', this run has '0.2'"),
+        pytest.param(
+            {"student__size": 64, "teachers__dinov2__size": 56},
+            "was made with student.size 32",
+            marks=pytest.mark.slow,
+        ),
+        ({"teachers__dinov2__precision": "fp32"}, "made with teachers.dinov2.precision"),
+    ],
+)
+def test_another_run_s_features_are_refused(images, stored, tmp_path, more, says):
+    printed = run(train(images, tmp_path / "run", teachers__cache=stored[0], **more), code=2)
+    assert says in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_written_is_said_before(images, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    printed = run(store(images, tmp_path / "full"), code=2)
+    assert "holds something else; choose another folder" in printed
+    printed = run(store(images, tmp_path / "huge", "--views", "100000000"), code=2)
+    assert "GB of features do not fit" in printed and not (tmp_path / "huge").exists()
+
+
+def layout(folder: Path, dtype: str, views: int = 2) -> cache.Layout:
+    return cache.Layout(
+        folder, samples=7, views=views, tokens=3, widths={"a": 6}, dtype=dtype, chunk=4
+    )
+
+
+def tokens_of(count: int, seed: int) -> Tokens:
+    generator = torch.Generator().manual_seed(seed)
+    scale_C = torch.tensor([1e-3, 1, 5, 100, 0, 2])
+    x_BNC = torch.randn(count, 4, 6, generator=generator) * scale_C
+    return Tokens(3 * x_BNC[:, 0], x_BNC[:, 1:])
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("bf16", 2**-8), ("int8", 1 / 127)])
+def test_what_is_read_is_what_was_written(tmp_path, dtype, share):
+    made, known = layout(tmp_path, dtype), {}
+    for number, (view, span) in enumerate(made.missing()):
+        assert not made.written(view, span)
+        known[view, span[0] // 4] = tokens = tokens_of(len(span), number)
+        halves = [Tokens(*(x[rows] for x in tokens)) for rows in (slice(0, 2), slice(2, None))]
+        made.write("a", view, span, halves)
+        assert made.written(view, span)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.bin")) == made.total()
+    index_B, view_B = np.array([6, 0, 5, 3]), np.array([1, 0, 0, 1])
+    found = made.read("a", index_B, view_B)
+    for b, (index, view) in enumerate(zip(index_B.tolist(), view_B.tolist(), strict=True)):
+        chunk = known[view, index // 4]
+        for kind, (whole, one) in enumerate(zip(chunk, found, strict=True)):
+            # int8: half a step of the chunk's largest, and bf16's rounding after it
+            largest_C = whole.abs().flatten(0, -2).amax(0)
+            gap_C = (one[b].float() - whole[index % 4]).abs().reshape(-1, 6).amax(0)
+            assert (gap_C <= largest_C * share).all(), (kind, gap_C / largest_C)
+
+
+def test_what_is_not_finite_stays_so(tmp_path):
+    made, tokens = replace(layout(tmp_path, "int8", 1), samples=4), tokens_of(4, 0)
+    tokens.patch_BNC[1, 2, 3] = torch.inf
+    made.write("a", 0, range(4), [tokens])
+    found = made.read("a", np.arange(4), np.zeros(4, np.int64))
+    assert not found.patch_BNC[1, 2, 3].isfinite()
+
+
+def test_a_file_that_was_cut_off_is_told(tmp_path):
+    made = layout(tmp_path, "bf16")
+    made.write("a", 0, range(4), [tokens_of(4, 0)])
+    path = made.path("a", 0, 0)
+    path.write_bytes(path.read_bytes()[:-5])
+    assert not made.written(0, range(4))
+    with pytest.raises(RuntimeError, match="cut off"):
+        made.read("a", np.array([1]), np.array([0]))
