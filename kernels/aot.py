@@ -7,8 +7,8 @@ golden table.
     python kernels/aot.py --op moments    one op alone; also --arch 90
 
 An op is a file of `unic_kernels` with a function `builds(arch)`. What may not ship: code that
-spills to the stack, or wants more shared memory than a block can have. Numbers depend on the
-compiler, so the table names the versions that it holds for.
+spills to the stack, wants more shared memory than a block can have, or multiplies bf16 without
+tensor cores. Numbers depend on the compiler, so the table names the versions that it holds for.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ def measure(op: str, arch: int, build: Any) -> tuple[str, dict[str, int]]:
         code = tool("nvdisasm", "-c", file.name)
     row = {"registers": int(usage["REG"]), "stack": int(usage["STACK"])}
     row |= {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+    row["dots"] = len(re.findall(r"tt\.dot .*bf16", kernel.asm["ttir"]))
     row |= {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()}
     return f"{op} | {build.name} | sm_{arch}", row
 
@@ -110,6 +111,8 @@ def faults(key: str, row: dict[str, int]) -> list[str]:
     found = [f"{name} {row[name]}" for name in ("stack", "spill") if row[name]]
     if row["shared"] > most:
         found.append(f"shared {row['shared']} > {most}")
+    if row["dots"] and not row["mma"]:
+        found.append("a product in bf16 without tensor cores")
     return found
 
 

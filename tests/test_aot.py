@@ -37,6 +37,8 @@ def test_the_table_holds_what_may_ship():
     for key, row in rows.items():
         assert row["stack"] == row["spill"] == 0, key
         assert row["registers"] <= 255, key
+        assert bool(row["mma"]) == bool(row["dots"]), key
+    assert sum(row["dots"] > 0 for row in rows.values()) > 20
 
 
 def test_a_table_of_another_compiler_says_so(tmp_path):
@@ -52,3 +54,4 @@ def test_a_table_of_another_compiler_says_so(tmp_path):
     other = golden | {"versions": {"triton": "0", "ptxas": "0"}}
     assert "--write" in module.differences(golden["rows"], other, whole=True)[0]
     assert module.faults(key, row | {"spill": 3}) == ["spill 3"]
+    assert module.faults(key, row | {"dots": 1, "mma": 0}) != []

@@ -8,10 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from unic_ds import config
-from unic_ds.loss import image_loss
-from unic_ds.teachers.standardise import Standardiser
-from unic_ds.tokens import Tokens
 from unic_kernels.image_losses import (
     ALL,
     BOTH,
@@ -80,32 +76,6 @@ def test_near_the_truth(case, dtype):
 def test_predictions_in_fp32_against_features_in_bf16():
     case = CASES[-3]
     near_the_truth(case, case.make(torch.float32, raw=torch.bfloat16))
-
-
-@pytest.mark.parametrize("on", [True, False])
-def test_equals_the_loss_that_trains(on):
-    norm = Standardiser(24, config.Standardise(on=on, std_floor=0.1, target_clamp=2.0))
-    case = Case(name="x", widths=(24,), distances=((BOTH, ALL),))
-    given = case.make(torch.float32)
-    norm.mean_2C.copy_(given.mean[0] if on else 0)
-    norm.std_2C.copy_(given.std[0] if on else 1)
-    want_B, metrics = image_loss(
-        Tokens(*given.pred[0]), norm(Tokens(*given.target[0])), config.Distance(BOTH, ALL)
-    )
-    floor_21 = 0.1 * norm.std_2C.median(1, keepdim=True).values
-    found_TB, gap_TB22 = image_losses(
-        given.pred,
-        given.target,
-        [norm.mean_2C],
-        [norm.std_2C.maximum(floor_21)],
-        distances=case.distances,
-        clamp=2.0 if on else 0.0,
-        eps=1e-6 if on else 0.0,
-    )
-    torch.testing.assert_close(found_TB[0], want_B, rtol=1e-6, atol=1e-6)
-    names = [f"{kind}_{term}" for kind in ("cls", "patch") for term in ("cosine", "smooth_l1")]
-    want_4 = torch.stack([metrics[name] for name in names])
-    torch.testing.assert_close(gap_TB22[0].mean(0).flatten(), want_4, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-10, 1e-8, 1e-7])

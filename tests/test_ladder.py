@@ -133,7 +133,9 @@ def test_what_is_unused_or_expanded() -> None:
     for op in (ladder_projection, ladder_projection_ref):
         op(x, w1, b1, w2, b2, layout)[0].sum().backward()
     assert w2[0].grad is not None and (w2[1].grad is None or not w2[1].grad.any())
-    h = ladder_projection_ref(x, w1, b1, [torch.eye(w.shape[1]) for w in w2], [0, 0], layout)  # type: ignore[list-item]
+    h = ladder_projection_ref(
+        x, w1, b1, [torch.eye(w.shape[1]) for w in w2], [torch.zeros(())] * 2, layout
+    )  # type: ignore[list-item]
     torch.testing.assert_close(w2[0].grad, 2 * h[0].sum((0, 1)).expand_as(w2[0]))
 
 

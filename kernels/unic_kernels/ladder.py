@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from unic_kernels import ladder_torch
+from unic_kernels import ladder_torch, ladder_triton
 from unic_kernels.ladder_layout import Layout, layout_of
 from unic_kernels.launch import wide
 
@@ -68,7 +68,7 @@ def _flops(x: list[Any], w1: list[Any], b1: Any, w2: list[Any], *_: Any, **__: A
     return 2 * rows * sum(shape[0] * shape[1] for shape in (*w1, *w2))
 
 
-@torch.library.custom_op("unic_kernels::ladder", mutates_args=())
+@torch.library.custom_op("unic_kernels::ladder", mutates_args=(), device_types="cpu")
 def _ladder(
     x: list[Tensor],
     w1: list[Tensor],
@@ -100,7 +100,7 @@ def _(
     return y, z, x[0].new_empty(size if recompute == "none" else 0)
 
 
-@torch.library.custom_op("unic_kernels::ladder_backward", mutates_args=())
+@torch.library.custom_op("unic_kernels::ladder_backward", mutates_args=(), device_types="cpu")
 def _ladder_backward(
     dy: list[Tensor],
     x: list[Tensor],
@@ -161,6 +161,24 @@ def _differentiate(ctx: Any, dy: list[Tensor | None], *unused: Tensor) -> tuple[
     return dx if need_x else [None] * len(x), *rest, None, None
 
 
+def on_device(
+    x: Any, w1: Any, b1: Any, w2: list[Tensor], b2: Any, widths: Any, recompute: Any
+) -> Any:
+    """Forward by Triton."""
+    layout = layout_of(widths, len(w2))
+    return ladder_triton.forward_triton(x, w1, b1, w2, b2, layout, recompute)
+
+
+def backward_on_device(dy: list[Tensor], *given: Any) -> Any:
+    """Backward by Triton."""
+    x, w1, b1, w2, z, h, widths, *options = given
+    dy = [dy_BNC.contiguous() for dy_BNC in dy]
+    layout = layout_of(widths, len(dy))
+    return ladder_triton.backward_triton(dy, x, w1, b1, w2, z, h, layout, *options)
+
+
+_ladder.register_kernel("cuda")(on_device)
+_ladder_backward.register_kernel("cuda")(backward_on_device)
 register_flop_formula(torch.ops.unic_kernels.ladder)(_flops)
 _ladder.register_autograd(_differentiate, setup_context=_save)
 

@@ -7,6 +7,7 @@ one GEMM. These matrices follow one another in one flat buffer of M * sum(K_t) e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -64,6 +65,16 @@ class Layout:
                 column_T[teacher] += width
             found.append(tuple(blocks))
         return tuple(found)
+
+    @cached_property
+    def align(self) -> int:
+        """What divides every width, up to 16: what addresses are multiples of."""
+        return math.gcd(16, *(width for rung in self.widths_LT for width in rung))
+
+    def columns(self, rung: int) -> list[slice]:
+        """Where a rung's blocks stand among all teachers' columns, side by side."""
+        starts = [(self.before_T[b.teacher] + b.column, b.width) for b in self.rungs[rung]]
+        return [slice(start, start + width) for start, width in starts]
 
     def block(self, rung: int, teacher: int) -> Block | None:
         """A teacher's block on a rung, if it has one."""
