@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -59,12 +59,13 @@ def measured(op: str, rows: list[Row]) -> Any:
     figure, axes = panels(len(cases))
     for ax, case in zip(axes, cases, strict=True):
         own = [row for row in rows if row["case"] == case]
-        modes = list(dict.fromkeys(row["mode"] for row in own))
-        bars(ax, [(row["way"], row["mode"], row["ms"]) for row in own], modes)
-        for bar, row in zip(flat(ax), in_order(own, modes), strict=True):
-            low, high = row["ms"] - row["ms_20"], row["ms_80"] - row["ms"]
-            middle = bar.get_x() + bar.get_width() / 2
-            ax.errorbar(middle, row["ms"], [[low], [high]], color="black", lw=0.8, capsize=2)
+        modes = {row["mode"] for row in own}
+        named = {"fwd": "forward", "bwd": "backward", "both": "both"}
+        values = [
+            Bar(row["way"], named[row["mode"]], row["ms"], row["ms_20"], row["ms_80"])
+            for row in own
+        ]
+        bars(ax, values, [name for mode, name in named.items() if mode in modes])
         ax.set_title(f"{case}, {own[0]['images']} images")
         ax.set_ylabel("milliseconds")
     whose = rows[0]
@@ -79,7 +80,7 @@ def counted(op: str, rows: list[Row]) -> Any:
     figure, axes = panels(len(shown))
     cases = list(dict.fromkeys(row["case"] for row in own))
     for ax, key in zip(axes, shown, strict=True):
-        bars(ax, [(row["way"], row["case"], row.get(key) or 0) for row in own], cases)
+        bars(ax, [Bar(row["way"], row["case"], *[row.get(key) or 0] * 3) for row in own], cases)
         ax.set_ylabel(COUNTED[key])
         ax.set_xlabel("case, at its GPU batch")
     title = f"{TITLES[op]}: COUNTED from the code, no device; of the GPU path\n"
@@ -97,37 +98,38 @@ def panels(count: int) -> tuple[Any, list[Axes]]:
     return figure, every[:count]
 
 
-def in_order(rows: list[Row], groups: list[str]) -> list[Row]:
-    """Rows as `bars` draws them: way by way, in each group by group."""
-    ways = list(dict.fromkeys(row["way"] for row in rows))
-    found = {(row["way"], row["mode"]): row for row in rows}
-    return [found[way, mode] for way in ways for mode in groups if (way, mode) in found]
+class Bar(NamedTuple):
+    """A bar of a way in a group, and the span that its whisker shows."""
+
+    way: str
+    group: str
+    value: float
+    low: float
+    high: float
 
 
-def bars(ax: Axes, values: list[tuple[str, str, float]], groups: list[str]) -> None:
+def bars(ax: Axes, values: list[Bar], groups: list[str]) -> None:
     """A bar per way in every group, with its value on top."""
-    ways = list(dict.fromkeys(way for way, _, _ in values))
+    ways = list(dict.fromkeys(bar.way for bar in values))
     width = 0.84 / len(ways)
-    most = max(value for *_, value in values)
+    most = max(bar.high for bar in values)
+    size = 7 if len(ways) * len(groups) <= 12 else 5.5
     for i, way in enumerate(ways):
-        own = {group: value for name, group, value in values if name == way}
-        place = [j + (i - (len(ways) - 1) / 2) * width for j, g in enumerate(groups) if g in own]
-        heights = [own[g] for g in groups if g in own]
-        drawn = ax.bar(place, heights, width * 0.92, label=way, color=COLOURS[way])
-        size = 7 if len(ways) * len(groups) <= 12 else 5.5
-        ax.bar_label(drawn, [short(h) for h in heights], fontsize=size, padding=5, rotation=90)
+        own = [bar for bar in values if bar.way == way]
+        place = [groups.index(bar.group) + (i - (len(ways) - 1) / 2) * width for bar in own]
+        heights = [bar.value for bar in own]
+        ax.bar(place, heights, width * 0.92, label=way, color=COLOURS[way])
+        for at, bar in zip(place, own, strict=True):
+            if bar.low < bar.high:
+                span = [[bar.value - bar.low], [bar.high - bar.value]]
+                ax.errorbar(at, bar.value, span, color="black", lw=0.8, capsize=2)
+            top, text = bar.high + most * 0.03, short(bar.value)
+            ax.text(at, top, text, rotation=90, ha="center", va="bottom", fontsize=size)
     ax.set_xticks(range(len(groups)), groups)
     ax.set_ylim(0, most * 1.28)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", alpha=0.25)
     ax.set_axisbelow(True)
-
-
-def flat(ax: Axes) -> list[Any]:
-    """The bars, in the order in which they were drawn."""
-    return [
-        bar for container in ax.containers if hasattr(container, "patches") for bar in container
-    ]
 
 
 def short(value: float) -> str:
