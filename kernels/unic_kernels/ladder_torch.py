@@ -1,15 +1,18 @@
 """The ladder's algebra in torch, for CPU tensors: same GEMMs, row-sparse backward by index.
 
 Every rung's first Linear writes straight into its columns of the hidden buffer (`out=` a strided
-view), so nothing is concatenated. The backward goes teacher by teacher and gathers the images that
-the teacher keeps, whole images at a time; where it keeps all, nothing is gathered.
+view), so nothing is concatenated. The backward goes teacher by teacher over the images that the
+teacher keeps, whole images at a time: what a GEMM reads is gathered, the rest is read in place.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
+from unic_kernels.buffers import buffer
 from unic_kernels.ladder_layout import Layout
 
 aten = torch.ops.aten
@@ -27,14 +30,14 @@ def forward(
     """Predictions per teacher, z and h; these are empty unless they are kept."""
     images, tokens, _ = x[0].shape
     rows = images * tokens
-    z = x[0].new_empty(rows * layout.total)
+    z = buffer((rows * layout.total,), x[0].dtype)
     for rung in range(len(x)):
         first_linear(z, x[rung].flatten(0, 1), w1[rung], b1[rung], layout, rung)
     if recompute == "none":
-        h = aten.gelu(z)
+        h = aten.gelu.out(z, out=buffer(z.shape, z.dtype))
         parts = [layout.of(h, teacher, rows) for teacher in range(len(w2))]
     else:  # one teacher's hidden at a time, in a buffer that all share
-        h = z.new_empty(rows * max(layout.width_T))
+        h = buffer((rows * max(layout.width_T),), z.dtype)
         parts = [h[: rows * width].view(rows, width) for width in layout.width_T]
     y = []
     for teacher, h_MK in enumerate(parts):
@@ -83,33 +86,39 @@ def backward(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of x (empty unless needed), w1, b1, w2, b2, over kept (teacher, image) pairs."""
     shape = x[0].shape[:2]
+    rows = shape.numel()
     dx = [torch.zeros_like(x_BND, memory_format=torch.contiguous_format) for x_BND in x if need_x]
-    dw1, db1 = [torch.empty_like(w) for w in w1], [torch.empty_like(b) for b in b1]
-    dw2, db2 = [], []
+    dw1, db1 = [buffer(w.shape, w.dtype) for w in w1], [torch.empty_like(b) for b in b1]
+    dw2, db2 = [buffer(w.shape, w.dtype) for w in w2], []
+    room = [buffer((rows * max(layout.width_T),), x[0].dtype) for _ in range(2)]
     for teacher, weight_CK in enumerate(w2):
-        dy_BNC = dy[teacher]
-        kept = kept_images(dy_BNC)
-        x_k = [rows_of(x_BND, kept) for x_BND in x]
+        kept = kept_images(dy[teacher])
+        dy_k = rows_of(dy[teacher], kept)
+        size = (len(dy_k), layout.width_T[teacher])
+        h_k, dz_k = (flat[: size[0] * size[1]].view(size) for flat in room)
         if recompute == "all":
-            z_k = pre_activations(x_k, w1, b1, layout, teacher)
+            z_k = pre_activations(x, w1, b1, layout, teacher, kept)
+            pieces = [(slice(None), z_k)]
         else:
-            z_k = rows_of(layout.of(z, teacher, shape.numel()).unflatten(0, shape), kept)
+            z_MK = layout.of(z, teacher, rows)
+            pieces = [(packed, z_MK[inside]) for inside, packed in runs_of(kept, *shape)]
         if recompute == "none":
-            h_k = rows_of(layout.of(h, teacher, shape.numel()).unflatten(0, shape), kept)
+            h_k = rows_of(layout.of(h, teacher, rows).unflatten(0, shape), kept)
         else:
-            h_k = aten.gelu(z_k)
-        dy_k = rows_of(dy_BNC, kept)
-        dw2.append(dy_k.T @ h_k)
+            for packed, z_nK in pieces:
+                aten.gelu.out(z_nK, out=h_k[packed])
+        torch.mm(dy_k.T, h_k, out=dw2[teacher])
         db2.append(dy_k.sum(0))
-        dz_k = dy_k @ weight_CK
-        aten.gelu_backward.grad_input(dz_k, z_k, grad_input=dz_k)
-        first_gradients(dz_k, x_k, w1, layout, teacher, kept, dx, dw1, db1)
+        torch.mm(dy_k, weight_CK, out=dz_k)
+        for packed, z_nK in pieces:
+            aten.gelu_backward.grad_input(dz_k[packed], z_nK, grad_input=dz_k[packed])
+        first_gradients(dz_k, x, w1, layout, teacher, kept, dx, dw1, db1)
     return dx, dw1, db1, dw2, db2
 
 
 def first_gradients(
     dz_k: Tensor,
-    x_k: list[Tensor],
+    x: list[Tensor],
     w1: list[Tensor],
     layout: Layout,
     teacher: int,
@@ -120,21 +129,20 @@ def first_gradients(
 ) -> None:
     """Add one teacher's share to `dx`; write its rows of `dw1` and `db1`."""
     sum_K = dz_k.sum(0)
-    for rung in range(len(x_k)):
+    runs = runs_of(kept, *x[0].shape[:2])
+    for rung in range(len(x)):
         if (block := layout.block(rung, teacher)) is None:
             continue
         own = slice(block.row, block.row + block.width)
-        columns = slice(block.column, block.column + block.width)
-        torch.mm(dz_k[:, columns].T, x_k[rung], out=dw1[rung][own])
-        db1[rung][own] = sum_K[columns]
+        dz_kH = dz_k[:, block.column : block.column + block.width]
+        torch.mm(dz_kH.T, rows_of(x[rung], kept), out=dw1[rung][own])
+        db1[rung][own] = sum_K[block.column : block.column + block.width]
         if not dx:
             continue
-        if kept is None:
-            total_MD = dx[rung].flatten(0, 1)
-            torch.addmm(total_MD, dz_k[:, columns], w1[rung][own], out=total_MD)
-        else:
-            part = torch.mm(dz_k[:, columns], w1[rung][own])
-            dx[rung].index_add_(0, kept, part.unflatten(0, (-1, dx[rung].shape[1])))
+        total_MD = dx[rung].flatten(0, 1)
+        part_kD = torch.mm(dz_kH, w1[rung][own])
+        for inside, packed in runs:
+            total_MD[inside] += part_kD[packed]
 
 
 def kept_images(dy_BNC: Tensor) -> Tensor | None:
@@ -143,19 +151,37 @@ def kept_images(dy_BNC: Tensor) -> Tensor | None:
     return None if len(kept_B) == len(dy_BNC) else kept_B
 
 
+def runs_of(kept: Tensor | None, images: int, tokens: int) -> list[tuple[slice, slice]]:
+    """Runs of neighbouring kept images: their rows among all rows, and among those kept."""
+    inside = range(images) if kept is None else kept.tolist()
+    breaks = [i for i in range(1, len(inside)) if inside[i] > inside[i - 1] + 1]
+    found = []
+    for first, last in pairwise((0, *breaks, len(inside)) if inside else ()):
+        size, start = (last - first) * tokens, inside[first] * tokens
+        packed = slice(first * tokens, first * tokens + size)
+        found.append((slice(start, start + size), packed))
+    return found
+
+
 def rows_of(x_BND: Tensor, kept: Tensor | None) -> Tensor:
     """Rows of the kept images, images and tokens flattened."""
     return (x_BND if kept is None else x_BND.index_select(0, kept)).flatten(0, 1)
 
 
 def pre_activations(
-    x_k: list[Tensor], w1: list[Tensor], b1: list[Tensor], layout: Layout, teacher: int
+    x: list[Tensor],
+    w1: list[Tensor],
+    b1: list[Tensor],
+    layout: Layout,
+    teacher: int,
+    kept: Tensor | None,
 ) -> Tensor:
     """A teacher's pre-activations of the kept rows, by its blocks of the first Linears."""
-    z_k = x_k[0].new_empty(len(x_k[0]), layout.width_T[teacher])
-    for rung in range(len(x_k)):
+    count = (len(x[0]) if kept is None else len(kept)) * x[0].shape[1]
+    z_k = buffer((count, layout.width_T[teacher]), x[0].dtype)
+    for rung in range(len(x)):
         if block := layout.block(rung, teacher):
             own = slice(block.row, block.row + block.width)
             out = z_k[:, block.column : block.column + block.width]
-            torch.addmm(b1[rung][own], x_k[rung], w1[rung][own].T, out=out)
+            torch.addmm(b1[rung][own], rows_of(x[rung], kept), w1[rung][own].T, out=out)
     return z_k
