@@ -49,7 +49,7 @@ def options() -> argparse.ArgumentParser:
     cases = "; ".join(f"{case.name}: {case.about}" for case in CASES.values())
     add("--case", action="append", choices=list(CASES), help=f"this case alone. {cases}")
     add("--images", type=positive, help="batch to time (default: the run's; few on a CPU)")
-    add("--repeats", type=positive, default=5, help="rounds on a CPU after one to warm up")
+    add("--repeats", type=positive, help="rounds on a CPU after one to warm up (default: 3 or 5)")
     add("--counts", action="store_true", help="count, do not time")
     add("--compile", action="store_true", help="compile plain as well (minutes)")
     add("--csv", type=Path, metavar="FILE", help="write every result as a row")
@@ -127,9 +127,9 @@ def figures(op: str, case: Case, rows: list[Row]) -> list[Row]:
         figure("host syncs", by["ours/hidden"]["syncs"], 0, most=True, form=".0f"),
     ]
     slack = 1.02 if case.patches % 128 == 0 else 1.10
-    for name, share, kept in shares(case):
-        text = f"backward FLOPs / (q = {kept:.3f} of dense), {name}"
-        found.append(figure(text, share / kept, slack, most=True))
+    for path, done, least in shares(case):
+        text = f"backward FLOPs / kept pairs' ({least:.3f} of dense), {path}"
+        found.append(figure(text, done / least, slack, most=True))
     return [{"op": op, "case": case.name} | row for row in found]
 
 

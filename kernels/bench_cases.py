@@ -148,8 +148,8 @@ class Weights(NamedTuple):
 def batch_of(case: Case, images: int, dtype: torch.dtype, device: str) -> Batch:
     """Random tokens and features, drawn in bf16, held in `dtype`, the tokens behind one CLS token.
 
-    As many pairs are kept as on average: a draw's luck would otherwise be in every ratio. The first
-    teacher is the hardest on every image; of the others' pairs, the share `drop` is dropped.
+    As many pairs are kept as on average: a draw's luck would otherwise be in every ratio. Teachers
+    take turns at being the hardest; of the other pairs, the share `drop` is dropped.
     """
     torch.manual_seed(0)
     normal = partial(torch.randn, dtype=torch.bfloat16, device=device)
@@ -161,11 +161,13 @@ def batch_of(case: Case, images: int, dtype: torch.dtype, device: str) -> Batch:
         x["cls"].append(state[:, :1].detach().requires_grad_())
         x["patch"].append(state[:, 1:].detach().requires_grad_())
     raw = [normal(*shape, width).to(dtype) for width in case.out]
-    raw[0] *= 3
+    hardest_B = torch.arange(images) % teachers
+    for t, x_BNC in enumerate(raw):
+        x_BNC[hardest_B.to(device) == t] *= 3
     others = images * (teachers - 1)
-    rank = torch.randperm(others).view(teachers - 1, images)
+    drop = torch.randperm(others) < round(case.drop * others)
     keep_TB = torch.ones(teachers, images, dtype=torch.bool)
-    keep_TB[1:] = rank >= round(case.drop * others)
+    keep_TB[torch.arange(teachers)[:, None] != hardest_B] = ~drop
     return Batch(
         x,
         [(t[:, 0].contiguous(), t[:, 1:].contiguous()) for t in raw],

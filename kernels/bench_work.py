@@ -250,23 +250,65 @@ def moved(op: str, case: Case, images: int, name: str) -> int:
     return ladder + (loss if op == "step" else 0)
 
 
+def cost(case: Case, recompute: str) -> list[int]:
+    """Multiplications and additions backward for one token of each teacher."""
+    again = recompute == "all"
+    return [
+        2 * sum(own) * (2 * width + (2 + again) * case.width)
+        for width, own in zip(case.out, zip(*case.layout, strict=True), strict=True)
+    ]
+
+
 def backward_flops(op: str, case: Case, images: int, name: str) -> float:
     """Multiplications and additions of ours backward, for as many kept pairs as on average."""
     if op not in ("step", "ladder"):
         return 0.0
-    rows, columns = images * (1 + case.patches), list(zip(*case.layout, strict=True))
-    first = sum(2 * rows * case.width * sum(own) for own in columns)
-    second = sum(2 * rows * c * sum(own) for c, own in zip(case.out, columns, strict=True))
-    again = first if name == "ours/all" else 0
-    return case.kept * (2 * (first + second) + again)
+    return case.kept * images * (1 + case.patches) * sum(cost(case, name.partition("/")[2]))
 
 
-def shares(case: Case) -> list[tuple[str, float, float]]:
-    """Backward FLOPs of the ladder over the dense ones, and q, by path and what is recomputed."""
-    found = [(f"CPU path, {way}", *sparse_share(case, way.split("/")[1])) for way in OURS]
-    batch = batch_of(case, case.images, torch.bfloat16, "cpu")
-    kept = batch.keep_TB.float().mean().item()
-    return [*found, (f"tiles of a GPU at {case.images} images", tiled(case, batch.keep_TB), kept)]
+class Share(NamedTuple):
+    """Backward FLOPs of the ladder over the dense ones: as done, and of kept pairs alone."""
+
+    path: str
+    done: float
+    least: float
+
+
+def shares(case: Case) -> list[Share]:
+    """The ladder's shares on a CPU, by what is recomputed, and in tiles of a GPU."""
+    found = [on_cpu(case.small(), way.partition("/")[2]) for way in OURS]
+    keep_TB = batch_of(case.small(), case.images, torch.bfloat16, "cpu").keep_TB
+    where = f"tiles of a GPU at {case.images} images"
+    return [*found, Share(where, tiled(case, keep_TB), least(case, keep_TB, "none"))]
+
+
+def least(case: Case, keep_TB: Tensor, recompute: str) -> float:
+    """q, where teachers are of one width."""
+    cost_T = torch.tensor(cost(case, recompute), dtype=torch.float64)
+    return float((keep_TB.double().mean(1) * cost_T).sum() / cost_T.sum())
+
+
+def on_cpu(case: Case, recompute: str) -> Share:
+    """Counted by torch from what runs, with 8 images."""
+    batch = batch_of(case, 8, torch.bfloat16, "cpu")
+    own = weights_of(case, torch.bfloat16, "cpu")["patch"]
+    layout = Layout(case.layout)
+    x = [x_BND.detach() for x_BND in batch.x["patch"]]
+    weights = [[w.detach() for w in group] for group in own]
+    _, z, h = ladder_torch.forward(x, *weights, layout, recompute)
+
+    def flops(keep_TB: Tensor) -> int:
+        shape = (8, case.patches)
+        dy = [
+            torch.ones(*shape, c, dtype=torch.bfloat16) * keep_B.bfloat16()[:, None, None]
+            for c, keep_B in zip(case.out, keep_TB, strict=True)
+        ]
+        with FlopCounterMode(display=False) as counter:
+            ladder_torch.backward(dy, x, *weights[:3], z, h, layout, recompute, need_x=True)
+        return counter.get_total_flops()
+
+    share = flops(batch.keep_TB) / flops(torch.ones_like(batch.keep_TB))
+    return Share(f"CPU path, {recompute}", share, least(case, batch.keep_TB, recompute))
 
 
 ROWS, NARROW, DEPTH = 128, 64, 64
@@ -304,30 +346,3 @@ def compiled_launches(case: Case) -> int:
         _, code = run_and_get_code(torch.compile(lambda: work.forward()[1].loss))
     call = r"^\s+(?:[\w, ]+ = )?(?:extern_kernels\.\w+|cpp_fused\w*|torch\.ops\.[\w.]+)\("
     return sum(len(re.findall(call, part, re.MULTILINE)) for part in code)
-
-
-def sparse_share(case: Case, recompute: str) -> tuple[float, float]:
-    """Backward FLOPs of the ladder's CPU path over the dense ones, and the share of kept pairs.
-
-    Counted by torch from what runs, on the case in narrow with 8 images.
-    """
-    narrow = case.small()
-    batch = batch_of(narrow, 8, torch.bfloat16, "cpu")
-    own = weights_of(narrow, torch.bfloat16, "cpu")["patch"]
-    layout = Layout(narrow.layout)
-    x = [x_BND.detach() for x_BND in batch.x["patch"]]
-    weights = [[w.detach() for w in group] for group in own]
-    _, z, h = ladder_torch.forward(x, *weights, layout, recompute)
-
-    def flops(keep_TB: Tensor) -> int:
-        shape = (8, case.patches)
-        dy = [
-            torch.ones(*shape, c, dtype=torch.bfloat16) * keep_B.bfloat16()[:, None, None]
-            for c, keep_B in zip(narrow.out, keep_TB, strict=True)
-        ]
-        with FlopCounterMode(display=False) as counter:
-            ladder_torch.backward(dy, x, *weights[:3], z, h, layout, recompute, need_x=True)
-        return counter.get_total_flops()
-
-    dense = flops(torch.ones_like(batch.keep_TB))
-    return flops(batch.keep_TB) / dense, batch.keep_TB.float().mean().item()
