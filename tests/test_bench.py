@@ -91,8 +91,8 @@ def test_figures_of_the_largest_ladder() -> None:
 def test_backward_is_q_of_the_dense_one(name: str) -> None:
     case = CASES[name]
     most = {196: 1.10, 256: 1.02}[case.patches]
-    for path, done, least in shares(case):
-        assert abs(least - case.kept) < 0.02 and least - 1e-9 <= done <= most * least, path
+    for path, done, kept in shares(case):
+        assert abs(kept - case.kept) < 0.02 and kept - 1e-9 <= done <= most * kept, path
 
 
 def test_tiles_are_whole() -> None:
