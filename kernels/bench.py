@@ -48,7 +48,11 @@ def options() -> argparse.ArgumentParser:
     )
     cases = "; ".join(f"{case.name}: {case.about}" for case in CASES.values())
     add("--case", action="append", choices=list(CASES), help=f"this case alone. {cases}")
-    add("--images", type=positive, help="batch to time (default: the run's; few on a CPU)")
+    add(
+        "--images",
+        type=positive,
+        help="batch to time (default: the run's; on a CPU few, of vit_g_40 none)",
+    )
     add("--repeats", type=positive, help="rounds on a CPU after one to warm up (default: 3 or 5)")
     add("--counts", action="store_true", help="count, do not time")
     add("--compile", action="store_true", help="compile plain as well (minutes)")
@@ -153,8 +157,8 @@ def main() -> int:
                 return 1
             rows += (new := count(op, case, given.compile))
             rows += figures(op, case, new)
-            if not given.counts:
-                images = given.images or (case.images if device == "cuda" else case.cpu_images)
+            images = given.images or (case.images if device == "cuda" else case.cpu_images)
+            if images and not given.counts:
                 rows += bench_time.measure(op, case, images, device, given.repeats, given.compile)
     rows = [row | stamp for row in rows]
     if given.json:

@@ -14,7 +14,8 @@ from unic_ds import config
 from unic_ds.balance import Balancer, Dropping
 from unic_ds.config import Drop, Loss
 from unic_ds.loss import distill_loss as plain_distill_loss
-from unic_ds.tokens import Tokens
+from unic_ds.ops import REFERENCE
+from unic_ds.tokens import Target, Tokens
 from unic_kernels.distill_loss import CASES, distill_loss, drop_coefficients
 from unic_kernels.image_losses import CASES as LOSS_CASES
 
@@ -114,14 +115,12 @@ def test_takes_any_balancer_and_gives_the_metrics_that_train():
     names = [f"t{i}" for i in range(len(case.widths))]
     want, metrics = plain_distill_loss(
         {name: Tokens(*pair) for name, pair in zip(names, given.pred, strict=True)},
-        {
-            name: Tokens(*(x.clamp(-case.clamp, case.clamp) for x in pair))
-            for name, pair in zip(names, target, strict=True)
-        },
+        {name: Target.of(tokens, case.clamp) for name, tokens in zip(names, target, strict=True)},
         uniform_TB,
         loss=Loss(),
         balance=Balancer(torch.tensor([1.0, 2, 3, 2])),
         distances={n: config.Distance(*d) for n, d in zip(names, case.distances, strict=True)},
+        ops=REFERENCE,
     )
     torch.testing.assert_close(found.loss, want, rtol=1e-6, atol=1e-7)
     for key, value in metrics.items():

@@ -90,6 +90,7 @@ def test_a_recipe_that_is_not_there_is_named(name, sentence):
         recipes.get(name)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     bool(quickstart.missing_packages()), reason="the quickstart's packages are not installed"
 )
