@@ -96,8 +96,16 @@ class Teacher:
 class Data:
     """Where the images are, how they are augmented and decoded."""
 
-    train: str = knob("", "folder of images (class folders optional)", machinery=True)
-    val: str = knob("", "folder of evaluation images; empty: val_share of train", machinery=True)
+    train: str = knob(
+        "",
+        "images: a folder (class folders optional), a folder of .tar shards, a .txt list of paths,"
+        " or several: a,b=0.5 shows half of b in an epoch",
+        machinery=True,
+    )
+    val: str = knob(
+        "", "images to evaluate on, named likewise; empty: val_share of train", machinery=True
+    )
+    window: int = knob(8, "shards whose samples are shuffled together")
     val_share: float = knob(0.0, "share of train held out, by a seeded hash of the sample's name")
     augment: Literal["unic", "weak", "none"] = knob(
         "unic", "draws: unic (all), weak (crop + flip), none (centre)"
@@ -132,6 +140,7 @@ class Data:
             value = getattr(self, key)
             check(0 <= value <= 1, f"data.{key}", "in [0, 1]", value)
         check(0 <= self.val_share < 1, "data.val_share", "in [0, 1)", self.val_share)
+        check(self.window > 0, "data.window", "positive", self.window)
         check(0 < self.crop_min <= 1, "data.crop_min", "in (0, 1]", self.crop_min)
         check(self.ratio_max >= 1, "data.ratio_max", ">= 1", self.ratio_max)
         for key in ("brightness", "contrast", "saturation"):

@@ -7,7 +7,6 @@ recipes name the paths.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,8 +42,7 @@ images/
 
 def root() -> Path:
     """The folder of the demonstration: `$UNIC_DS_CACHE` (or ~/.cache/unic_ds) / quickstart."""
-    cache = os.environ.get("UNIC_DS_CACHE")
-    return (Path(cache) if cache else Path.home() / ".cache" / "unic_ds") / "quickstart"
+    return home() / "quickstart"
 
 
 def ready() -> bool:

@@ -134,7 +134,7 @@ def distil(task: job.Job) -> bool:
     )
     with book:
         for step in range(first, stop + 1):
-            rate = optim.learning_rate(step, cfg.optim, len(parts.train))
+            rate = optim.learning_rate(step, cfg.optim, parts.train.per_epoch)
             optim.apply(engine.optimizer, rate)
             for _ in range(engine.gradient_accumulation_steps()):
                 batch = next(stream)
@@ -225,18 +225,19 @@ def build(task: job.Job) -> Parts:
         init=init,
         engine=engine.build(student, cfg.optim, task.settings),
         balance=balance.build(cfg).to(device),
-        steps=cfg.optim.step_count(len(train)),
+        steps=cfg.optim.step_count(train.per_epoch),
         flops=flops,
     )
 
 
 def find_images(cfg: config.Config) -> tuple[Any, Any]:
     """Training and validation images (None where there are none), the same on every rank."""
-    from unic_ds import data
+    from unic_ds import data, dist
 
-    train, val = data.scan(cfg.data.train), None
-    if cfg.data.val:
-        val = data.scan(cfg.data.val).relabelled(train.classes)
+    with dist.in_turn():  # the first builds an index where there is none
+        train, val = data.scan(cfg.data.train), None
+        if cfg.data.val:
+            val = data.scan(cfg.data.val).relabelled(train.classes)
     if cfg.data.val_share:
         train, val = data.split(train, cfg.data.val_share, cfg.seed)
     agree(train.fingerprint())

@@ -1,14 +1,19 @@
 """Which sample comes when: a pure function of the seed, so a run's position is all it remembers.
 
-A run reads epoch after epoch without a seam: sample g (from 0) of the run is place g % n of epoch
-g // n. Optimiser step s (from 1) takes samples [(s-1) G, s G); within those G positions, micro
-batch j of rank r takes [(j world + r) m, +m). So every epoch shows each sample once, whatever the
-ranks, and no epoch has a ragged end.
+A run reads epoch after epoch without a seam: slot g (from 0) of the run is place g % n of epoch
+g // n. Optimiser step s (from 1) takes slots [(s-1) G, s G); within those G positions, micro batch
+j of rank r takes [(j world + r) m, +m). So every epoch shows each sample once, whatever the ranks,
+and no epoch has a ragged end.
+
+Samples in shards are shuffled on two levels: the shards, then the samples of a window of several
+shards at a time, so that what is read soon lies in few files. In a mixture the slots of an epoch
+are dealt to its sources by chance, and each source goes on through passes of its own.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,24 +21,86 @@ from numpy.typing import NDArray
 from unic_ds import chance
 
 
-@lru_cache(maxsize=2)  # this epoch and the next: a batch may straddle the two
-def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """The order of `n` samples in an epoch, read-only: a stable sort of chance words."""
-    word_N = chance.words(seed, "order", 4, epoch, np.arange(-(-n // 4))).reshape(-1)[:n]
+class Run(NamedTuple):
+    """Samples that are shuffled together: a whole source."""
+
+    count: int
+    shards: tuple[int, ...] = ()  # samples of each shard in turn; none: no shards
+    window: int = 0  # shards whose samples mix
+    weight: float = 1.0  # times an epoch shows it
+
+    @property
+    def per_epoch(self) -> int:
+        """Slots of an epoch that are its own."""
+        return max(1, round(self.weight * self.count))
+
+
+Runs = tuple[Run, ...]
+
+
+def per_epoch(runs: Runs) -> int:
+    """Slots of an epoch."""
+    return sum(run.per_epoch for run in runs)
+
+
+def words(seed: int, name: str, epoch: int, n: int) -> NDArray[np.uint32]:
+    """A chance word for each of `n` things: sorted by it they are shuffled."""
+    return chance.words(seed, name, 4, epoch, np.arange(-(-n // 4))).reshape(-1)[:n]
+
+
+@lru_cache(maxsize=4)
+def shuffled(seed: int, name: str, epoch: int, run: Run) -> NDArray[np.int64]:
+    """The order of a source's samples in one of its passes, read-only."""
+    word_N = words(seed, name, epoch, run.count)
+    if run.shards:
+        word_S = words(seed, f"{name}/shards", epoch, len(run.shards))
+        window_S = np.empty(len(word_S), dtype=np.uint64)
+        window_S[np.argsort(word_S, kind="stable")] = np.arange(len(word_S)) // run.window
+        word_N = np.repeat(window_S << np.uint64(32), run.shards) | word_N
     index_N = np.argsort(word_N, kind="stable")
     index_N.setflags(write=False)
     return index_N
 
 
-def batch(seed: int, n: int, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(index_B, epoch_B) of samples `first` .. `first + count - 1` of the run over `n` images."""
-    g_B = np.arange(first, first + count, dtype=np.int64)
-    epoch_B, place_B = np.divmod(g_B, n)
-    index_B = np.empty_like(g_B)
+@lru_cache(maxsize=2)  # this epoch and the next: a batch may straddle the two
+def epoch_of(seed: int, epoch: int, runs: Runs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(sample, pass) of each slot of an epoch; samples of all sources are numbered through."""
+    if len(runs) == 1 and runs[0].weight == 1:
+        index_N = shuffled(seed, "order", epoch, runs[0])
+        return index_N, np.broadcast_to(np.int64(epoch), index_N.shape)
+    n = per_epoch(runs)
+    dealt_N = np.argsort(words(seed, "order/mix", epoch, n), kind="stable")
+    source_N = np.repeat(np.arange(len(runs)), [run.per_epoch for run in runs])[dealt_N]
+    index_N, pass_N = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64)
+    first = 0
+    for i, run in enumerate(runs):
+        slot_M = np.flatnonzero(source_N == i)
+        pass_M, place_M = np.divmod(epoch * run.per_epoch + np.arange(run.per_epoch), run.count)
+        for turn in range(int(pass_M[0]), int(pass_M[-1]) + 1):
+            here_M = pass_M == turn
+            own_N = shuffled(seed, f"order/{i}", turn, run)
+            index_N[slot_M[here_M]] = first + own_N[place_M[here_M]]
+        pass_N[slot_M] = pass_M
+        first += run.count
+    return index_N, pass_N
+
+
+def batch(
+    seed: int, runs: Runs, first: int, count: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(index_B, pass_B) of slots `first` .. `first + count - 1` of the run.
+
+    `pass_B` says how often a sample was shown before; without weights it is the epoch.
+    """
+    n = per_epoch(runs)
+    at_B = np.arange(first, first + count, dtype=np.int64)
+    epoch_B, place_B = np.divmod(at_B, n)
+    index_B, pass_B = np.empty_like(at_B), np.empty_like(at_B)
     for epoch in range(first // n, (first + count - 1) // n + 1):
         here_B = epoch_B == epoch
-        index_B[here_B] = permutation(seed, epoch, n)[place_B[here_B]]
-    return index_B, epoch_B
+        index_N, pass_N = epoch_of(seed, epoch, runs)
+        index_B[here_B], pass_B[here_B] = index_N[place_B[here_B]], pass_N[place_B[here_B]]
+    return index_B, pass_B
 
 
 def positions(micro_batch: int, *, rank: int, world: int, micro: int) -> NDArray[np.int64]:

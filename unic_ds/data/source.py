@@ -1,52 +1,62 @@
-"""The index of an image folder: its samples, their names and classes.
+"""What every kind of source offers: samples known by name, with classes, read by their number.
 
-A sample is known by its path below the folder, so a data set may move, and adding images moves no
-other image between training and validation. Nothing is opened here: 1.3 million files are listed in
-seconds.
+A sample is known by its path below the source, so a data set may move, and adding images moves no
+other image between training and validation.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from unic_ds import chance
+from unic_ds.data import order
+from unic_ds.data.names import Names, together
+from unic_ds.data.order import Run, Runs
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-FLAT = -1  # label of an image that lies in no class folder
+FLAT = -1  # label of a sample without a class
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Samples by name; `label_N` points into `classes`, or is -1 directly below the folder."""
+    """Files below `folder` by name; `label_N` points into `classes`, or is -1 where there is none.
+
+    Other kinds of source know better where their samples lie.
+    """
 
     folder: Path
-    names: tuple[str, ...]
+    names: Names
     classes: tuple[str, ...]
-    label_N: NDArray[np.int64]
+    label_N: NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """The file's bytes, still encoded; OSError where the file system refuses."""
+        """A sample's bytes, still encoded; OSError where the file system refuses."""
         return np.fromfile(self.folder / self.names[index], dtype=np.uint8)
+
+    @property
+    def per_epoch(self) -> int:
+        """Images that an epoch shows."""
+        return order.per_epoch(self.runs(window=1))
+
+    def runs(self, window: int) -> Runs:
+        """How its samples are shuffled, given how many shards mix."""
+        return (Run(len(self)),)
 
     def fingerprint(self) -> str:
         """sha256 over the names in order: a run is resumed only on the same samples."""
-        digest = hashlib.sha256()
-        for name in self.names:
-            digest.update(os.fsencode(name) + b"\0")
-        return digest.hexdigest()
+        return hashlib.sha256(self.names.joined()).hexdigest()
 
-    def relabelled(self, classes: tuple[str, ...]) -> Source:
-        """The same samples labelled by `classes`; ValueError for a class folder not among them."""
+    def relabelled(self, classes: tuple[str, ...]) -> Self:
+        """The same samples labelled by `classes`; ValueError for a class that is not among them."""
         foreign = sorted(set(self.classes) - set(classes))
         if foreign and classes:
             raise ValueError(
@@ -54,60 +64,74 @@ class Source:
                 " lack; remove it or rename it"
             )
         place = {name: i for i, name in enumerate(classes)}
-        number = np.array([*(place.get(name, -1) for name in self.classes), -1], dtype=np.int64)
-        return Source(self.folder, self.names, classes, number[self.label_N])
-
-    def subset(self, indices: ArrayLike) -> Source:
-        """The samples at `indices`, in that order, with the same classes."""
-        chosen_M = np.asarray(indices, dtype=np.int64)
-        names = tuple(self.names[i] for i in chosen_M)
-        return Source(self.folder, names, self.classes, self.label_N[chosen_M])
-
-
-def scan(folder: str | Path) -> Source:
-    """The images below `folder`, links followed; ValueError where there is no folder or no image.
-
-    A sample's class is the first folder below `folder` on its path.
-    """
-    root = Path(folder)
-    if not str(folder):
-        raise ValueError("no image folder is named; set --data.train DIR")
-    if not root.exists():
-        raise ValueError(
-            f"image folder {str(root)!r} does not exist; check --data.train and --data.val"
+        number = [*(place.get(name, FLAT) for name in self.classes), FLAT]
+        return replace(
+            self, classes=classes, label_N=np.array(number, dtype=np.int32)[self.label_N]
         )
-    if not root.is_dir():
-        raise ValueError(f"{str(root)!r} is a file, not a folder of images")
-    try:
-        names = sorted(_walk(str(root), "", ()))
-    except PermissionError as error:
-        raise ValueError(
-            f"image folder {error.filename!r} may not be listed; ask its owner"
-        ) from error
-    if not names:
-        raise ValueError(
-            f"no {', '.join(SUFFIXES)} below {str(root)!r}; name a folder that has images"
+
+    def subset(self, index_M: ArrayLike) -> Self:
+        """The samples at those ascending places, with the same classes."""
+        chosen_M = np.asarray(index_M, dtype=np.int64)
+        return replace(self, names=self.names.taken(chosen_M), label_N=self.label_N[chosen_M])
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture(Source):
+    """Several sources one after another, each shown `weights` times an epoch."""
+
+    parts: tuple[Source, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @property
+    def _start_M(self) -> NDArray[np.int64]:
+        return np.cumsum([0, *map(len, self.parts)])
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """A sample's bytes from the source that has it."""
+        start_M = self._start_M
+        part = int(np.searchsorted(start_M, index, "right")) - 1
+        return self.parts[part].read(index - int(start_M[part]))
+
+    def runs(self, window: int) -> Runs:
+        """Those of the parts, weighted."""
+        return tuple(
+            part.runs(window)[0]._replace(weight=weight)
+            for part, weight in zip(self.parts, self.weights, strict=True)
         )
-    tops = [name.partition("/")[0] if "/" in name else "" for name in names]
-    classes = tuple(sorted(set(tops) - {""}))
-    number = {top: i for i, top in enumerate(classes)} | {"": FLAT}
-    return Source(
-        root, tuple(names), classes, np.array([number[top] for top in tops], dtype=np.int64)
+
+    def fingerprint(self) -> str:
+        """Over those of the parts and their weights."""
+        prints = [part.fingerprint() for part in self.parts]
+        return hashlib.sha256(repr((prints, self.weights)).encode()).hexdigest()
+
+    def subset(self, index_M: ArrayLike) -> Self:
+        """The samples at those ascending places; a part that loses all of its own is gone."""
+        chosen_M, start_M = np.asarray(index_M, dtype=np.int64), self._start_M
+        cut_M = np.searchsorted(chosen_M, start_M)
+        parts = [
+            (part.subset(chosen_M[low:high] - start), weight)
+            for part, weight, start, low, high in zip(
+                self.parts, self.weights, start_M[:-1], cut_M[:-1], cut_M[1:], strict=True
+            )
+            if high > low
+        ]
+        left, weights = (tuple(x) for x in zip(*parts, strict=True)) if parts else ((), ())
+        names, label_N = self.names.taken(chosen_M), self.label_N[chosen_M]
+        return replace(self, names=names, label_N=label_N, parts=left, weights=weights)
+
+
+def mixture(where: str, parts: Sequence[Source], weights: Sequence[float]) -> Mixture:
+    """One source of several; their classes are joined by name."""
+    classes = tuple(sorted({name for part in parts for name in part.classes}))
+    same = tuple(part.relabelled(classes) for part in parts)
+    return Mixture(
+        Path(where),
+        together([part.names for part in same]),
+        classes,
+        np.concatenate([part.label_N for part in same]),
+        same,
+        tuple(weights),
     )
-
-
-def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Names of images below `folder`; `above` are the (device, inode) of the folders it lies in."""
-    stat = os.stat(folder)  # noqa: PTH116 - a Path per folder and file triples the time of a scan
-    here = (stat.st_dev, stat.st_ino)
-    if here in above:  # a link to a folder that contains it
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, here))
-            elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
-                yield prefix + entry.name
 
 
 def split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
@@ -117,8 +141,8 @@ def split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     """
     if share == 0:
         return source, source.subset([])
-    names = (os.fsencode(name).decode("latin-1") for name in source.names)
-    at_N = np.array([chance.number(seed, f"split/{name}") for name in names], dtype=np.float64)
+    names = (source.names.encoded(i).decode("latin-1") for i in range(len(source)))
+    at_N = np.fromiter((chance.number(seed, f"split/{name}") for name in names), dtype=np.float64)
     held_N = at_N < share * 2.0**63
     for side, empty in (("training", held_N.all()), ("validation", not held_N.any())):
         if empty:

@@ -59,7 +59,7 @@ class Stream:
             raise ValueError(
                 f"batch size {batch_size} is not a multiple of micro batch {micro} x {world} ranks"
             )
-        self._reader = Reader(source, cfg)
+        self._reader, self._runs = Reader(source, cfg), source.runs(cfg.window)
         self._seed, self._sizes, self._device = seed, tuple(dict.fromkeys(sizes)), device
         self._batch_size, self._micro, self._rank, self._world = batch_size, micro, rank, world
         self._views = views or Views(seed)
@@ -107,14 +107,13 @@ class Stream:
 
     def _plan(self, done: int) -> Iterator[Slots]:
         """Slots of this rank's micro batches after `done` optimiser steps."""
-        n = len(self._reader.source)
         for step in count(done):
             for j in range(self._batch_size // (self._micro * self._world)):
                 position_B = order.positions(
                     j, rank=self._rank, world=self._world, micro=self._micro
                 )
                 first = step * self._batch_size + int(position_B[0])
-                index_B, epoch_B = order.batch(self._seed, n, first, self._micro)
+                index_B, epoch_B = order.batch(self._seed, self._runs, first, self._micro)
                 yield Slots(index_B, self._views.of(epoch_B), position_B)
 
 
