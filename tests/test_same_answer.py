@@ -73,11 +73,13 @@ def arguments(folder: Path, spread: Spread) -> list[str]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
     }
+    calm = {}
     if spread.precision == "bf16":
         settings["communication_data_type"] = "fp32"
+        calm = {"optim.lr": "1e-4"}  # at 1e-3 a rounding grows 1.7-fold a step, whatever the spread
     (folder / f"{name}.json").write_text(json.dumps(settings))
     more = {"ds_config": folder / f"{name}.json", "out": folder / name}
-    more |= {"optim.clip": spread.clip, "kernels": spread.kernels}
+    more |= {"optim.clip": spread.clip, "kernels": spread.kernels} | calm
     return [word for key, value in (SCIENCE | more).items() for word in (f"--{key}", str(value))]
 
 
@@ -191,14 +193,14 @@ def test_the_matrix_gives_one_answer(tmp_path):
 
 
 def assert_close(found: dict[Spread, Answer]) -> None:
-    """bf16: the same initial weights, statistics and first losses; then rounding grows."""
+    """bf16: the same initial weights, statistics and first losses; then rounding shows."""
     whole = next(iter(found.values()))
     for spread, other in found.items():
         assert other.weights == whole.weights, spread
         assert_same_statistics(other.statistics, whole.statistics, spread)
         gap = gaps(other, whole)
         assert max(gap[:2]) < 1e-6, (spread, gap)  # the rate of step 1 is 0
-        assert sum(gap) / STEPS < 1e-2, (spread, gap)
+        assert max(gap) < 1e-3, (spread, gap)
 
 
 @pytest.mark.dist
