@@ -73,11 +73,13 @@ def arguments(folder: Path, spread: Spread) -> list[str]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
     }
+    calm = {}
     if spread.precision == "bf16":
         settings["communication_data_type"] = "fp32"
+        calm = {"optim.lr": "1e-4"}  # at 1e-3 a rounding grows 1.7-fold a step, whatever the spread
     (folder / f"{name}.json").write_text(json.dumps(settings))
     more = {"ds_config": folder / f"{name}.json", "out": folder / name}
-    more |= {"optim.clip": spread.clip, "kernels": spread.kernels}
+    more |= {"optim.clip": spread.clip, "kernels": spread.kernels} | calm
     return [word for key, value in (SCIENCE | more).items() for word in (f"--{key}", str(value))]
 
 
@@ -146,19 +148,11 @@ def assert_learns(found: Answer) -> None:
     assert found.rows[1]["lr"] == 0 < found.rows[STEPS]["lr"]
 
 
-@pytest.mark.dist
-def test_ranks_stages_and_splits_give_one_answer(tmp_path):
-    spreads = [Spread(1, 0, 1), Spread(1, 2, 2), Spread(2, 1, 4), Spread(2, 3, 1)]
-    spreads.append(Spread(1, 2, 1, kernels="reference"))
-    found = answers(tmp_path, spreads)
-    assert_learns(found[spreads[0]])
-    assert_same(found)
-
-
 COVER = [
     *(Spread(1, 0, 1), Spread(1, 0, 4), Spread(1, 1, 2), Spread(1, 2, 4), Spread(1, 3, 2)),
     *(Spread(2, 0, 2), Spread(2, 1, 1), Spread(2, 2, 2), Spread(2, 3, 4)),
     *(Spread(4, 0, 1), Spread(4, 1, 2), Spread(4, 2, 1), Spread(4, 3, 2)),
+    Spread(1, 2, 1, kernels="reference"),
 ]
 """Every number of ranks meets every stage, and every stage every accumulation."""
 
@@ -184,6 +178,7 @@ EVERY = [
 def test_the_matrix_gives_one_answer(tmp_path):
     """fp32 exactly; clipped, exactly another one; bf16 as closely as it was measured to."""
     found = answers(tmp_path, COVER + CLIPPED + HALF)
+    assert_learns(found[COVER[0]])
     assert_same({spread: found[spread] for spread in COVER})
     assert_same({spread: found[spread] for spread in CLIPPED})
     assert max(gaps(found[CLIPPED[0]], found[COVER[0]])) > 1e-3  # the clipping did bind
@@ -191,14 +186,14 @@ def test_the_matrix_gives_one_answer(tmp_path):
 
 
 def assert_close(found: dict[Spread, Answer]) -> None:
-    """bf16: the same initial weights, statistics and first losses; then rounding grows."""
+    """bf16: the same initial weights, statistics and first losses; then rounding shows."""
     whole = next(iter(found.values()))
     for spread, other in found.items():
         assert other.weights == whole.weights, spread
         assert_same_statistics(other.statistics, whole.statistics, spread)
         gap = gaps(other, whole)
         assert max(gap[:2]) < 1e-6, (spread, gap)  # the rate of step 1 is 0
-        assert sum(gap) / STEPS < 1e-2, (spread, gap)
+        assert max(gap) < 1e-3, (spread, gap)
 
 
 @pytest.mark.dist
