@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unic_ds.home import home
+
 if TYPE_CHECKING:
     from torch import Tensor
 

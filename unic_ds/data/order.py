@@ -24,7 +24,7 @@ from unic_ds import chance
 class Run(NamedTuple):
     """Samples that are shuffled together: a whole source."""
 
-    count: int
+    samples: int
     shards: tuple[int, ...] = ()  # samples of each shard in turn; none: no shards
     window: int = 0  # shards whose samples mix
     weight: float = 1.0  # times an epoch shows it
@@ -32,7 +32,7 @@ class Run(NamedTuple):
     @property
     def per_epoch(self) -> int:
         """Slots of an epoch that are its own."""
-        return max(1, round(self.weight * self.count))
+        return max(1, round(self.weight * self.samples))
 
 
 Runs = tuple[Run, ...]
@@ -51,7 +51,7 @@ def words(seed: int, name: str, epoch: int, n: int) -> NDArray[np.uint32]:
 @lru_cache(maxsize=4)
 def shuffled(seed: int, name: str, epoch: int, run: Run) -> NDArray[np.int64]:
     """The order of a source's samples in one of its passes, read-only."""
-    word_N = words(seed, name, epoch, run.count)
+    word_N = words(seed, name, epoch, run.samples)
     if run.shards:
         word_S = words(seed, f"{name}/shards", epoch, len(run.shards))
         window_S = np.empty(len(word_S), dtype=np.uint64)
@@ -75,13 +75,13 @@ def epoch_of(seed: int, epoch: int, runs: Runs) -> tuple[NDArray[np.int64], NDAr
     first = 0
     for i, run in enumerate(runs):
         slot_M = np.flatnonzero(source_N == i)
-        pass_M, place_M = np.divmod(epoch * run.per_epoch + np.arange(run.per_epoch), run.count)
+        pass_M, place_M = np.divmod(epoch * run.per_epoch + np.arange(run.per_epoch), run.samples)
         for turn in range(int(pass_M[0]), int(pass_M[-1]) + 1):
             here_M = pass_M == turn
             own_N = shuffled(seed, f"order/{i}", turn, run)
             index_N[slot_M[here_M]] = first + own_N[place_M[here_M]]
         pass_N[slot_M] = pass_M
-        first += run.count
+        first += run.samples
     return index_N, pass_N
 
 

@@ -217,7 +217,7 @@ def _named(member: Member, known: Sequence[str]) -> str:
     number = int(member.label)
     if number >= len(known):
         raise ValueError(
-            f"{member.name!r} has class {number}, but {CLASSES} names only {len(known)}; complete it"
+            f"{member.name!r} has class {number}, but {CLASSES} names {len(known)}; complete it"
         )
     return known[number]
 
@@ -291,7 +291,7 @@ def write(tables: dict[str, NDArray[Any]], file: Path) -> Path:
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as out:
-            np.savez(out, **tables)
+            np.savez(out, allow_pickle=False, **tables)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
@@ -329,6 +329,6 @@ def compare(tables: dict[str, NDArray[Any]], tars: Sequence[Path], file: Path) -
         if stat.st_size != tables["bytes_S"][s]:
             was = f"{stat.st_size} bytes, {tables['bytes_S'][s]} when its index was built"
             raise ValueError(f"shard {name!r} has {was}{remedy}")
-        if stat.st_mtime_ns != tables["mtime_S"][s]:
-            if head_of(there[name]) != tables["head_S"][s].tobytes():
-                raise ValueError(f"shard {name!r} has changed since its index was built{remedy}")
+        touched = stat.st_mtime_ns != tables["mtime_S"][s]
+        if touched and head_of(there[name]) != tables["head_S"][s].tobytes():
+            raise ValueError(f"shard {name!r} has changed since its index was built{remedy}")
