@@ -1,67 +1,116 @@
-"""Every sample once per epoch, whatever the ranks and wherever a run is taken up."""
+"""Every sample once per pass, whatever the ranks and wherever a run is taken up."""
 
 from __future__ import annotations
 
 import time
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from unic_ds.data import order
+from unic_ds.data.order import Run
+
+SEEDS = st.integers(0, 2**70)
+
+
+@st.composite
+def sources(draw) -> Run:
+    """A folder, or shards of any sizes with any window."""
+    weight = draw(st.sampled_from((1.0, 1.0, 0.3, 2.5)))
+    if draw(st.booleans()):
+        return Run(draw(st.integers(1, 90)), weight=weight)
+    shards = tuple(draw(st.lists(st.integers(1, 30), min_size=1, max_size=8)))
+    return Run(sum(shards), shards, draw(st.integers(1, 9)), weight)
+
+
+MIXTURES = st.lists(sources(), min_size=1, max_size=3).map(tuple)
+
+
+def sequence(seed: int, runs: order.Runs, count: int, ranks: tuple[int, int, int], first: int = 0):
+    """(sample, pass) of `count` slots from `first`, read by ranks, a micro batch at a time."""
+    world, micro, accumulation = ranks
+    size = world * micro * accumulation
+    steps = -(-count // size)
+    index_N, pass_N = np.full(steps * size, -1), np.full(steps * size, -1)
+    for step in range(steps):
+        for j in range(accumulation):
+            for rank in range(world):
+                at_B = step * size + order.positions(j, rank=rank, world=world, micro=micro)
+                assert (index_N[at_B] == -1).all()
+                index_N[at_B], pass_N[at_B] = order.batch(seed, runs, first + int(at_B[0]), micro)
+    return index_N[:count], pass_N[:count]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(1, 60),
-    micro=st.integers(1, 5),
-    world=st.integers(1, 4),
-    accumulation=st.integers(1, 3),
-    seed=st.integers(0, 2**70),
+    runs=MIXTURES,
+    ranks=st.tuples(st.integers(1, 64), st.integers(1, 5), st.integers(1, 3)),
+    seed=SEEDS,
 )
-def test_ranks_together_read_whole_epochs(n, micro, world, accumulation, seed):
-    size = micro * world * accumulation
-    steps = -(-3 * n // size)
-    seen = np.full(steps * size, -1)
-    for step in range(steps):
-        for rank in range(world):
-            for j in range(accumulation):
-                position_B = order.positions(j, rank=rank, world=world, micro=micro)
-                first = step * size + int(position_B[0])
-                index_B, epoch_B = order.batch(seed, n, first, micro)
-                at_B = step * size + position_B
-                assert np.array_equal(epoch_B, at_B // n)
-                assert (seen[at_B] == -1).all()
-                seen[at_B] = index_B
-    for epoch in range(3):
-        assert sorted(seen[epoch * n : (epoch + 1) * n]) == list(range(n))
+def test_ranks_together_show_every_sample_once_a_pass(runs, ranks, seed):
+    slots = 3 * order.per_epoch(runs)
+    index_N, pass_N = sequence(seed, runs, slots, ranks)
+    first = 0
+    for run in runs:
+        own_N = (index_N >= first) & (index_N < first + run.samples)
+        assert own_N.sum() == 3 * run.per_epoch
+        for turn in range(pass_N[own_N].max() + 1):
+            seen_N = np.bincount(index_N[own_N & (pass_N == turn)] - first, minlength=run.samples)
+            whole = (turn + 1) * run.samples <= 3 * run.per_epoch
+            assert seen_N.max() == 1 and (not whole or seen_N.min() == 1)
+        first += run.samples
+    assert first > index_N.max()
 
 
-@settings(max_examples=30, deadline=None)
-@given(n=st.integers(1, 40), first=st.integers(0, 10**6), count=st.integers(1, 100))
-def test_a_batch_is_a_window_of_one_sequence(n, first, count):
-    index_B, epoch_B = order.batch(0, n, first, count)
-    ones = [order.batch(0, n, first + i, 1) for i in range(count)]
-    assert index_B.tolist() == [int(index[0]) for index, _ in ones]
-    assert epoch_B.tolist() == [int(epoch[0]) for _, epoch in ones]
+@settings(max_examples=40, deadline=None)
+@given(runs=MIXTURES, at=st.integers(0, 500), seed=SEEDS)
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_what_remains_is_the_same_on_other_ranks(world, runs, at, seed):
+    whole = sequence(seed, runs, at + 100, (1, 4, 1))
+    rest = sequence(seed, runs, 100, (world, 3, 2), first=at)
+    assert all(np.array_equal(a, b[at:]) for a, b in zip(rest, whole, strict=True))
 
 
-def test_permutations_differ_by_epoch_and_seed_and_are_repeatable():
-    first = order.permutation(0, 0, 1000).copy()
-    others = [order.permutation(0, 1, 1000), order.permutation(1, 0, 1000)]
+def test_orders_differ_by_epoch_and_seed_and_are_repeatable():
+    run = Run(1000)
+    first = order.shuffled(0, "order", 0, run).copy()
+    others = [order.shuffled(0, "order", 1, run), order.shuffled(1, "order", 0, run)]
     assert all((first == other).mean() < 0.01 for other in others)
-    order.permutation.cache_clear()
-    assert np.array_equal(order.permutation(0, 0, 1000), first)
+    order.shuffled.cache_clear()
+    assert np.array_equal(order.shuffled(0, "order", 0, run), first)
 
 
-def test_every_place_is_equally_likely():
-    placed = [int(np.flatnonzero(order.permutation(0, epoch, 8) == 3)[0]) for epoch in range(4000)]
-    assert stats.chisquare(np.bincount(placed, minlength=8)).pvalue > 1e-3
+@pytest.mark.parametrize("run", [Run(8), Run(8, (2, 3, 3), 2), Run(8, (1,) * 8, 1)])
+def test_every_place_is_equally_likely(run):
+    at = [int(np.flatnonzero(order.shuffled(0, "o", e, run) == 3)[0]) for e in range(4000)]
+    if len(set(run.shards)) > 1:  # windows of unlike sizes: only the shards' order is by chance
+        assert len(set(at)) == 8
+    else:
+        assert stats.chisquare(np.bincount(at, minlength=8)).pvalue > 1e-3
 
 
-def test_a_large_epoch_is_quick():
+def test_what_is_read_soon_lies_in_few_shards():
+    run = Run(20_000, (100,) * 200, 10)
+    shard_N = order.shuffled(0, "order", 0, run) // 100
+    for window_M in shard_N.reshape(-1, 1000):
+        assert len(set(window_M)) == 10
+        assert len(set(window_M[:100])) > 8  # and they mix
+    assert len(set(shard_N[:1000]) - set(order.shuffled(0, "order", 1, run)[:1000] // 100)) > 5
+
+
+def test_sources_are_dealt_evenly_over_an_epoch():
+    runs = (Run(4000), Run(1000, (100,) * 10, 4, weight=2.0))
+    index_N, _ = order.epoch_of(0, 0, runs)
+    second_K = (index_N >= 4000).reshape(10, -1).sum(1)
+    assert second_K.sum() == 2000 and stats.chisquare(second_K).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("shards", [(), (1000,) * 1281 + (167,)])
+def test_a_large_epoch_is_quick(shards):
     start = time.process_time()
-    index_N = order.permutation(5, 0, 1_281_167)
-    assert time.process_time() - start < 2
+    index_N = order.shuffled(5, "order", 0, Run(1_281_167, shards, 16))
+    assert time.process_time() - start < 1
     assert np.array_equal(np.bincount(index_N), np.ones(1_281_167))
