@@ -39,7 +39,13 @@ setup(
     ],
     extras_require={
         "quickstart": ["onnx>=1.23"],
-        "dev": ["hypothesis>=6.170", "mypy>=2.4", "pytest>=9.2", "ruff>=0.17"],
+        "dev": [
+            "hypothesis>=6.170",
+            "mypy>=2.4",
+            "pytest>=9.2",
+            "ruff>=0.17",
+            "webdataset>=1.0",
+        ],
     },
     entry_points={"console_scripts": ["unic-ds = unic_ds.cli:main"]},
 )

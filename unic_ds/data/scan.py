@@ -46,7 +46,8 @@ def _one(path: Path) -> Source:
         raise ValueError(f"images {str(path)!r} do not exist; check --data.train and --data.val")
     if path.is_dir():
         tars = shards.found_in(path)
-        return shards.of_shards(path, tars) if tars else files.of_folder(path)
+        known = (path / shards.INDEX).exists()  # then shards are missing, if there are none
+        return shards.of_shards(path, tars) if tars or known else files.of_folder(path)
     if path.suffix == ".tar":
         return shards.of_shards(path, [path])
     if path.suffix == ".txt":

@@ -60,22 +60,33 @@ class Stamp(NamedTuple):
     head: bytes  # sha256 of its first bytes
 
 
+class _Descriptor:
+    """A file open for reading, closed when its last reader lets go of it."""
+
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
 class OpenFiles:
     """Files held open for reading, at most `limit`; one that is in use closes after that."""
 
     def __init__(self, limit: int = OPEN):
         self._limit, self._lock = limit, threading.Lock()
-        self._open: OrderedDict[Path, BufferedReader] = OrderedDict()
+        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """Bytes of a file, fewer at its end; OSError where it cannot be read."""
         with self._lock:
-            file = self._open.pop(path, None) or path.open("rb")
+            file = self._open.pop(path, None) or _Descriptor(path)
             self._open[path] = file
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)  # closed when nobody reads from it any more
         parts = []
-        while size and (part := os.pread(file.fileno(), size, offset)):
+        while size and (part := os.pread(file.number, size, offset)):
             parts.append(part)
             offset, size = offset + len(part), size - len(part)
         return b"".join(parts)
@@ -148,7 +159,7 @@ def of_shards(where: Path, tars: Sequence[Path]) -> Shards:
         tables = build(tars, class_names(folder))
         file = keep(tables, beside, away)
     tables = load(file)
-    compare(tables, tars, file)
+    compare(tables, folder, tars, file)
     if not len(tables["offset_N"]):
         raise ValueError(f"no {', '.join(SUFFIXES)} in the shards of {str(where)!r}")
     return Shards(
@@ -301,7 +312,7 @@ def write(tables: dict[str, NDArray[Any]], file: Path) -> Path:
 def load(file: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an index; ValueError where it is damaged or of another version."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as data, np.load(data, allow_pickle=False) as stored:
             tables = {name: stored[name] for name in stored.files}
         version = int(tables["format"])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
@@ -315,13 +326,15 @@ def load(file: Path) -> dict[str, NDArray[Any]]:
     return tables
 
 
-def compare(tables: dict[str, NDArray[Any]], tars: Sequence[Path], file: Path) -> None:
+def compare(
+    tables: dict[str, NDArray[Any]], folder: Path, tars: Sequence[Path], file: Path
+) -> None:
     """ValueError that names the first shard which is not as its index has it."""
     known = {name: s for s, name in enumerate(Names.cut(tables["shards"].tobytes()))}
     remedy = f"; delete {str(file)!r} if the shards are as they should be, it is built again"
     there = {tar.name: tar for tar in tars}
     for name in sorted(known.keys() - there.keys()):
-        raise ValueError(f"shard {name!r} is missing from {str(tars[0].parent)!r}{remedy}")
+        raise ValueError(f"shard {name!r} is missing from {str(folder)!r}{remedy}")
     for name in sorted(there.keys() - known.keys()):
         raise ValueError(f"shard {name!r} is not in the index of its folder{remedy}")
     for name, s in known.items():
