@@ -20,6 +20,9 @@ unic-ds VERB [--option value ...]
   teachers check    run an image through each teacher: tokens, widths, grid, preprocessing, licence,
   SHA-256
   teachers fetch    download the teachers' weights (on a machine that reaches the hub)
+  pack              images as tar shards with an index: pack SRC OUT [--shard_mb 512]
+  [--max_side N] [--workers N] [--seed 0]; SRC is anything that --data.train takes
+  pack verify OUT   prove a pack whole: checksums, headers, index
   cache             store what a recipe's teachers say of drawn views: cache OUT --recipe R
   [--views V] [--dtype bf16|int8] [--batch B] [--yes]; then train with --teachers.cache OUT
   export            bare encoder of a run's newest checkpoint: --run DIR --out DIR
@@ -172,6 +175,34 @@ def cache(words: list[str], options: dict[str, str]) -> int:
     return 0
 
 
+def pack(words: list[str], options: dict[str, str]) -> int:
+    """Write a source as tar shards, or prove a pack whole."""
+    own = take(options, "shard_mb", "max_side", "workers", "seed")
+    wrong = f"unknown option --{next(iter(options))}; " if options else ""
+    if wrong or len(words) != 2 or (words[0] == "verify" and own):
+        raise ValueError(
+            f"{wrong}pack needs SRC and OUT (a new folder), or verify and OUT (a pack); options are"
+            " --shard_mb --max_side --workers --seed"
+        )
+    shard_mb = float(coerce(float, own.get("shard_mb", "512"), "--shard_mb"))
+    max_side, workers, seed = (
+        int(coerce(int, own.get(name, "0"), f"--{name}"))
+        for name in ("max_side", "workers", "seed")
+    )
+    check(shard_mb > 0, "--shard_mb", "positive", shard_mb)
+    for name, value in (("max_side", max_side), ("workers", workers), ("seed", seed)):
+        check(value >= 0, f"--{name}", ">= 0", value)
+    from unic_ds import data
+    from unic_ds.data import pack, verify
+
+    if words[0] == "verify":
+        print(verify.verify(Path(words[1])))
+        return 0
+    settings = pack.Settings(shard_mb=shard_mb, max_side=max_side, seed=seed)
+    print(pack.pack(data.scan(words[0]), Path(words[1]), settings, workers=workers))
+    return 0
+
+
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:
     """Print rows as a table for people or one JSON object for programs."""
     if as_json:
@@ -194,7 +225,7 @@ VERBS = {
     "export": export,
     "quickstart": quickstart,
 }
-WITH_PATHS = {"cache": cache, "import-unic": import_unic}
+WITH_PATHS = {"cache": cache, "import-unic": import_unic, "pack": pack}
 
 if __name__ == "__main__":
     main()

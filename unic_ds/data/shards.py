@@ -78,6 +78,9 @@ class OpenFiles:
         self._limit, self._lock = limit, threading.Lock()
         self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
 
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[int]]:
+        return OpenFiles, (self._limit,)  # another process opens its own
+
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """Bytes of a file, fewer at its end; OSError where it cannot be read."""
         with self._lock:
@@ -177,7 +180,8 @@ def of_shards(where: Path, tars: Sequence[Path]) -> Shards:
 def class_names(folder: Path) -> list[str]:
     """Names of the classes that `.cls` members number, where `classes.txt` lists them."""
     file = folder / CLASSES
-    return file.read_text().splitlines() if file.exists() else []
+    text = file.read_text("utf-8", "surrogateescape") if file.exists() else ""
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def build(tars: Sequence[Path], known: Sequence[str]) -> dict[str, NDArray[Any]]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import InterpolationMode
@@ -108,17 +109,22 @@ def decode(encoded: NDArray[np.uint8], x: int, y: int, width: int, height: int) 
     try:
         with opened(encoded.tobytes()) as image:
             image.load()
-            turn = UPRIGHT.get(orientation(image))
-            upright = image.transpose(turn) if turn is not None else image
-            if x + width > upright.width or y + height > upright.height:
-                raise ValueError(f"the window ends outside {upright.width} x {upright.height}")
-            window_HW3 = np.array(_rgb(upright.crop((x, y, x + width, y + height))))
+            whole = upright(image)
+            if x + width > whole.width or y + height > whole.height:
+                raise ValueError(f"the window ends outside {whole.width} x {whole.height}")
+            window_HW3 = np.array(rgb(whole.crop((x, y, x + width, y + height))))
     except Exception as error:  # on hostile bytes PIL raises SyntaxError, OSError, KeyError, ...
         raise Undecodable(str(error) or type(error).__name__) from error
     return torch.from_numpy(window_HW3).permute(2, 0, 1)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def upright(image: ImageFile) -> Image.Image:
+    """The image as its EXIF orientation wants it shown."""
+    turn = UPRIGHT.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def rgb(image: Image.Image) -> Image.Image:
     """Three channels of 8 bits: alpha is dropped, 16 bits lose the lower 8."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

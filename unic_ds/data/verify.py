@@ -1,0 +1,88 @@
+"""A pack proven whole: `unic-ds pack verify`."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unic_ds import dist, log
+from unic_ds.config import Data
+from unic_ds.data import shards
+from unic_ds.data.names import Names
+from unic_ds.data.reader import measure
+
+LISTED = 10  # faults that are named
+Tables = dict[str, NDArray[Any]]
+
+
+def verify(out: Path) -> str:
+    """Compare all that the index says with what lies in the shards; a sentence.
+
+    ValueError where `out` is no pack, RuntimeError with the faults.
+    """
+    file = out / shards.INDEX
+    if not file.exists():
+        raise ValueError(f"{str(out)!r} is no finished pack; make one with unic-ds pack SRC OUT")
+    tables = shards.load(file)
+    if "sha256_S" not in tables:
+        raise ValueError(
+            f"{str(out)!r} was not packed by unic-ds, so there are no checksums to compare; pack it"
+            " into a new folder"
+        )
+    named = list(Names.cut(tables["shards"].tobytes()))
+    names = Names.cut(tables["names"].tobytes())
+    with ThreadPoolExecutor(dist.cores()) as pool:
+        check = partial(_faults, out, tables, named, names)
+        done = log.track(pool.map(check, range(len(named))), len(named), "verifying")
+        faults = [fault for found in done for fault in found]
+    strange = sorted({tar.name for tar in shards.found_in(out)} - set(named))
+    faults += [f"{name}: is not in the index" for name in strange]
+    if faults:
+        more = [f"  and {len(faults) - LISTED} more"] if len(faults) > LISTED else []
+        head = f"{str(out)!r} is damaged, {len(faults)} faults; pack it again into a new folder:"
+        raise RuntimeError("\n".join([head, *(f"  {x}" for x in faults[:LISTED]), *more]))
+    size = int(tables["bytes_S"].sum()) / 1e6
+    return f"{out} is whole: {len(names)} images in {len(named)} shards, {size:.1f} MB"
+
+
+def _faults(out: Path, tables: Tables, named: list[str], names: Names, s: int) -> list[str]:
+    """What is wrong with shard `s`."""
+    tar = out / named[s]
+    if not tar.exists():
+        return [f"{tar.name}: is missing"]
+    with tar.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").digest() != tables["sha256_S"][s].tobytes():
+            return [f"{tar.name}: its bytes have changed (SHA-256)"]
+    rows = np.flatnonzero(tables["shard_N"] == s).tolist()
+    classes = list(Names.cut(tables["classes"].tobytes()))
+    members = shards.members_of(tar)
+    if len(members) != len(rows):
+        return [f"{tar.name}: {len(members)} images, {len(rows)} in the index"]
+    faults = []
+    for i, member in zip(rows, members, strict=True):
+        row = (names[i], int(tables["offset_N"][i]), int(tables["size_N"][i]))
+        if member[:3] != row:
+            faults.append(f"{tar.name}: {member[:3]}, {row} in the index")
+            continue
+        label = int(tables["label_N"][i])
+        if label >= len(classes) or member.label != (str(label) if label >= 0 else ""):
+            faults.append(f"{tar.name}: {member.name} is of class {member.label!r}, not {label}")
+        sides = (int(tables["width_N"][i]), int(tables["height_N"][i]))
+        if (found := _sides(tar, member)) != sides:
+            faults.append(f"{tar.name}: {member.name} measures {found}, {sides} in the index")
+    return faults
+
+
+def _sides(tar: Path, member: shards.Member) -> object:
+    """(width, height) of an image in a shard, or what is wrong with it."""
+    encoded = np.fromfile(tar, np.uint8, member.size, offset=member.offset)
+    try:
+        return measure(encoded, Data().max_megapixels)
+    except ValueError as error:
+        return str(error)
