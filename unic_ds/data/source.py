@@ -40,7 +40,7 @@ class Source:
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """A sample's bytes, still encoded; OSError where the file system refuses."""
-        return np.fromfile(self.folder / self.names[index], dtype=np.uint8)
+        return np.frombuffer((self.folder / self.names[index]).read_bytes(), dtype=np.uint8)
 
     @property
     def per_epoch(self) -> int:
