@@ -25,6 +25,7 @@ from torch import Tensor
 
 from unic_ds import dist
 from unic_ds.config import Data
+from unic_ds.data import memory
 from unic_ds.data.draw import Draws, draw
 from unic_ds.data.reader import Reader, Sample, Undecodable
 
@@ -115,6 +116,7 @@ class Feed:
         beside: Callable[[Slots], Any] | None = None,
     ):
         """`beside` reads, on the reading thread, what else is known of a batch's slots."""
+        memory.few_heaps()
         self.waited_s = 0.0
         self._beside = beside
         self._reader, self._cfg, self._seed = reader, reader.cfg, seed
@@ -158,6 +160,7 @@ class Feed:
         for made in filter(None, (self._decoder, self._alone)):
             made.close()
         self._alone = None
+        memory.give_back()
 
     def _read_ahead(self, plan: Iterator[Slots]) -> None:
         """The reading thread: plan -> queue, then None, or the exception that ended it."""

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from unic_ds.config import Data
-from unic_ds.data import order
+from unic_ds.data import memory, order
 from unic_ds.data.feed import Batch, Feed, Slots
 from unic_ds.data.reader import Reader
 from unic_ds.data.source import Source
@@ -66,6 +66,7 @@ class Stream:
         self._feed: Feed | None = None
         self._step = 0
         self._waited_s = 0.0
+        self._since_epoch = 0  # images since freed memory was given back
 
     @property
     def waited_s(self) -> float:
@@ -96,7 +97,12 @@ class Stream:
                 device=self._device,
                 beside=self._views.beside,
             )
-        return next(self._feed)
+        batch = next(self._feed)
+        self._since_epoch += self._micro * self._world
+        if self._since_epoch >= order.per_epoch(self._runs):
+            self._since_epoch = 0
+            memory.give_back()
+        return batch
 
     def close(self) -> None:
         """Stop reading ahead; iterating again starts where `seek` last said."""
