@@ -96,6 +96,7 @@ class Decoder:
         if not self.colour:
             return inputs
         inputs["pixel"], inputs["mean"] = draw.colour(draws)
+        inputs["colours"] = draws.coloured_B
         inputs["blurs"], inputs["solarises"] = draws.sigma_B > 0, draws.solarise_B
         for size in self.sizes:
             inputs[f"sigma_{size}"] = draws.sigma_B * np.float32(size / self.sizes[0])
@@ -150,10 +151,13 @@ def _recolour(images: dict[int, DataNode], first: int, gpu: bool) -> dict[int, D
     shift_13 = fn.coord_transform(mean_13, M=_input("mean", types.FLOAT, 2))
     shift_3 = fn.reshape(shift_13, shape=[3])
     pixel_33 = _input("pixel", types.FLOAT, 2)
-    blurs, solarises = _input("blurs", types.BOOL, 0), _input("solarises", types.BOOL, 0)
+    colours, blurs, solarises = (
+        _input(name, types.BOOL, 0) for name in ("colours", "blurs", "solarises")
+    )
     done = {}
-    for size, resized_HW3 in images.items():
-        image_HW3 = fn.coord_transform(resized_HW3, M=pixel_33, T=shift_3, dtype=types.UINT8)
+    for size, image_HW3 in images.items():
+        if colours:
+            image_HW3 = fn.coord_transform(image_HW3, M=pixel_33, T=shift_3, dtype=types.UINT8)
         if blurs:
             image_HW3 = _blur(image_HW3, size, first)
         if solarises:

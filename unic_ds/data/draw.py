@@ -35,6 +35,12 @@ class Draws(NamedTuple):
     sigma_B: NDArray[np.float32]  # blur in pixels of the first size, 0: nothing
     solarise_B: NDArray[np.bool_]
 
+    @property
+    def coloured_B(self) -> NDArray[np.bool_]:
+        """Whose colours change."""
+        factors = (self.brightness_B, self.contrast_B, self.saturation_B)
+        return np.any([factor_B != 1 for factor_B in factors] + [self.hue_B != 0], axis=0)
+
     def one(self, b: int) -> Draws:
         """The draws of image `b` alone."""
         return Draws._make(field[b : b + 1] for field in self)

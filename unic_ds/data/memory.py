@@ -9,7 +9,6 @@ quarter of its speed to page faults.
 from __future__ import annotations
 
 import ctypes
-import gc
 from functools import cache
 
 HEAPS = 2
@@ -29,6 +28,5 @@ def few_heaps() -> None:
 
 def give_back() -> None:
     """Return freed memory to the system; nothing where the C library is not glibc."""
-    gc.collect()
     if hasattr(_libc(), "malloc_trim"):
         _libc().malloc_trim(0)
