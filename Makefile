@@ -17,11 +17,12 @@ unexport CUDA_VISIBLE_DEVICES
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long test-gpu test-all lint types clean
+.PHONY: help quickstart test test-long test-gpu test-all bench-data lint types clean
 
 help:
 	@echo "make quickstart   install, fetch the demonstration, train it (minutes on two CPU cores)"
 	@echo "make test         install and run the tests; test-long the long ones, test-all every one"
+	@echo "make bench-data   images per second of the data path beside torchvision's own loader"
 	@echo "make lint types   ruff; mypy"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 
@@ -58,6 +59,9 @@ test-gpu: $(VENV)/.demo $(VENV)/.dev
 
 test-all: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+bench-data: $(VENV)/.installed
+	$(BIN)/python -m unic_ds.data.bench
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

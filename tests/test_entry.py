@@ -106,7 +106,7 @@ def test_help_lists_every_option_with_its_default():
         (["--ds_config", ZERO2, "--recipe", "unic_b"], "give --data.train DIR"),
         (
             ["--ds_config", ZERO2, "--recipe", "unic_b", "--data.train", "no#dir"],
-            "'no#dir' is no folder",
+            "'no#dir' does not exist; give a folder of images",
         ),
         (
             ["--ds_config", ZERO2, "--recipe", "unic_l", "--data.train", EMPTY],
@@ -118,7 +118,19 @@ def test_help_lists_every_option_with_its_default():
         ),
         (
             ["--ds_config", ZERO2, "--recipe", "unic_b", "--data.train", "None"],
-            "'None' is no folder",
+            "'None' does not exist",
+        ),
+        (
+            ["--ds_config", ZERO2, "--recipe", "unic_b", "--data.train", f"{ROOT}/docs,nowhere=2"],
+            "--data.train 'nowhere' does not exist",
+        ),
+        (
+            ["--ds_config", ZERO2, "--recipe", "unic_b", "--data.train", f"{ROOT}/docs=-1,x"],
+            "is -1; give one above 0",
+        ),
+        (
+            ["--ds_config", ZERO2, "--recipe", "unic_b", "--data.train", str(ROOT / "setup.py")],
+            "is no source of images",
         ),
         (
             ["--ds_config", ZERO2, "--optim.batch_size", "100"],

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "unic_ds").rglob("*.py"))
 
 FLOORS = (
-    {"formula", "chance", "home"},
+    {"formula", "chance", "home", "named"},
     {"config"},
     {"override", "methods"},
     {"tokens", "ops", "optim", "average", "dist", "ds_config", "entry"},

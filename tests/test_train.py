@@ -233,8 +233,12 @@ def kill_group(process):
     process.communicate()
 
 
-def test_kill_9_and_the_same_command_give_the_same_curve(tmp_path):
-    more = {"optim__steps": 12, "run__save_every": 3, "eval__on": "false"}
+def test_kill_9_and_the_same_command_give_the_same_curve(few_images, tmp_path):
+    """On a mixture of a folder and shards, over the end of an epoch."""
+    pack = [sys.executable, "-m", "unic_ds.cli", "pack", str(few_images), str(tmp_path / "pack")]
+    assert "480 images in" in run([*pack, "--shard_mb", "1"])
+    more = {"data__train": f"{few_images}=0.5,{tmp_path / 'pack'}"}
+    more |= {"optim__steps": 12, "run__save_every": 3, "eval__on": "false"}
     run(alone(tmp_path / "whole", **more))
     process = start(alone(tmp_path / "killed", **more))
     log = tmp_path / "killed" / "log.jsonl"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from unic_ds import ds_config, methods, quickstart, recipes
+from unic_ds import ds_config, methods, named, quickstart, recipes
 from unic_ds.config import Config, Teacher
 from unic_ds.override import nearest, option_names, options_of, override_all, science
 
@@ -106,13 +106,9 @@ def check_inputs(cfg: Config) -> None:
     prepare_demonstration(cfg)
     check_init(cfg.student.init)
     files = [t.source[5:].rpartition("#arch=")[0] for t in cfg.teachers if t.source[:5] == "file:"]
-    for key, folder in (("train", cfg.data.train), ("val", cfg.data.val)):
-        if folder and not Path(folder).is_dir():
-            raise ValueError(f"--data.{key} {folder!r} is no folder; give a folder of images")
-        if folder and not os.access(folder, os.R_OK | os.X_OK):
-            raise ValueError(f"--data.{key} {folder!r} may not be read; mend its permissions")
-        if folder and not any(Path(folder).iterdir()):
-            raise ValueError(f"--data.{key} {folder!r} is empty; give a folder of images")
+    for key, given in (("train", cfg.data.train), ("val", cfg.data.val)):
+        if given:
+            named.check(given, f"--data.{key}")
     for teacher, path in zip(
         (t for t in cfg.teachers if t.source[:5] == "file:"), files, strict=True
     ):
@@ -136,7 +132,8 @@ def check_init(path: str) -> None:
 
 def prepare_demonstration(cfg: Config) -> None:
     """Make the quickstart's files where the Config means them and they are not there yet."""
-    meant = [cfg.data.train, *(t.source.removeprefix("file:") for t in cfg.teachers)]
+    images = [str(path) for path, _ in named.parts(cfg.data.train)] if cfg.data.train else []
+    meant = [*images, *(t.source.removeprefix("file:") for t in cfg.teachers)]
     if any(path.startswith(str(quickstart.root())) for path in meant) and not quickstart.ready():
         quickstart.prepare()
 

@@ -1,44 +1,20 @@
-"""What `--data.train` and `--data.val` name: a folder, tar shards, a list, or several of them."""
+"""The samples of what `--data.train` and `--data.val` name."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from unic_ds import named
 from unic_ds.data import files, shards
 from unic_ds.data.source import Source, mixture
 
 
-def scan(named: str | Path) -> Source:
-    """The samples of what is named; ValueError where there are none.
-
-    A folder of images, a folder of `.tar` files or one of them, a list (`.txt`), or several with
-    commas between, each with `=WEIGHT` after it where an epoch shows it more or less than once. A
-    path that is there is taken as it is, commas and all.
-    """
-    if not str(named):
-        raise ValueError(
-            "no images are named; set --data.train to a folder, tar shards or a list of them"
-        )
-    if Path(named).exists():
-        return _one(Path(named))
-    given = [_weighed(part.strip()) for part in str(named).split(",") if part.strip()]
-    parts = [_one(Path(path)) for path, _ in given]
-    weights = [weight for _, weight in given]
-    return parts[0] if weights == [1.0] else mixture(str(named), parts, weights)
-
-
-def _weighed(part: str) -> tuple[str, float]:
-    """(path, weight) of one source of a mixture."""
-    path, equals, weight = part.rpartition("=")
-    if not equals or Path(part).exists():
-        return part, 1.0
-    try:
-        times = float(weight)
-    except ValueError:
-        return part, 1.0
-    if not 0 < times <= 1000:
-        raise ValueError(f"the weight of {path!r} is {weight}; give one above 0 and at most 1000")
-    return path, times
+def scan(given: str | Path) -> Source:
+    """A source of what is named (see `named.parts`); ValueError where there are no samples."""
+    rows = named.parts(str(given) if given else "")
+    parts = [_one(path) for path, _ in rows]
+    weights = [weight for _, weight in rows]
+    return parts[0] if weights == [1.0] else mixture(str(given), parts, weights)
 
 
 def _one(path: Path) -> Source:
@@ -52,7 +28,4 @@ def _one(path: Path) -> Source:
         return shards.of_shards(path, [path])
     if path.suffix == ".txt":
         return files.of_list(path)
-    raise ValueError(
-        f"{str(path)!r} is no source of images; name a folder of images or .tar shards, a .tar, or"
-        " a .txt with one path a line"
-    )
+    raise ValueError(f"{str(path)!r} is no source of images; give {named.KINDS}")
