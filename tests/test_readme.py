@@ -14,10 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
-def test_every_option_named_is_one():
+@pytest.mark.parametrize("file", ["README.md", "docs/data.md"])
+def test_every_option_named_is_one(file):
     known = {*job.DOOR, *override.option_names(), "run", "logdir"}
     others = {"num_gpus", "json", "help", "seed", "views", "dtype"}
-    for name in re.findall(r"--([a-z_]+(?:\.[A-Za-z_]+)*)", TEXT):
+    others |= {"shard_mb", "max_side", "images", "rounds"}
+    for name in re.findall(r"--([a-z_]+(?:\.[A-Za-z_]+)*)", (ROOT / file).read_text()):
         general = re.sub(r"^teachers\.NAME\.", "teachers.NAME.", name)
         assert general in known or name in others, name
 

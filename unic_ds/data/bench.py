@@ -53,7 +53,7 @@ def main() -> None:
         packed = scan(Path(temporary) / "pack")
         made = ways(source, packed, args.size, args.batch, threads)
         speed = race(made, args.batch, args.batches, args.rounds)
-        before = before_decoding(source, args.size, args.batch)
+        before = before_decoding(source, args.batch)
     result = {
         "machine": machine(threads),
         "images": len(source),
@@ -227,18 +227,21 @@ def ratios(speed: dict[str, list[float]]) -> dict[str, float]:
     return found
 
 
-def before_decoding(source: Source, size: int, batch: int) -> float:
+def before_decoding(source: Source, batch: int) -> float:
     """Seconds per image that order, draws and reading bytes with their headers take one thread."""
     cfg = Data()
     reader, runs = Reader(source, cfg), source.runs(cfg.window)
-    count = max(1, 2 * len(source) // batch)
-    start = time.perf_counter()
-    for first in range(0, count * batch, batch):
-        index_B, pass_B = order.batch(0, runs, first, batch)
-        samples = [reader.read(index) for index in index_B.tolist()]
-        width_B, height_B = [s.width for s in samples], [s.height for s in samples]
-        draw(0, index_B, pass_B, width_B, height_B, cfg)
-    return (time.perf_counter() - start) / (count * batch)
+    count = max(1, len(source) // batch)
+    seconds = []
+    for epoch in range(5):
+        start = time.perf_counter()
+        for k in range(count):
+            index_B, pass_B = order.batch(0, runs, (epoch * count + k) * batch, batch)
+            samples = [reader.read(index) for index in index_B.tolist()]
+            width_B, height_B = [s.width for s in samples], [s.height for s in samples]
+            draw(0, index_B, pass_B, width_B, height_B, cfg)
+        seconds.append((time.perf_counter() - start) / (count * batch))
+    return statistics.median(seconds)
 
 
 def index() -> dict[str, float]:
