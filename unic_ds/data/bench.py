@@ -37,6 +37,7 @@ from unic_ds.data import Source, Stream, backend, order, pack, scan
 from unic_ds.data.draw import draw
 from unic_ds.data.names import Names
 from unic_ds.data.reader import Reader
+from unic_ds.data.shards import Shards
 
 MANY = 1_281_167  # images of ImageNet-1k, whose index is measured
 MADE = 384  # photographs made where none are named
@@ -245,10 +246,14 @@ def before_decoding(source: Source, batch: int) -> float:
 
 
 def index() -> dict[str, float]:
-    """What a source of MANY files costs to hold, and to begin an epoch of."""
+    """What MANY images in shards cost to hold, and to begin an epoch of."""
     tracemalloc.start()
     names = Names.of(f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(MANY))
-    source = Source(Path(), names, (), np.zeros(MANY, np.int32))
+    shard_N = np.arange(MANY, dtype=np.int32) // 5000
+    tars = tuple(f"{s:06d}.tar" for s in range(shard_N[-1] + 1))
+    offset_N, size_N = np.arange(MANY), np.full(MANY, 100_000)
+    label_N = np.zeros(MANY, np.int32)
+    source = Shards(Path(), names, (), label_N, tars, shard_N, offset_N, size_N)
     for epoch in range(2):  # a batch between two epochs holds both
         order.batch(0, source.runs(8), epoch * MANY, 1)
     held, _ = tracemalloc.get_traced_memory()

@@ -7,7 +7,6 @@ is found, replaced by its neighbour, and everything in flight is pushed again.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import logging
 import queue
@@ -161,7 +160,6 @@ class Feed:
         for made in filter(None, (self._decoder, self._alone)):
             made.close()
         self._alone = None
-        gc.collect()  # a pipeline lies in reference cycles
         memory.give_back()
 
     def _read_ahead(self, plan: Iterator[Slots]) -> None:

@@ -48,8 +48,8 @@ def words(seed: int, name: str, epoch: int, n: int) -> NDArray[np.uint32]:
     return chance.words(seed, name, 4, epoch, np.arange(-(-n // 4))).reshape(-1)[:n]
 
 
-@lru_cache(maxsize=4)
-def shuffled(seed: int, name: str, epoch: int, run: Run) -> NDArray[np.int64]:
+@lru_cache(maxsize=2)
+def shuffled(seed: int, name: str, epoch: int, run: Run) -> NDArray[np.int32]:
     """The order of a source's samples in one of its passes, read-only."""
     word_N = words(seed, name, epoch, run.samples)
     if run.shards:
@@ -57,21 +57,21 @@ def shuffled(seed: int, name: str, epoch: int, run: Run) -> NDArray[np.int64]:
         window_S = np.empty(len(word_S), dtype=np.uint64)
         window_S[np.argsort(word_S, kind="stable")] = np.arange(len(word_S)) // run.window
         word_N = np.repeat(window_S << np.uint64(32), run.shards) | word_N
-    index_N = np.argsort(word_N, kind="stable")
+    index_N = np.argsort(word_N, kind="stable").astype(np.int32)
     index_N.setflags(write=False)
     return index_N
 
 
 @lru_cache(maxsize=2)  # this epoch and the next: a batch may straddle the two
-def epoch_of(seed: int, epoch: int, runs: Runs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def epoch_of(seed: int, epoch: int, runs: Runs) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """(sample, pass) of each slot of an epoch; samples of all sources are numbered through."""
     if len(runs) == 1 and runs[0].weight == 1:
         index_N = shuffled(seed, "order", epoch, runs[0])
-        return index_N, np.broadcast_to(np.int64(epoch), index_N.shape)
+        return index_N, np.broadcast_to(np.int32(epoch), index_N.shape)
     n = per_epoch(runs)
     dealt_N = np.argsort(words(seed, "order/mix", epoch, n), kind="stable")
     source_N = np.repeat(np.arange(len(runs)), [run.per_epoch for run in runs])[dealt_N]
-    index_N, pass_N = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64)
+    index_N, pass_N = np.empty(n, dtype=np.int32), np.empty(n, dtype=np.int32)
     first = 0
     for i, run in enumerate(runs):
         slot_M = np.flatnonzero(source_N == i)
