@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 
@@ -67,4 +66,5 @@ def test_twenty_epochs_take_no_more_than_one(backend, photographs):
     resident = [int(line) for line in done.stdout.split()]
     assert len(resident) == EPOCHS
     print(backend, [f"{r / 1e6:.1f}" for r in resident])
-    assert statistics.median(resident[-5:]) < 1.02 * resident[0]
+    # What is in flight when an epoch ends differs; the least of a few epochs is what stays.
+    assert min(resident[-5:]) < 1.02 * min(resident[:5])
