@@ -123,6 +123,42 @@ def load(row: config.Teacher, *, grid: int, device: torch.device) -> Teacher:
     return Teacher(row, BUILD[kind](row, grid), grid=grid, device=device)
 
 
+def outline(row: config.Teacher, *, grid: int) -> Source:
+    """A teacher without its weights, on meta: what there is to plan with. ValueError as `load`.
+
+    A python: source is called as it is, weights and all.
+    """
+    kind, _, rest = row.source.partition(":")
+    if kind == "python":
+        return from_python(row, grid)
+    with torch.device("meta"):
+        if kind == "open_clip":
+            return clip_outline(row, grid, rest.partition("/")[0])
+        arch = rest.rpartition("#arch=")[2]
+        if not timm.is_model(arch.split(".")[0]):
+            near = nearest(arch, timm.list_models())
+            raise ValueError(f"teachers.{row.name}.source: timm has no model {arch!r}{near}")
+        size, shape = timm_shape(row, grid, timm.create_model(arch, pretrained=False))
+        model: Any = timm.create_model(arch, pretrained=False, **shape)
+        model.reset_classifier(0)
+        wants = timm.data.resolve_model_data_config(model)
+        tower, patch = timm_tower(row, model)
+    return Source(tower, size, patch, wants["mean"], wants["std"])
+
+
+def clip_outline(row: config.Teacher, grid: int, arch: str) -> Source:
+    """An open_clip tower without its weights."""
+    import open_clip
+
+    found = open_clip.get_model_config(arch)
+    if found is None:
+        near = nearest(arch, open_clip.list_models())
+        raise ValueError(f"teachers.{row.name}.source: open_clip has no model {arch!r}{near}")
+    size = clip_size(row, grid, found["vision_cfg"])
+    model = open_clip.create_model(arch, force_image_size=size, device="meta")
+    return clip_source(row, size, model)
+
+
 def from_timm(row: config.Teacher, grid: int) -> Source:
     """`timm:NAME`: published weights from the hub's cache, loaded strictly, then beheaded."""
     weights.locate(row)

@@ -1,0 +1,87 @@
+"""GPUs as the planner knows them: memory, peak and bandwidths, by the vendors' data sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from unic_ds.config import check
+from unic_ds.override import nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU and what joins it to others; bandwidths are of one direction."""
+
+    name: str
+    memory_gb: float  # what the driver shows, in 1e9 bytes
+    tflops: float  # dense bf16
+    memory_gb_s: float
+    node_gb_s: float  # to the other GPUs of its node
+    net_gb_s: float  # its share of the node's network
+    per_node: int = 8
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "name":
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                check(number and value > 0, f"{self.name}: {field.name}", "a positive number", value)
+
+
+def _row(name: str, memory: float, tflops: float, hbm: float, node: float, net: float) -> Gpu:
+    return Gpu(
+        name=name,
+        memory_gb=memory,
+        tflops=tflops,
+        memory_gb_s=hbm,
+        node_gb_s=node,
+        net_gb_s=net,
+    )
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _row("a100-40", 42.5, 312, 1555, 300, 25),
+        _row("a100-80", 85.0, 312, 2039, 300, 25),
+        _row("h100-80", 85.5, 989, 3350, 450, 50),
+        _row("h200", 150.7, 989, 4800, 450, 50),
+        _row("b200", 192.2, 2250, 7700, 900, 50),
+        _row("l40s", 48.3, 362, 864, 32, 25),
+    )
+}
+"""Networks are assumed: a 200 Gb/s adapter for each A100 and L40S, 400 Gb/s for the others."""
+
+
+def get(name: str) -> Gpu:
+    """A GPU of the table or of a .yaml file with the fields of `Gpu`; else ValueError."""
+    if Path(name).suffix in (".yaml", ".yml"):
+        return read(Path(name))
+    if name not in GPUS:
+        known = list(GPUS)
+        raise ValueError(
+            f"--gpu {name!r} is not known{nearest(name, known)}; there are {', '.join(known)}, or"
+            " name a .yaml file"
+        )
+    return GPUS[name]
+
+
+def read(file: Path) -> Gpu:
+    """A GPU described in YAML."""
+    import yaml
+
+    try:
+        said = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--gpu {str(file)!r} cannot be read ({error})") from error
+    wanted = [field.name for field in fields(Gpu) if field.name not in ("name", "per_node")]
+    if not isinstance(said, dict) or set(said) - {"name", "per_node"} != set(wanted):
+        raise ValueError(f"--gpu {str(file)!r} must say {', '.join(wanted)}, and may say per_node")
+    return Gpu(**{"name": file.stem} | said)
+
+
+def peak_tflops(device: str) -> float | None:
+    """Dense bf16 peak of a device by the name that CUDA gives it; None where it is not known."""
+    names = sorted(GPUS, key=len, reverse=True)
+    return next((GPUS[n].tflops for n in names if n.partition("-")[0].upper() in device), None)
