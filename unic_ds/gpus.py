@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from unic_ds.config import check
 from unic_ds.override import nearest
@@ -26,7 +27,9 @@ class Gpu:
             value = getattr(self, field.name)
             if field.name != "name":
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                check(number and value > 0, f"{self.name}: {field.name}", "a positive number", value)
+                check(
+                    number and value > 0, f"{self.name}: {field.name}", "a positive number", value
+                )
 
 
 def _row(name: str, memory: float, tflops: float, hbm: float, node: float, net: float) -> Gpu:
@@ -78,7 +81,8 @@ def read(file: Path) -> Gpu:
     wanted = [field.name for field in fields(Gpu) if field.name not in ("name", "per_node")]
     if not isinstance(said, dict) or set(said) - {"name", "per_node"} != set(wanted):
         raise ValueError(f"--gpu {str(file)!r} must say {', '.join(wanted)}, and may say per_node")
-    return Gpu(**{"name": file.stem} | said)
+    numbers: dict[str, Any] = {"name": file.stem} | said
+    return Gpu(**numbers)
 
 
 def peak_tflops(device: str) -> float | None:

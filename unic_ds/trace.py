@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,24 @@ class Live(TorchDispatchMode):
         self.now -= nbytes
 
 
+def between(few: Trace, many: Trace, images: int) -> Trace:
+    """The trace of another micro batch: FLOPs and bytes are affine in its images."""
+    share = (images - few.images) / (many.images - few.images)
+
+    def line(a: float, b: float) -> float:
+        return a + share * (b - a)
+
+    return replace(
+        few,
+        images=images,
+        flops={name: line(a, many.flops[name]) for name, a in few.flops.items()},
+        kept={name: round(line(a, many.kept[name])) for name, a in few.kept.items()},
+        targets=round(line(few.targets, many.targets)),
+        teachers_peak=round(line(few.teachers_peak, many.teachers_peak)),
+        step_peak=round(line(few.step_peak, many.step_peak)),
+    )
+
+
 def flop_counter() -> FlopCounterMode:
     """torch's counter, told of the attention that a CPU runs."""
 
@@ -114,8 +132,8 @@ def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
         flops[f"teacher {row.name}"] = float(counter.get_total_flops())
         weights = list(teacher.parameters())
         teachers[row.name] = (sum(p.numel() for p in weights), sum(p.nbytes for p in weights))
-        own = sum(x.nbytes for x in targets[row.name])
-        peak, held = max(peak, live.peak - own + held), held + own
+        said = sum(x.nbytes for x in targets[row.name])
+        peak, held = max(peak, live.peak - said + held), held + said
     widths = {name: tokens.cls_BC.shape[-1] for name, tokens in targets.items()}
     with torch.device("meta"):
         student = Student(
@@ -149,7 +167,7 @@ def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
 def step(
     cfg: config.Config, student: Student, targets: dict[str, Tokens], images: int
 ) -> tuple[dict[str, float], dict[str, int], int]:
-    """(FLOPs by part, bytes kept for backward by part, bytes held at most) of the student's step."""
+    """(FLOPs by part, bytes kept for backward by part, bytes held at most) of a student's step."""
     for parameter in student.parameters():  # where gradients go is another matter: ZeRO's
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(drop_grad)

@@ -1,0 +1,213 @@
+"""Memory, communication and time of a run before it is queued: arithmetic on a traced step.
+
+Memory per GPU under ZeRO stage s of W ranks, P trained and F frozen weights of the student, b bytes
+a weight (2 in bf16, 4 in fp32), as DeepSpeed holds it (tests/test_plan.py measures it):
+
+    weights     (P + F) b,  of W under s = 3
+    masters     4 P,        of W under s >= 1; in fp32 under s = 0 the weights themselves
+    moments     8 P (12 P with an average), of W under s >= 1
+    gradients   b P,        of W under s >= 2
+
+Time is FLOPs over peak times efficiency, plus the communication that backward does not hide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from unic_ds import config, ds_config
+from unic_ds.gpus import Gpu
+from unic_ds.trace import Trace
+
+CONTEXT_GB = 2.0  # CUDA, NCCL and cuBLAS work spaces
+CACHE = 0.04  # what the caching allocator cannot use, of what is live
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """Shares of the peaks that parts reach; assumptions, to be replaced by measured ones."""
+
+    teachers: float = 0.50
+    student: float = 0.45
+    ladder: float = 0.50
+    links: float = 0.75
+    overlap: float = 0.80  # of backward, that communication may hide behind
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            config.check(0 < value <= 1, f"--efficiency {name}", "in (0, 1]", value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will need and how fast it may be; memory and bytes are of one GPU."""
+
+    gpu: str
+    gpus: int
+    zero_stage: int
+    micro_batch: int
+    accumulation: int
+    memory_gb: dict[str, float]  # by kind
+    room_gb: float  # of the GPU
+    tflop_per_image: dict[str, float]
+    traffic_gb: float  # that a GPU sends in an optimiser step
+    seconds: dict[str, float]  # of an optimiser step, by part
+    images_per_s: float
+    mfu: float
+    days: float
+    steps: int
+    checkpoint_gb: float
+    cache_gb_per_view: float
+
+    @property
+    def needs_gb(self) -> float:
+        """Memory of a GPU, all kinds."""
+        return sum(self.memory_gb.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits."""
+        return self.needs_gb <= self.room_gb
+
+
+def kinds(settings: dict[str, Any], traced: Trace, world: int, *, ema: bool) -> dict[str, float]:
+    """Bytes that a rank holds between steps: weights, gradients, optimiser (see above)."""
+    stage = ds_config.stage(settings)
+    bf16 = bool(settings.get("bf16", {}).get("enabled"))
+    b = 2 if bf16 else FP32
+    trained, frozen = traced.encoder + traced.ladder, traced.frozen
+    masters = FP32 * trained if bf16 or stage else 0
+    moments = (3 if ema else 2) * FP32 * trained
+    return {
+        "weights": (trained + frozen) * b / (world if stage == 3 else 1),
+        "gradients": trained * b / (world if stage >= 2 else 1),
+        "optimiser": (masters + moments) / (world if stage else 1),
+    }
+
+
+def buffers(settings: dict[str, Any], traced: Trace) -> float:
+    """Bytes of DeepSpeed's buckets, and of weights that ZeRO-3 has gathered."""
+    zero = settings.get("zero_optimization", {})
+    stage, b = ds_config.stage(settings), 2 if settings.get("bf16", {}).get("enabled") else FP32
+    trained = traced.encoder + traced.ladder
+    bucket = min(zero.get("reduce_bucket_size", 5e8), trained)
+    if stage == 0:
+        return 0.0
+    if stage < 3:
+        gathered = min(zero.get("allgather_bucket_size", 5e8), trained) * b
+        return bucket * b * (2 if zero.get("overlap_comm") else 1) + gathered
+    live = min(zero.get("stage3_max_live_parameters", 1e9), trained)
+    ahead = min(zero.get("stage3_prefetch_bucket_size", 5e7), trained)
+    return zero.get("reduce_bucket_size", 5e8) * FP32 + (live + ahead) * b
+
+
+def memory(
+    settings: dict[str, Any], cfg: config.Config, traced: Trace, world: int
+) -> dict[str, float]:
+    """GB of a rank by kind, at its fullest moment."""
+    held = kinds(settings, traced, world, ema=bool(cfg.optim.ema))
+    zero = settings.get("zero_optimization", {})
+    if (zero.get("offload_optimizer") or {}).get("device") not in (None, "none"):
+        held["optimiser"] = held["gradients"] = 0.0
+    if (zero.get("offload_param") or {}).get("device") not in (None, "none"):
+        held["weights"] = 0.0
+    kept = sum(traced.kept.values())
+    working = max(traced.teachers_peak, traced.step_peak - kept)
+    found = held | {
+        "activations: encoder": traced.kept.get("encoder", 0),
+        "activations: ladder, loss": traced.kept.get("ladder and loss", 0),
+        "working memory": working,
+        "teachers": sum(nbytes for _, nbytes in traced.teachers.values()),
+        "targets": traced.targets,
+        "buffers": buffers(settings, traced),
+    }
+    found = {name: nbytes / 1e9 for name, nbytes in found.items()}
+    return found | {"CUDA, NCCL, allocator": CONTEXT_GB + CACHE * sum(found.values())}
+
+
+def flops_per_image(cfg: config.Config, traced: Trace) -> dict[str, float]:
+    """FLOPs of an image's step by part; the ladder's backward skips what teacher dropping drops."""
+    per = {name: value / traced.images for name, value in traced.flops.items()}
+    teachers = sum(value for name, value in per.items() if name.startswith("teacher "))
+    forward, ladder = per["encoder forward"], per["ladder forward"]
+    count = len(cfg.teachers)
+    kept = (1 + (count - 1) * (1 - cfg.drop.rate)) / count
+    return {
+        "teachers": teachers,
+        "encoder": 3 * forward,
+        "ladder": ladder * (1 + 2 * kept),
+    }
+
+
+def traffic(settings: dict[str, Any], traced: Trace, world: int, accumulation: int) -> float:
+    """Bytes that a rank sends in an optimiser step, by rings."""
+    stage = ds_config.stage(settings)
+    bf16 = bool(settings.get("bf16", {}).get("enabled"))
+    b = 2 if bf16 else FP32
+    grad = FP32 if settings.get("communication_data_type") == "fp32" else b
+    trained, share = traced.encoder + traced.ladder, (world - 1) / world
+    if stage == 0:
+        return 2 * share * trained * grad
+    if stage == 1:
+        return share * trained * (grad + b)
+    if stage == 2:
+        return share * trained * (accumulation * grad + b)
+    return share * trained * accumulation * (grad + 2 * b)
+
+
+def make(
+    cfg: config.Config,
+    settings: dict[str, Any],
+    traced: Trace,
+    gpu: Gpu,
+    gpus: int,
+    *,
+    per_epoch: int,
+    efficiency: Efficiency | None = None,
+) -> Plan:
+    """The plan of a run on `gpus` GPUs; `settings` are merged, `traced` is of their micro batch."""
+    rate = efficiency or Efficiency()
+    micro = settings["train_micro_batch_size_per_gpu"]
+    accumulation = settings["gradient_accumulation_steps"]
+    assert traced.images == micro
+    per_image = flops_per_image(cfg, traced)
+    images = micro * accumulation
+    at = {"teachers": rate.teachers, "encoder": rate.student, "ladder": rate.ladder}
+    busy = {part: images * n / (gpu.tflops * 1e12 * at[part]) for part, n in per_image.items()}
+    backward = 2 / 3 * (busy["encoder"] + busy["ladder"])
+    sent = traffic(settings, traced, gpus, accumulation)
+    link = gpu.node_gb_s
+    if gpus > gpu.per_node:  # a ring crosses nodes through all of a node's adapters
+        link = min(link, gpu.net_gb_s * gpu.per_node)
+    wire = sent / (link * 1e9 * rate.links) if gpus > 1 else 0.0
+    overlaps = settings.get("zero_optimization", {}).get("overlap_comm", False)
+    seen = max(0.0, wire - rate.overlap * backward) if overlaps else wire
+    trained = traced.encoder + traced.ladder
+    whole = ds_config.stage(settings) == 0
+    update = 34 * trained / (1 if whole else gpus) / (gpu.memory_gb_s * 1e9)
+    seconds = busy | {"communication not hidden": seen, "update": update}
+    total = sum(seconds.values())
+    batch = images * gpus
+    steps = cfg.optim.step_count(per_epoch)
+    flops = sum(per_image.values())
+    copies = 4 if cfg.optim.ema else 3
+    return Plan(
+        gpu=gpu.name,
+        gpus=gpus,
+        zero_stage=ds_config.stage(settings),
+        micro_batch=micro,
+        accumulation=accumulation,
+        memory_gb=memory(settings, cfg, traced, gpus),
+        room_gb=gpu.memory_gb,
+        tflop_per_image={part: n / 1e12 for part, n in per_image.items()},
+        traffic_gb=sent / 1e9,
+        seconds=seconds,
+        images_per_s=batch / total,
+        mfu=batch * flops / total / (gpus * gpu.tflops * 1e12),
+        days=steps * total / 86400,
+        steps=steps,
+        checkpoint_gb=(copies * FP32 * trained + 2 * (trained + traced.frozen)) / 1e9,
+        cache_gb_per_view=per_epoch * sum(traced.widths.values()) * (traced.tokens + 1) * 2 / 1e9,
+    )

@@ -1,0 +1,140 @@
+"""`unic-ds plan`: whether a run fits its GPUs, how long it takes, and what would suit it best."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from unic_ds import config, ds_config, job, plan
+from unic_ds.gpus import Gpu
+from unic_ds.trace import between, trace
+
+IMAGENET = 1_281_167  # images that an epoch is taken to have where nobody says
+MICRO = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SHOWN = 8  # of what a search finds
+FEW, MANY = 2, 8  # micro batches that a search traces
+
+
+def stages(
+    cfg: config.Config,
+    file: dict[str, Any],
+    gpu: Gpu,
+    gpus: int,
+    *,
+    images: int,
+    efficiency: plan.Efficiency,
+) -> list[plan.Plan]:
+    """A plan for each stage of a run."""
+    found = []
+    for stage, _ in job.staged(cfg, Path()):
+        settings = ds_config.merge(file, stage, gpus)
+        traced = trace(stage, settings["train_micro_batch_size_per_gpu"], bf16=bf16(settings))
+        found.append(
+            plan.make(stage, settings, traced, gpu, gpus, per_epoch=images, efficiency=efficiency)
+        )
+    return found
+
+
+def search(
+    cfg: config.Config,
+    file: dict[str, Any],
+    gpu: Gpu,
+    gpus: int,
+    *,
+    images: int,
+    efficiency: plan.Efficiency,
+) -> list[plan.Plan]:
+    """What fits of the last stage, the fastest first."""
+    dtype = bf16(ds_config.merge(file | {"train_micro_batch_size_per_gpu": 1}, cfg, gpus))
+    few, many = (trace(cfg, n, bf16=dtype) for n in (FEW, MANY))
+    plans = [
+        plan.make(
+            cfg,
+            settings,
+            between(few, many, settings["train_micro_batch_size_per_gpu"]),
+            gpu,
+            gpus,
+            per_epoch=images,
+            efficiency=efficiency,
+        )
+        for settings in candidates(cfg, file, gpus)
+    ]
+    return sorted((p for p in plans if p.fits), key=lambda p: -p.images_per_s)
+
+
+def candidates(cfg: config.Config, file: dict[str, Any], gpus: int) -> Iterator[dict[str, Any]]:
+    """Settings with other ZeRO stages and micro batches that divide the batch."""
+    for stage in (1, 2, 3):
+        for micro in MICRO:
+            if cfg.optim.batch_size % (micro * gpus) == 0:
+                zero = file.get("zero_optimization", {}) | {"stage": stage}
+                yield ds_config.merge(
+                    file | {"train_micro_batch_size_per_gpu": micro, "zero_optimization": zero},
+                    cfg,
+                    gpus,
+                )
+
+
+def bf16(settings: dict[str, Any]) -> bool:
+    """Whether the student trains in bf16."""
+    return bool(settings.get("bf16", {}).get("enabled"))
+
+
+def show(found: list[plan.Plan], *, as_json: bool) -> None:
+    """Print the plans of a run's stages."""
+    if as_json:
+        print(json.dumps([as_dict(row) for row in found]))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for number, row in enumerate(found, 1):
+        of = f"stage {number} of {len(found)}: " if len(found) > 1 else ""
+        each = f"micro batch {row.micro_batch} x {row.accumulation}"
+        console.print(f"{of}{row.gpus} x {row.gpu}, ZeRO-{row.zero_stage}, {each}\n")
+        console.print(table("memory of a GPU", "GB", row.memory_gb, row.needs_gb))
+        console.print(table("FLOPs of an image", "TFLOP", row.tflop_per_image))
+        console.print(table("an optimiser step", "s", row.seconds))
+        verdict = "fits" if row.fits else "does NOT fit"
+        console.print(f"{row.needs_gb:.1f} of {row.room_gb:.1f} GB: {verdict}")
+        pace = f"{row.images_per_s:.0f} images/s, MFU {row.mfu:.0%}"
+        console.print(f"{pace}, {row.days:.1f} days for {row.steps} steps")
+        sends = f"a GPU sends {row.traffic_gb:.1f} GB a step"
+        stores = f"a checkpoint has {row.checkpoint_gb:.1f} GB"
+        console.print(f"{sends}; {stores}; a feature cache {row.cache_gb_per_view:.0f} GB a view\n")
+    console.print("Times are predictions from assumed efficiencies (--efficiency), not measured.")
+
+
+def show_found(found: list[plan.Plan], *, as_json: bool) -> None:
+    """Print what a search found."""
+    if as_json:
+        print(json.dumps([as_dict(row) for row in found]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table("ZeRO", "micro batch", "accumulation", "GB", "images/s", "MFU", "days")
+    for row in found[:SHOWN]:
+        pace = f"{row.images_per_s:.0f}", f"{row.mfu:.0%}", f"{row.days:.1f}"
+        split = str(row.zero_stage), str(row.micro_batch), str(row.accumulation)
+        grid.add_row(*split, f"{row.needs_gb:.1f}", *pace)
+    Console().print(grid)
+
+
+def table(title: str, unit: str, rows: dict[str, float], total: float | None = None) -> Any:
+    """A table of parts and their share."""
+    from rich.table import Table
+
+    whole = sum(rows.values()) if total is None else total
+    grid = Table(title=title, title_justify="left", box=None, show_header=False)
+    for name, value in (rows | {"in all": whole}).items():
+        grid.add_row(name, f"{value:.3g} {unit}", f"{value / whole:.0%}")
+    return grid
+
+
+def as_dict(row: plan.Plan) -> dict[str, Any]:
+    """A plan as plain values."""
+    return asdict(row) | {"needs_gb": row.needs_gb, "fits": row.fits}
