@@ -1,0 +1,113 @@
+"""What ranks really hold under DeepSpeed, for tests/test_plan.py: `held_memory.py PLAN.json`.
+
+For each row of the plan, a recipe's options and a ds_config, a student is built, stepped twice and
+measured: bytes of all tensors that are alive, by when they came, and what autograd keeps.
+"""
+
+import gc
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unic_ds import balance, config, dist, ds_config, engine, override, recipes
+from unic_ds.ladder import Head, heads_of
+from unic_ds.loss import distill_loss
+from unic_ds.ops import KERNELS
+from unic_ds.student import Student
+from unic_ds.tokens import Target, Tokens
+from unic_ds.trace import flop_counter
+
+WIDTHS = {"effnet": 1280, "dinov2": 384}
+
+
+def held() -> int:
+    """Bytes of the storages of all tensors that Python knows."""
+    gc.collect()
+    sizes: dict[int, int] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for found in gc.get_objects():
+            if isinstance(found, Tensor) and not found.is_meta:
+                storage = found.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def targets(cfg: config.Config, micro: int, tokens: int, dtype: torch.dtype) -> dict[str, Target]:
+    """Random tokens of the recipe's teachers."""
+    return {
+        row.name: Target.of(
+            Tokens(
+                torch.randn(micro, WIDTHS[row.name], dtype=dtype),
+                torch.randn(micro, tokens, WIDTHS[row.name], dtype=dtype),
+            )
+        )
+        for row in cfg.teachers
+    }
+
+
+def measure(options: dict[str, str], file: dict[str, Any]) -> dict[str, float]:
+    """One row's figures."""
+    cfg = override.override_all(recipes.get("quickstart"), options)
+    settings = ds_config.merge(file, cfg, dist.world())
+    micro, start = settings["train_micro_batch_size_per_gpu"], held()
+    heads: dict[str, Head] = heads_of(cfg, WIDTHS)
+    student = Student(cfg.student, cfg.ladder, heads, seed=0, ops=KERNELS[cfg.kernels])
+    made = engine.build(student, cfg.optim, settings)
+    dtype = student.dtype
+    side = cfg.student.size
+    image = torch.randint(0, 255, (micro, 3, side, side), dtype=torch.uint8)
+    said = targets(cfg, micro, (side // 16) ** 2, dtype)
+    given = sum(x.nbytes for target in said.values() for x in (*target.raw, *target[1:3]))
+    own = {x.untyped_storage().data_ptr() for target in said.values() for x in target.raw}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        weights = {p.untyped_storage().data_ptr() for p in student.parameters()}  # ZeRO-3 gathers
+        if storage.data_ptr() not in own | weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    after: dict[str, int] = {}
+    for _ in range(2):
+        kept.clear()
+        path_BK = torch.rand(micro, len(student.paths))
+        drop_TB = torch.rand(len(cfg.teachers), micro)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            pred = made(image, path_BK)
+            loss, _ = distill_loss(
+                pred,
+                said,
+                drop_TB,
+                loss=cfg.loss,
+                balance=balance.build(cfg),
+                ops=KERNELS[cfg.kernels],
+            )
+        made.backward(loss)
+        del pred, loss
+        after["backward"] = held()
+        made.step()
+        after["step"] = held()
+    with torch.no_grad(), flop_counter() as counter:
+        made(image, path_BK)
+    given += image.nbytes + path_BK.nbytes + drop_TB.nbytes
+    return {
+        "between": after["step"] - start - given,
+        "gradients": after["backward"] - after["step"],
+        "kept": sum(kept.values()),
+        "forward_flops": counter.get_total_flops(),
+    }
+
+
+if __name__ == "__main__":
+    plan = next(word for word in sys.argv[1:] if not word.startswith("--"))
+    dist.start()
+    rows = [measure(options, file) for options, file in json.loads(Path(plan).read_text())]
+    if dist.rank() == 0:
+        Path(plan).with_suffix(".measured").write_text(json.dumps(rows))

@@ -1,0 +1,75 @@
+"""The planner's memory and FLOPs are those of real runs; its table says what fits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from test_train import ROOT, demonstration, pytestmark, ranks_and_port, run  # noqa: F401
+
+from unic_ds import ds_config, override, plan, recipes
+from unic_ds.trace import trace
+
+SIZE = {"student.size": "64"}
+PATCHES = SIZE | {"teachers.effnet.size": "64", "teachers.dinov2.size": "56"}
+CONFIGS = [
+    (PATCHES, stage, bf16, micro)
+    for stage in (0, 1, 2, 3)
+    for bf16, micro in ((True, 2), (False, 4))
+] + [
+    (PATCHES | {"optim.ema": "0.99"}, 2, True, 8),
+    (PATCHES | {"optim.ema": "0.99"}, 3, True, 4),
+    (PATCHES | {"ladder.recompute": "none"}, 1, True, 8),
+    (PATCHES | {"ladder.recompute": "all", "student.model": "vit_small_patch16_224"}, 2, True, 4),
+    (PATCHES | {"ladder.projector": "linear", "ladder.rungs": "last"}, 2, False, 8),
+    (PATCHES | {"kernels": "reference"}, 3, True, 2),
+]
+
+
+def settings(stage, bf16, micro):
+    """A ds_config file's contents; small buckets, which are not what is compared."""
+    file = json.loads((ROOT / "ds_configs" / f"zero{max(stage, 1)}.json").read_text())
+    file["zero_optimization"]["stage"] = stage
+    # ZeRO-3 holds its bucket all the time; the others keep a gradient larger than theirs
+    file["zero_optimization"]["reduce_bucket_size"] = 1000 if stage == 3 else 3_000_000
+    file["zero_optimization"]["stage3_prefetch_bucket_size"] = 1000
+    file["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return file | {"train_micro_batch_size_per_gpu": micro, "bf16": {"enabled": bf16}}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Figures of two real ranks for every configuration."""
+    file = tmp_path_factory.mktemp("held") / "plan.json"
+    rows = [
+        (options | {"optim.batch_size": str(2 * micro)}, settings(stage, bf16, micro))
+        for options, stage, bf16, micro in CONFIGS
+    ]
+    file.write_text(json.dumps(rows))
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    script = str(ROOT / "tests" / "held_memory.py")
+    run([launcher, *ranks_and_port(2), script, str(file)])
+    return json.loads(file.with_suffix(".measured").read_text())
+
+
+@pytest.mark.parametrize("number", range(len(CONFIGS)))
+def test_memory_and_flops_are_those_of_a_real_run(measured, number):
+    options, stage, bf16, micro = CONFIGS[number]
+    options = options | {"optim.batch_size": str(2 * micro)}
+    cfg = override.override_all(recipes.get("quickstart"), options)
+    merged = ds_config.merge(settings(stage, bf16, micro), cfg, 2)
+    traced = trace(cfg, micro, bf16=bf16)
+    held = plan.kinds(merged, traced, 2, ema=bool(cfg.optim.ema))
+    real = measured[number]
+    between = held["weights"] + held["optimiser"]
+    if stage == 3:  # its gradients' places are made at the start
+        between += held["gradients"]
+    elif stage != 1:  # it lets go of what it has reduced
+        assert real["gradients"] == pytest.approx(held["gradients"], rel=0.1)
+    assert real["between"] == pytest.approx(between, rel=0.1)
+    assert real["kept"] == pytest.approx(sum(traced.kept.values()), rel=0.1)
+    forward = traced.flops["encoder forward"] + traced.flops["ladder forward"]
+    assert real["forward_flops"] == pytest.approx(forward, rel=0.02)
+    print(number, {k: round(v) for k, v in held.items()}, real, traced.kept, traced.flops)
