@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from pictures import folder
 
 from unic_ds.config import Data
@@ -15,6 +16,7 @@ from unic_ds.data.feed import backend
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_it_measures_every_way_and_the_index(tmp_path):
     images = folder(tmp_path / "images", 24)
     words = ["--size", "32", "--batch", "4", "--batches", "2", "--rounds", "2", "--threads", "1"]
