@@ -7,16 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from pictures import folder
 
 from unic_ds.config import Data
-from unic_ds.data.feed import backend
+from unic_ds.data import backend, pack, scan
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_it_measures_every_way_and_the_index(tmp_path):
-    images = folder(tmp_path / "images", 24)
+    """On shards, which are one of the things that it may be given."""
+    images = tmp_path / "pack"
+    pack.pack(scan(folder(tmp_path / "images", 24)), images, pack.Settings(), workers=1)
     words = ["--size", "32", "--batch", "4", "--batches", "2", "--rounds", "2", "--threads", "1"]
     command = [sys.executable, "-m", "unic_ds.data.bench", *words]
     done = subprocess.run(

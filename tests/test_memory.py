@@ -51,7 +51,8 @@ def photographs(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("backend", ["dali", pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["dali", "torch"])
 def test_twenty_epochs_take_no_more_than_one(backend, photographs):
     """Training from shards, and a validation pass with a pipeline of its own after every epoch."""
     if backend == "dali":

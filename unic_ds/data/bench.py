@@ -12,6 +12,7 @@ medians over rounds. Where there is a GPU, DALI also decodes on it.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import platform
 import statistics
@@ -165,7 +166,7 @@ class Plain(Dataset[torch.Tensor]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        with Image.open(self.source.folder / self.source.names[index]) as file:
+        with Image.open(io.BytesIO(self.source.read(index).tobytes())) as file:
             image = file.convert("RGB")
         if self.tensors:
             return self.augment(V.pil_to_tensor(image))
