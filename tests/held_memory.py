@@ -20,7 +20,7 @@ from unic_ds.loss import distill_loss
 from unic_ds.ops import KERNELS
 from unic_ds.student import Student
 from unic_ds.tokens import Target, Tokens
-from unic_ds.trace import flop_counter
+from unic_ds.tracing import flop_counter
 
 WIDTHS = {"effnet": 1280, "dinov2": 384}
 

@@ -10,7 +10,7 @@ import pytest
 from test_train import ROOT, demonstration, pytestmark, ranks_and_port, run  # noqa: F401
 
 from unic_ds import ds_config, override, plan, recipes
-from unic_ds.trace import trace
+from unic_ds.tracing import trace
 
 SIZE = {"student.size": "64"}
 PATCHES = SIZE | {"teachers.effnet.size": "64", "teachers.dinov2.size": "56"}

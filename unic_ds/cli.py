@@ -20,6 +20,9 @@ unic-ds VERB [--option value ...]
   teachers check    run an image through each teacher: tokens, widths, grid, preprocessing, licence,
   SHA-256
   teachers fetch    download the teachers' weights (on a machine that reaches the hub)
+  plan              memory, traffic and time of a run before it is queued: --recipe R --gpus 64
+  --gpu h100-80 [--ds_config F] [--search] [--images N] [--efficiency student=0.4,...] [--json];
+  exit code 1 where it does not fit
   pack              images as tar shards with an index: pack SRC OUT [--shard_mb 512]
   [--max_side N] [--workers N] [--seed 0]; SRC is anything that --data.train takes
   pack verify OUT   prove a pack whole: checksums, headers, index
@@ -203,6 +206,15 @@ def pack(words: list[str], options: dict[str, str]) -> int:
     return 0
 
 
+def plan(options: dict[str, str]) -> int:
+    """What a run needs, and whether it fits."""
+    from unic_ds import planner
+
+    own = take(options, *planner.OWN)
+    cfg = job.configure(take(options, "recipe").get("recipe", "quickstart"), options)
+    return planner.run(own, cfg)
+
+
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:
     """Print rows as a table for people or one JSON object for programs."""
     if as_json:
@@ -223,6 +235,7 @@ VERBS = {
     "teachers check": teachers_check,
     "teachers fetch": teachers_fetch,
     "export": export,
+    "plan": plan,
     "quickstart": quickstart,
 }
 WITH_PATHS = {"cache": cache, "import-unic": import_unic, "pack": pack}

@@ -18,7 +18,7 @@ from typing import Any
 
 from unic_ds import config, ds_config
 from unic_ds.gpus import Gpu
-from unic_ds.trace import Trace
+from unic_ds.tracing import Trace
 
 CONTEXT_GB = 2.0  # CUDA, NCCL and cuBLAS work spaces
 CACHE = 0.04  # what the caching allocator cannot use, of what is live

@@ -4,25 +4,64 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from unic_ds import config, ds_config, job, plan
+from unic_ds import config, ds_config, gpus, job, override, plan
 from unic_ds.gpus import Gpu
-from unic_ds.trace import between, trace
+from unic_ds.tracing import between, trace
 
 IMAGENET = 1_281_167  # images that an epoch is taken to have where nobody says
 MICRO = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHOWN = 8  # of what a search finds
 FEW, MANY = 2, 8  # micro batches that a search traces
+OWN = ("gpus", "gpu", "ds_config", "images", "efficiency", "search", "json")
+
+
+def run(own: dict[str, str], cfg: config.Config) -> int:
+    """The verb: print what its options ask for; exit code 1 where the run does not fit."""
+    gpu = gpus.get(own.get("gpu", "h100-80"))
+    count, images = (
+        int(override.coerce(int, own.get(name, str(default)), f"--{name}"))
+        for name, default in (("gpus", gpu.per_node), ("images", IMAGENET))
+    )
+    for name, value in (("gpus", count), ("images", images)):
+        config.check(value > 0, f"--{name}", "positive", value)
+    if not cfg.teachers:
+        raise ValueError("plan needs teachers; a --recipe has some")
+    file = ds_config.read(own.get("ds_config", "ds_configs/zero2.json"))
+    rates = efficiency(own.get("efficiency", ""))
+    given: dict[str, Any] = {"images": images, "efficiency": rates}
+    if "search" in own:
+        found = search(cfg, file, gpu, count, **given)
+        if not found:
+            raise RuntimeError(f"nothing fits {count} x {gpu.name}; take more or larger GPUs")
+        show_found(found, as_json="json" in own)
+        return 0
+    plans = stages(cfg, file, gpu, count, **given)
+    show(plans, as_json="json" in own)
+    return 0 if all(row.fits for row in plans) else 1
+
+
+def efficiency(text: str) -> plan.Efficiency:
+    """Assumed shares of the peaks from `student=0.4,links=0.7`; ValueError for another name."""
+    rates = {}
+    known = [field.name for field in fields(plan.Efficiency)]
+    for word in filter(None, text.split(",")):
+        name, _, value = word.partition("=")
+        if name not in known:
+            near = override.nearest(name, known)
+            raise ValueError(f"--efficiency has no {name!r}{near}; there are {', '.join(known)}")
+        rates[name] = float(override.coerce(float, value, f"--efficiency {name}"))
+    return plan.Efficiency(**rates)
 
 
 def stages(
     cfg: config.Config,
     file: dict[str, Any],
     gpu: Gpu,
-    gpus: int,
+    count: int,
     *,
     images: int,
     efficiency: plan.Efficiency,
@@ -30,10 +69,10 @@ def stages(
     """A plan for each stage of a run."""
     found = []
     for stage, _ in job.staged(cfg, Path()):
-        settings = ds_config.merge(file, stage, gpus)
+        settings = ds_config.merge(file, stage, count)
         traced = trace(stage, settings["train_micro_batch_size_per_gpu"], bf16=bf16(settings))
         found.append(
-            plan.make(stage, settings, traced, gpu, gpus, per_epoch=images, efficiency=efficiency)
+            plan.make(stage, settings, traced, gpu, count, per_epoch=images, efficiency=efficiency)
         )
     return found
 
@@ -42,13 +81,13 @@ def search(
     cfg: config.Config,
     file: dict[str, Any],
     gpu: Gpu,
-    gpus: int,
+    count: int,
     *,
     images: int,
     efficiency: plan.Efficiency,
 ) -> list[plan.Plan]:
     """What fits of the last stage, the fastest first."""
-    dtype = bf16(ds_config.merge(file | {"train_micro_batch_size_per_gpu": 1}, cfg, gpus))
+    dtype = bf16(ds_config.merge(file | {"train_micro_batch_size_per_gpu": 1}, cfg, count))
     few, many = (trace(cfg, n, bf16=dtype) for n in (FEW, MANY))
     plans = [
         plan.make(
@@ -56,11 +95,11 @@ def search(
             settings,
             between(few, many, settings["train_micro_batch_size_per_gpu"]),
             gpu,
-            gpus,
+            count,
             per_epoch=images,
             efficiency=efficiency,
         )
-        for settings in candidates(cfg, file, gpus)
+        for settings in candidates(cfg, file, count)
     ]
     return sorted((p for p in plans if p.fits), key=lambda p: -p.images_per_s)
 
