@@ -65,6 +65,7 @@ def test_unic_l_has_the_paper_s_stages(tmp_path):
 
 
 @NEEDS
+@pytest.mark.slow
 def test_two_stages_killed_in_the_second_give_the_same_curve(tmp_path):
     more = {
         "stages": "student.size=32 optim.steps=2",
