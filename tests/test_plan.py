@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import ROOT, demonstration, pytestmark, ranks_and_port, run  # noqa: F401
+from test_train import ROOT, demonstration, ranks_and_port, run  # noqa: F401
 
 from unic_ds import ds_config, override, plan, recipes
-from unic_ds.tracing import trace
+from unic_ds.tracing import AGAIN, AGAIN_ZERO3, trace
+
+pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.usefixtures("demonstration")]
 
 SIZE = {"student.size": "64"}
 PATCHES = SIZE | {"teachers.effnet.size": "64", "teachers.dinov2.size": "56"}
@@ -25,6 +27,8 @@ CONFIGS = [
     (PATCHES | {"ladder.recompute": "all", "student.model": "vit_small_patch16_224"}, 2, True, 4),
     (PATCHES | {"ladder.projector": "linear", "ladder.rungs": "last"}, 2, False, 8),
     (PATCHES | {"kernels": "reference"}, 3, True, 2),
+    (PATCHES | {"student.checkpoint": "full"}, 2, True, 8),
+    (PATCHES | {"student.checkpoint": "every:3"}, 3, True, 8),
 ]
 
 
@@ -68,10 +72,15 @@ def test_memory_and_flops_are_those_of_a_real_run(measured, number):
         between, gradients = between - held["gradients"], held["gradients"]
     assert between == pytest.approx(held["weights"] + held["optimiser"], rel=0.1)
     assert kept == pytest.approx(sum(traced.kept.values()), rel=0.1)
+    if stage == 1:  # whose buckets are there by now
+        gradients -= plan.reduce_buckets(merged, traced)
     if stage != 2:  # which keeps all of a gradient that lies on the border of two ranks
         assert gradients == pytest.approx(held["gradients"], rel=0.1)
     predicted = sum(held.values()) + sum(traced.kept.values())
     assert between + gradients + kept == pytest.approx(predicted, rel=0.1)
     forward = traced.flops["encoder forward"] + traced.flops["ladder forward"]
     assert real["forward_flops"] == pytest.approx(forward, rel=0.02)
-    print(number, {k: round(v) for k, v in held.items()}, real, traced.kept, traced.flops)
+    step = forward + traced.flops["backward"]
+    if stage == 3:
+        step += traced.flops[AGAIN_ZERO3] - traced.flops[AGAIN]
+    assert real["step_flops"] == pytest.approx(step, rel=0.02)

@@ -26,6 +26,12 @@ def check(holds: bool, name: str, want: str, value: object) -> None:
         raise ValueError(f"{name} must be {want}, got {value!r}")
 
 
+def check_checkpoint(text: str, name: str) -> None:
+    """Raise ValueError unless `text` says which blocks are recomputed."""
+    known = text in ("none", "full") or re.fullmatch(r"every:[1-9]\d*", text)
+    check(bool(known), name, "none, full or every:K as in every:2", text)
+
+
 def check_rungs(text: str, name: str) -> None:
     """Raise ValueError unless `text` names student blocks."""
     known = text in ("all", "half", "middle", "last") or re.fullmatch(r"\d+(,\d+)*", text)
@@ -170,8 +176,15 @@ class Student:
         "start from a model folder (a run's student/, import-unic's) or a .safetensors encoder",
         machinery=True,  # the path may move; a checkpoint knows the SHA-256 of what it held
     )
+    checkpoint: str = knob(
+        "none",
+        "blocks that backward computes again instead of keeping what is inside: none, full, or"
+        " every:K, each K-th",
+        machinery=True,
+    )
 
     def __post_init__(self) -> None:
+        check_checkpoint(self.checkpoint, "student.checkpoint")
         check(self.size > 0, "student.size", "positive", self.size)
         check(self.registers >= -1, "student.registers", ">= -1", self.registers)
         check(0 <= self.drop_path < 1, "student.drop_path", "in [0, 1)", self.drop_path)

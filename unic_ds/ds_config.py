@@ -65,16 +65,22 @@ def read(path: str) -> dict[str, Any]:
 
 
 def merge(settings: dict[str, Any], cfg: Config, world: int) -> dict[str, Any]:
-    """The file's settings and the run's; ValueError where the batch size does not divide."""
-    micro, batch = settings["train_micro_batch_size_per_gpu"], cfg.optim.batch_size
-    if batch % (micro * world):
+    """The file's settings and the run's; ValueError where the batch does not divide by the ranks.
+
+    The file's micro batch is the most that fits: the largest that divides a rank's share is taken.
+    """
+    share, odd = divmod(cfg.optim.batch_size, world)
+    if odd or not share:
         raise ValueError(
-            f"optim.batch_size {batch} is not a multiple of micro batch {micro} x {world} ranks;"
-            " change it, the number of ranks, or train_micro_batch_size_per_gpu in the ds_config"
+            f"optim.batch_size {cfg.optim.batch_size} is not a multiple of {world} ranks; change it"
+            " or the number of ranks"
         )
+    most = settings["train_micro_batch_size_per_gpu"]
+    micro = next(n for n in range(min(most, share), 0, -1) if share % n == 0)
     merged = settings | {
-        "train_batch_size": batch,
-        "gradient_accumulation_steps": batch // (micro * world),
+        "train_micro_batch_size_per_gpu": micro,
+        "train_batch_size": cfg.optim.batch_size,
+        "gradient_accumulation_steps": share // micro,
         "gradient_clipping": cfg.optim.clip,
     }
     if cfg.optim.ema:

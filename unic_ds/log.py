@@ -21,11 +21,9 @@ import torch
 from torch import Tensor
 
 from unic_ds import dist
+from unic_ds.gpus import peak_tflops
 
 T = TypeVar("T")
-
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "L40S": 362}
-"""Dense bf16 peaks by the vendor's data sheets."""
 
 
 class Log:
@@ -164,9 +162,7 @@ def throughput(images_per_s: float, flops_per_image: float) -> dict[str, float]:
     row = {"tflops": tflops}
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        peak = next(
-            (p for key, p in sorted(PEAK_TFLOPS.items(), reverse=True) if key in name), None
-        )
+        peak = peak_tflops(name)
         row |= {"mfu": tflops / peak} if peak else {}
     return row
 

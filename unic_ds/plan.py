@@ -14,20 +14,27 @@ Time is FLOPs over peak times efficiency, plus the communication that backward d
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unic_ds import config, ds_config
 from unic_ds.gpus import Gpu
-from unic_ds.tracing import Trace
+
+if TYPE_CHECKING:  # for it knows torch, and a wrong option is told before
+    from unic_ds.tracing import Trace
 
 CONTEXT_GB = 2.0  # CUDA, NCCL and cuBLAS work spaces
 CACHE = 0.04  # what the caching allocator cannot use, of what is live
 FP32 = 4  # bytes
+RECOMPUTE_ALL = 0.16  # of the ladder's work, as kernels/README.md counts it
+HALF = 1000  # patch tokens of a micro batch at which GEMMs reach half their efficiency; assumed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Shares of the peaks that parts reach; assumptions, to be replaced by measured ones."""
+    """Shares of the peaks that parts reach with large micro batches.
+
+    Assumptions, to be replaced by measured ones.
+    """
 
     teachers: float = 0.50
     student: float = 0.45
@@ -48,6 +55,7 @@ class Plan:
     gpus: int
     zero_stage: int
     micro_batch: int
+    checkpoint: str  # the student's blocks that are recomputed
     accumulation: int
     memory_gb: dict[str, float]  # by kind
     room_gb: float  # of the GPU
@@ -92,15 +100,22 @@ def buffers(settings: dict[str, Any], traced: Trace) -> float:
     zero = settings.get("zero_optimization", {})
     stage, b = ds_config.stage(settings), 2 if settings.get("bf16", {}).get("enabled") else FP32
     trained = traced.encoder + traced.ladder
-    bucket = min(zero.get("reduce_bucket_size", 5e8), trained)
     if stage == 0:
         return 0.0
     if stage < 3:
         gathered = min(zero.get("allgather_bucket_size", 5e8), trained) * b
-        return bucket * b * (2 if zero.get("overlap_comm") else 1) + gathered
+        return reduce_buckets(settings, traced) + gathered
     live = min(zero.get("stage3_max_live_parameters", 1e9), trained)
     ahead = min(zero.get("stage3_prefetch_bucket_size", 5e7), trained)
     return zero.get("reduce_bucket_size", 5e8) * FP32 + (live + ahead) * b
+
+
+def reduce_buckets(settings: dict[str, Any], traced: Trace) -> float:
+    """Bytes of the buckets in which ZeRO-1 and 2 reduce gradients: two where they overlap."""
+    zero = settings["zero_optimization"]
+    weights = min(zero.get("reduce_bucket_size", 5e8), traced.encoder + traced.ladder)
+    b = 2 if settings.get("bf16", {}).get("enabled") else FP32
+    return weights * b * (2 if zero.get("overlap_comm") else 1)
 
 
 def memory(
@@ -127,17 +142,23 @@ def memory(
     return found | {"CUDA, NCCL, allocator": CONTEXT_GB + CACHE * sum(found.values())}
 
 
-def flops_per_image(cfg: config.Config, traced: Trace) -> dict[str, float]:
-    """FLOPs of an image's step by part; the ladder's backward skips what teacher dropping drops."""
+def flops_per_image(cfg: config.Config, traced: Trace, stage: int) -> dict[str, float]:
+    """FLOPs of an image's step by part; the ladder's backward skips what teacher dropping drops.
+
+    Recomputation is what backward does of the forward again.
+    """
     per = {name: value / traced.images for name, value in traced.flops.items()}
     teachers = sum(value for name, value in per.items() if name.startswith("teacher "))
     forward, ladder = per["encoder forward"], per["ladder forward"]
     count = len(cfg.teachers)
     kept = (1 + (count - 1) * (1 - cfg.drop.rate)) / count
+    again = 3 * RECOMPUTE_ALL if cfg.ladder.recompute == "all" else 0.0
     return {
         "teachers": teachers,
         "encoder": 3 * forward,
         "ladder": ladder * (1 + 2 * kept),
+        "recomputation": per["recomputed under ZeRO-3" if stage == 3 else "recomputed"]
+        + again * ladder,
     }
 
 
@@ -172,10 +193,12 @@ def make(
     micro = settings["train_micro_batch_size_per_gpu"]
     accumulation = settings["gradient_accumulation_steps"]
     assert traced.images == micro
-    per_image = flops_per_image(cfg, traced)
+    per_image = flops_per_image(cfg, traced, ds_config.stage(settings))
     images = micro * accumulation
-    at = {"teachers": rate.teachers, "encoder": rate.student, "ladder": rate.ladder}
-    busy = {part: images * n / (gpu.tflops * 1e12 * at[part]) for part, n in per_image.items()}
+    full = micro * traced.tokens / (micro * traced.tokens + HALF)
+    at = {"teachers": rate.teachers, "ladder": rate.ladder}
+    peak = gpu.tflops * 1e12 * full
+    busy = {part: images * n / (peak * at.get(part, rate.student)) for part, n in per_image.items()}
     backward = 2 / 3 * (busy["encoder"] + busy["ladder"])
     sent = traffic(settings, traced, gpus, accumulation)
     link = gpu.node_gb_s
@@ -191,13 +214,14 @@ def make(
     total = sum(seconds.values())
     batch = images * gpus
     steps = cfg.optim.step_count(per_epoch)
-    flops = sum(per_image.values())
+    useful = sum(per_image.values()) - per_image["recomputation"]
     copies = 4 if cfg.optim.ema else 3
     return Plan(
         gpu=gpu.name,
         gpus=gpus,
         zero_stage=ds_config.stage(settings),
         micro_batch=micro,
+        checkpoint=cfg.student.checkpoint,
         accumulation=accumulation,
         memory_gb=memory(settings, cfg, traced, gpus),
         room_gb=gpu.memory_gb,
@@ -205,7 +229,7 @@ def make(
         traffic_gb=sent / 1e9,
         seconds=seconds,
         images_per_s=batch / total,
-        mfu=batch * flops / total / (gpus * gpu.tflops * 1e12),
+        mfu=batch * useful / total / (gpus * gpu.tflops * 1e12),
         days=steps * total / 86400,
         steps=steps,
         checkpoint_gb=(copies * FP32 * trained + 2 * (trained + traced.frozen)) / 1e9,

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from unic_ds import config, ds_config, gpus, job, override, plan
+from unic_ds.config import Config
 from unic_ds.gpus import Gpu
-from unic_ds.tracing import between, trace
 
 IMAGENET = 1_281_167  # images that an epoch is taken to have where nobody says
 MICRO = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CHECKPOINTS = ("none", "every:2", "full")
 SHOWN = 8  # of what a search finds
 FEW, MANY = 2, 8  # micro batches that a search traces
 OWN = ("gpus", "gpu", "ds_config", "images", "efficiency", "search", "json")
 
 
-def run(own: dict[str, str], cfg: config.Config) -> int:
+def run(own: dict[str, str], cfg: Config) -> int:
     """The verb: print what its options ask for; exit code 1 where the run does not fit."""
     gpu = gpus.get(own.get("gpu", "h100-80"))
     count, images = (
@@ -58,7 +59,7 @@ def efficiency(text: str) -> plan.Efficiency:
 
 
 def stages(
-    cfg: config.Config,
+    cfg: Config,
     file: dict[str, Any],
     gpu: Gpu,
     count: int,
@@ -67,6 +68,8 @@ def stages(
     efficiency: plan.Efficiency,
 ) -> list[plan.Plan]:
     """A plan for each stage of a run."""
+    from unic_ds.tracing import trace
+
     found = []
     for stage, _ in job.staged(cfg, Path()):
         settings = ds_config.merge(file, stage, count)
@@ -78,7 +81,7 @@ def stages(
 
 
 def search(
-    cfg: config.Config,
+    cfg: Config,
     file: dict[str, Any],
     gpu: Gpu,
     count: int,
@@ -87,24 +90,30 @@ def search(
     efficiency: plan.Efficiency,
 ) -> list[plan.Plan]:
     """What fits of the last stage, the fastest first."""
-    dtype = bf16(ds_config.merge(file | {"train_micro_batch_size_per_gpu": 1}, cfg, count))
-    few, many = (trace(cfg, n, bf16=dtype) for n in (FEW, MANY))
-    plans = [
-        plan.make(
-            cfg,
-            settings,
-            between(few, many, settings["train_micro_batch_size_per_gpu"]),
-            gpu,
-            count,
-            per_epoch=images,
-            efficiency=efficiency,
-        )
-        for settings in candidates(cfg, file, count)
-    ]
+    from unic_ds.tracing import between, trace
+
+    dtype = bf16(ds_config.merge(file, cfg, count))
+    plans = []
+    for which in CHECKPOINTS:
+        chosen = replace(cfg, student=replace(cfg.student, checkpoint=which))
+        few, many = (trace(chosen, n, bf16=dtype) for n in (FEW, MANY))
+        for settings in candidates(chosen, file, count):
+            traced = between(few, many, settings["train_micro_batch_size_per_gpu"])
+            plans.append(
+                plan.make(
+                    chosen,
+                    settings,
+                    traced,
+                    gpu,
+                    count,
+                    per_epoch=images,
+                    efficiency=efficiency,
+                )
+            )
     return sorted((p for p in plans if p.fits), key=lambda p: -p.images_per_s)
 
 
-def candidates(cfg: config.Config, file: dict[str, Any], gpus: int) -> Iterator[dict[str, Any]]:
+def candidates(cfg: Config, file: dict[str, Any], gpus: int) -> Iterator[dict[str, Any]]:
     """Settings with other ZeRO stages and micro batches that divide the batch."""
     for stage in (1, 2, 3):
         for micro in MICRO:
@@ -139,6 +148,8 @@ def show(found: list[plan.Plan], *, as_json: bool) -> None:
         console.print(table("an optimiser step", "s", row.seconds))
         verdict = "fits" if row.fits else "does NOT fit"
         console.print(f"{row.needs_gb:.1f} of {row.room_gb:.1f} GB: {verdict}")
+        if not row.fits:
+            console.print("Add --search for what would, or take another --gpu or more --gpus.")
         pace = f"{row.images_per_s:.0f} images/s, MFU {row.mfu:.0%}"
         console.print(f"{pace}, {row.days:.1f} days for {row.steps} steps")
         sends = f"a GPU sends {row.traffic_gb:.1f} GB a step"
@@ -155,10 +166,10 @@ def show_found(found: list[plan.Plan], *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table("ZeRO", "micro batch", "accumulation", "GB", "images/s", "MFU", "days")
+    grid = Table("ZeRO", "micro", "accum", "checkpoint", "GB", "images/s", "MFU", "days")
     for row in found[:SHOWN]:
         pace = f"{row.images_per_s:.0f}", f"{row.mfu:.0%}", f"{row.days:.1f}"
-        split = str(row.zero_stage), str(row.micro_batch), str(row.accumulation)
+        split = str(row.zero_stage), str(row.micro_batch), str(row.accumulation), row.checkpoint
         grid.add_row(*split, f"{row.needs_gb:.1f}", *pace)
     Console().print(grid)
 

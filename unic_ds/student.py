@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import timm
 import torch
 from timm.layers import DropPath as TimmDropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from unic_ds import chance, config, override
 from unic_ds.ladder import Head, Ladder
@@ -58,6 +60,7 @@ class Student(nn.Module):
         self.paths = give_drop_paths(self.encoder)
         initialise(self.weights(), seed)
         freeze_after_blocks(self.encoder)
+        self.recomputed = recompute(self.encoder.blocks, cfg.checkpoint)
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter by its published name; the ladder's are views."""
@@ -165,6 +168,22 @@ def give_drop_paths(encoder: nn.Module) -> list[DropPath]:
                 paths.append(DropPath(child.drop_prob or 0.0))
                 setattr(parent, name, paths[-1])
     return paths
+
+
+def recompute(blocks: nn.Sequential, which: str) -> list[nn.Module]:
+    """Keep only the inputs of `which` blocks (none, full, every:K) for backward; these blocks.
+
+    Their random decisions are given (`DropPath`), so no generator's state need be kept.
+    """
+    kind, _, every = which.partition(":")
+    if kind == "none":
+        return []
+    chosen = list(blocks)[:: int(every or 1)]
+    for block in chosen:
+        block.forward = partial(  # type: ignore[method-assign]
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
+    return chosen
 
 
 def freeze_after_blocks(encoder: nn.Module) -> None:

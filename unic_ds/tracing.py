@@ -12,11 +12,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -29,13 +32,18 @@ from unic_ds.student import Student, grid_of
 from unic_ds.teachers import sources
 from unic_ds.tokens import Target, Tokens
 
+AGAIN, AGAIN_ZERO3 = "recomputed", "recomputed under ZeRO-3"
+"""FLOPs of blocks computed again: to the last tensor that backward wants; ZeRO-3's to the end."""
+
 
 @dataclass(frozen=True)
 class Trace:
     """One micro batch of `images`; FLOPs of all of it, bytes of one rank."""
 
     images: int
-    flops: dict[str, float]  # teacher NAME, encoder forward, ladder forward, backward
+    flops: dict[
+        str, float
+    ]  # teacher NAME, encoder forward, ladder forward, backward, AGAIN, AGAIN_ZERO3
     kept: dict[str, int]  # for backward: encoder, ladder and loss
     targets: int  # bytes of the teachers' tokens
     teachers_peak: int  # beyond weights and targets, while a teacher runs
@@ -46,6 +54,22 @@ class Trace:
     teachers: dict[str, tuple[int, int]]  # name -> (parameters, bytes)
     widths: dict[str, int]
     tokens: int  # patch tokens of an image
+
+
+class Unfilled(TorchFunctionMode):
+    """The meta device, where initial values are not worth the second that they would take."""
+
+    FILLS = frozenset(
+        f"{name}_"
+        for name in ["uniform", "normal", "clamp", "erfinv", "mul", "add", "fill", "zero", "copy"]
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.FILLS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **(kwargs or {}))
 
 
 class Live(TorchDispatchMode):
@@ -114,28 +138,43 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=known)
 
 
+class Run(NamedTuple):
+    """What running one teacher on a micro batch costs."""
+
+    flops: float
+    parameters: int
+    nbytes: int  # of its weights
+    peak: int  # beyond its weights and its tokens
+    width: int
+
+
+@cache
+def run_of(row: config.Teacher, grid: int, images: int) -> Run:
+    """Trace a teacher; ValueError where it cannot be built."""
+    with quiet(), Unfilled():
+        source = sources.outline(row, grid=grid)
+    teacher = sources.Teacher(row, source, grid=grid, device=torch.device("meta"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        teacher.to_empty(device="cpu")
+        image = torch.empty(images, 3, teacher.size, teacher.size, dtype=torch.uint8)
+        with flop_counter() as counter, Live() as live:
+            tokens = teacher(image)
+    weights = list(teacher.parameters())
+    return Run(
+        flops=float(counter.get_total_flops()),
+        parameters=sum(p.numel() for p in weights),
+        nbytes=sum(p.nbytes for p in weights),
+        peak=live.peak - sum(x.nbytes for x in tokens),
+        width=teacher.width,
+    )
+
+
 def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
     """Trace a micro batch of a run; ValueError for teachers or a student that cannot be built."""
     grid, dtype = grid_of(cfg.student), torch.bfloat16 if bf16 else torch.float32
-    mode, flops, teachers = FakeTensorMode(allow_non_fake_inputs=True), {}, {}
-    targets: dict[str, Tokens] = {}
-    held = peak = 0
-    for row in cfg.teachers:
-        with quiet():
-            source = sources.outline(row, grid=grid)
-        teacher = sources.Teacher(row, source, grid=grid, device=torch.device("meta"))
-        with mode:
-            teacher.to_empty(device="cpu")
-            image = torch.empty(images, 3, teacher.size, teacher.size, dtype=torch.uint8)
-            with flop_counter() as counter, Live() as live:
-                targets[row.name] = teacher(image)
-        flops[f"teacher {row.name}"] = float(counter.get_total_flops())
-        weights = list(teacher.parameters())
-        teachers[row.name] = (sum(p.numel() for p in weights), sum(p.nbytes for p in weights))
-        said = sum(x.nbytes for x in targets[row.name])
-        peak, held = max(peak, live.peak - said + held), held + said
-    widths = {name: tokens.cls_BC.shape[-1] for name, tokens in targets.items()}
-    with torch.device("meta"):
+    runs = {row.name: run_of(row, grid, images) for row in cfg.teachers}
+    widths = {name: run.width for name, run in runs.items()}
+    with torch.device("meta"), Unfilled():
         student = Student(
             cfg.student,
             cfg.ladder,
@@ -143,22 +182,38 @@ def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
             seed=cfg.seed,
             ops=KERNELS[cfg.kernels],
         ).to(dtype)
-    with mode:
+    with FakeTensorMode(allow_non_fake_inputs=True):
         student.to_empty(device="cpu")
+        targets = {
+            row.name: Tokens(
+                torch.empty(images, widths[row.name], dtype=sources.DTYPE[row.precision]),
+                torch.empty(
+                    images, grid * grid, widths[row.name], dtype=sources.DTYPE[row.precision]
+                ),
+            )
+            for row in cfg.teachers
+        }
         parts, kept, top = step(cfg, student, targets, images)
+    if student.recomputed:
+        plain = replace(cfg, student=replace(cfg.student, checkpoint="none"))
+        parts[AGAIN] = parts["backward"] - trace(plain, images, bf16=bf16).flops["backward"]
     own = list(student.parameters())
     trained = {p for p in own if p.requires_grad}
+    held = {name: sum(x.nbytes for x in tokens) for name, tokens in targets.items()}
+    before = accumulate([0, *held.values()])  # tokens that wait while a later teacher runs
     return Trace(
         images=images,
-        flops=flops | parts,
+        flops={f"teacher {name}": run.flops for name, run in runs.items()} | parts,
         kept=kept,
-        targets=held,
-        teachers_peak=peak - held,
+        targets=sum(held.values()),
+        teachers_peak=max(
+            run.peak + done for run, done in zip(runs.values(), before, strict=False)
+        ),
         step_peak=top,
         encoder=sum(p.numel() for p in student.encoder.parameters() if p in trained),
         ladder=sum(p.numel() for p in student.ladder.parameters()),
         frozen=sum(p.numel() for p in own if p not in trained),
-        teachers=teachers,
+        teachers={name: (run.parameters, run.nbytes) for name, run in runs.items()},
         widths=widths,
         tokens=grid * grid,
     )
@@ -178,7 +233,7 @@ def step(
     weights = {p.untyped_storage()._cdata for p in student.parameters()}
     weights |= {x.untyped_storage()._cdata for tokens in targets.values() for x in tokens}
     kept: Counter[str] = Counter()
-    part, seen = "ladder and loss", set(weights)
+    part, seen = "encoder", set(weights)
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -187,17 +242,25 @@ def step(
             kept[part] += storage.nbytes()
         return x
 
-    totals = [0.0]
+    totals, again = [0.0], list[float]()
+
+    def mark() -> None:
+        nonlocal part
+        part = "ladder and loss"
+        totals.append(flops_now())
+
+    def flops_now() -> float:
+        return float(counter.get_total_flops())
+
+    def begin(_: Tensor) -> None:
+        again.append(flops_now())
+
     with flop_counter() as counter, Live() as live:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            part = "encoder"
+            for block in student.recomputed:  # whose input is kept where no hook for it is called
+                block.register_forward_pre_hook(lambda _, given: begin(pack(given[0])))
+                block.register_forward_hook(lambda *_: again.append(flops_now() - again.pop()))
             hook = student.ladder.register_forward_pre_hook(lambda *_: mark())
-
-            def mark() -> None:
-                nonlocal part
-                part = "ladder and loss"
-                totals.append(float(counter.get_total_flops()))
-
             pred = student(image, path_BK)
             hook.remove()
             judged, _ = distill_loss(
@@ -209,12 +272,12 @@ def step(
                 distances=cfg.distances,
                 ops=KERNELS[cfg.kernels],
             )
-        totals.append(float(counter.get_total_flops()))
+        totals.append(flops_now())
         judged.backward()
-        totals.append(float(counter.get_total_flops()))
+        totals.append(flops_now())
     names = ("encoder forward", "ladder forward", "backward")
     flops = {n: b - a for n, a, b in zip(names, totals, totals[1:], strict=False)}
-    return flops, dict(kept), live.peak
+    return flops | {AGAIN: 0.0, AGAIN_ZERO3: sum(again)}, dict(kept), live.peak
 
 
 def drop_grad(parameter: nn.Parameter) -> None:

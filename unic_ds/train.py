@@ -323,7 +323,8 @@ def record(task: job.Job, manifest: dict[str, Any]) -> IO[str]:
 def count_flops(student: Any, teachers: Any, size: int, device: Any) -> float:
     """FLOPs of one image's step, counted: teachers forward, student forward, (twice) backward."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
+
+    from unic_ds.tracing import flop_counter
 
     images = {
         s: torch.zeros(1, 3, s, s, dtype=torch.uint8, device=device)
@@ -331,7 +332,7 @@ def count_flops(student: Any, teachers: Any, size: int, device: Any) -> float:
     }
     totals = []
     for forward in (lambda: teachers.raw(images), lambda: student(images[size])):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), flop_counter() as counter:
             forward()
         totals.append(counter.get_total_flops())
     return totals[0] + 3 * totals[1]
