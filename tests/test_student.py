@@ -225,3 +225,24 @@ def test_a_transformer_projector_sees_all_tokens_together():
     torch.testing.assert_close(pred.patch_BNC, rung.linear(rung.block(joined))[:, 1:])
     state.patch_BNC[:, 0, 0] += 5  # a patch speaks to the CLS prediction
     assert not torch.allclose(ladder([state])["a"].cls_BC, pred.cls_BC)
+
+
+@pytest.mark.parametrize(("which", "count"), [("full", 12), ("every:3", 4)])
+def test_recomputed_blocks_give_the_same_gradients(which, count):
+    image, path_BK = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), torch.rand(2, 24)
+    grads = []
+    for cfg in (TINY, replace(TINY, checkpoint=which)):
+        student = Student(cfg, config.Ladder(rungs="half"), HEADS, seed=0)
+        sum(
+            x.square().sum() for tokens in student(image, path_BK).values() for x in tokens
+        ).backward()
+        grads.append({name: p.grad for name, p in student.named_parameters() if p.requires_grad})
+    assert len(student.recomputed) == count and any(path.rate for path in student.paths)
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
+def test_what_to_recompute_is_checked():
+    with pytest.raises(ValueError, match="must be none, full or every:K"):
+        replace(TINY, checkpoint="every:0")

@@ -58,16 +58,20 @@ GPUS = {
 
 
 def get(name: str) -> Gpu:
-    """A GPU of the table or of a .yaml file with the fields of `Gpu`; else ValueError."""
+    """A GPU of the table or of a .yaml file with the fields of `Gpu`; else ValueError.
+
+    The beginning of a name will do where one alone begins so.
+    """
     if Path(name).suffix in (".yaml", ".yml"):
         return read(Path(name))
-    if name not in GPUS:
+    meant = [name] if name in GPUS else [known for known in GPUS if known.startswith(name)]
+    if len(meant) != 1:
         known = list(GPUS)
         raise ValueError(
             f"--gpu {name!r} is not known{nearest(name, known)}; there are {', '.join(known)}, or"
             " name a .yaml file"
         )
-    return GPUS[name]
+    return GPUS[meant[0]]
 
 
 def read(file: Path) -> Gpu:

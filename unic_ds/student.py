@@ -180,7 +180,7 @@ def recompute(blocks: nn.Sequential, which: str) -> list[nn.Module]:
         return []
     chosen = list(blocks)[:: int(every or 1)]
     for block in chosen:
-        block.forward = partial(  # type: ignore[method-assign]
+        block.forward = partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
         )
     return chosen

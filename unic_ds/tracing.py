@@ -60,8 +60,7 @@ class Unfilled(TorchFunctionMode):
     """The meta device, where initial values are not worth the second that they would take."""
 
     FILLS = frozenset(
-        f"{name}_"
-        for name in ["uniform", "normal", "clamp", "erfinv", "mul", "add", "fill", "zero", "copy"]
+        ("uniform_", "normal_", "clamp_", "erfinv_", "mul_", "add_", "fill_", "zero_", "copy_")
     )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
