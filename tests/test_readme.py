@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unic_ds import job, override
+from unic_ds import job, override, planner
 from unic_ds.config import Teacher
 from unic_ds.teachers import sources
 
@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/data.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/data.md", "docs/scaling.md"])
 def test_every_option_named_is_one(file):
     known = {*job.DOOR, *override.option_names(), "run", "logdir"}
     others = {"num_gpus", "json", "help", "seed", "views", "dtype"}
-    others |= {"shard_mb", "max_side", "images", "rounds"}
+    others |= {"shard_mb", "max_side", "images", "rounds", *planner.OWN}
     for name in re.findall(r"--([a-z_]+(?:\.[A-Za-z_]+)*)", (ROOT / file).read_text()):
         general = re.sub(r"^teachers\.NAME\.", "teachers.NAME.", name)
         assert general in known or name in others, name
