@@ -43,10 +43,11 @@ def test_a_stage_is_the_last_one_with_its_own_settings(tmp_path):
     [
         ("student.sze=32", r"stage 1 of --stages \('student.sze=32'\): unknown option"),
         ("seed=1;optim.epochs=many", r"stage 2 of --stages .* must be a number, got 'many'"),
-        ("optim.batch_size=63", "optim.batch_size 63 is not a multiple"),
+        ("optim.batch_size=63", "optim.batch_size 63 is not a multiple of 2 ranks"),
     ],
 )
-def test_a_stage_that_cannot_be_is_refused_at_the_door(tmp_path, stages, sentence):
+def test_a_stage_that_cannot_be_is_refused_at_the_door(monkeypatch, tmp_path, stages, sentence):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=sentence):
         resolved(tmp_path, stages=stages)
 

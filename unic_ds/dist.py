@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -151,3 +154,36 @@ def share(value: Any) -> Any:
     box = [value]
     td.broadcast_object_list(box, src=0)
     return box[0]
+
+
+class StopRequest:
+    """Whether the run was asked to stop: SIGUSR1 or SIGTERM to any rank, or a file rank 0 sees.
+
+    All ranks learn it at the same step. What each has heard is summed while the next step runs, so
+    that nobody waits for it.
+    """
+
+    SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+    def __init__(self, file: Path):
+        self.file, self.heard = file, False
+        # On the CPU, and looked at through NumPy: neither device nor torch is asked.
+        self.votes = torch.zeros(1)
+        self.yes_1 = self.votes.numpy()
+        self.sum: td.Work | None = None
+        for number in self.SIGNALS:
+            signal.signal(number, self.hear)
+
+    def hear(self, number: int, _: FrameType | None) -> None:
+        """Take note of a signal; a second one of its kind ends the process as it always did."""
+        self.heard = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self) -> bool:
+        """Whether any rank had been asked when all last called this; every rank calls it."""
+        if self.sum is not None:
+            self.sum.wait()
+        asked = bool(self.yes_1[0])
+        self.yes_1[0] = self.heard or (rank() == 0 and self.file.exists())
+        self.sum = td.all_reduce(self.votes, async_op=True) if world() > 1 else None
+        return asked

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from unic_ds import checkpoint, config, data, dist, log
+from unic_ds.parts import draws_of, find_images
 from unic_ds.student import grid_of
 from unic_ds.teachers import cache
 from unic_ds.teachers.pool import Teachers
-from unic_ds.train import draws_of, find_images
 
 ASK_OVER = 100e9  # bytes
 

@@ -1,0 +1,70 @@
+"""A run that is asked to stop saves, ends well, and goes on to the same curve."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from test_train import (  # noqa: F401  (a fixture)
+    curve,
+    demonstration,
+    launched,
+    pytestmark,
+    run,
+    start,
+)
+
+MORE = {"optim__steps": "8", "run__save_every": "100", "eval__on": "false"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(launched(out, **MORE))
+    return out
+
+
+def ranks_of(out: Path) -> list[int]:
+    """Process ids of the ranks that train in `out`, without their launcher."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        is_rank = any(word.startswith(b"--local_rank") for word in words)
+        if is_rank and str(out).encode() in words and b"deepspeed.launcher.launch" not in words:
+            found.append(int(folder.name))
+    return found
+
+
+def stopped_by(ask, out: Path) -> str:
+    """What a run printed that `ask` stopped after two steps."""
+    log = out / "log.jsonl"
+    before = len(log.read_text().splitlines()) if log.exists() else 0
+    process = start(launched(out, **MORE))
+    while not log.exists() or len(log.read_text().splitlines()) < before + 2:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.01)
+    ask()
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed[-3000:]
+    return printed
+
+
+@pytest.mark.dist
+def test_a_stop_file_or_a_signal_to_one_rank_saves_and_ends_the_run(whole, tmp_path):
+    out = tmp_path / "run"
+    printed = stopped_by((out / "STOP").touch, out)
+    assert "of 8; the same command goes on from there" in printed
+    assert not (out / "STOP").exists()
+    reached = max(curve(out))
+    assert (out / "checkpoints" / "latest").read_text() == f"step_{reached:07d}"
+    assert reached < 8
+
+    printed = stopped_by(lambda: os.kill(max(ranks_of(out)), signal.SIGUSR1), out)
+    assert f"resumed after step {reached}" in printed
+    run(launched(out, **MORE))
+    assert curve(out) == curve(whole)

@@ -1,0 +1,150 @@
+"""The models of a run: frozen teachers, the student, and the ladder between them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from unic_ds import formula
+from unic_ds.config.knob import check, check_checkpoint, check_rungs, knob
+from unic_ds.config.objective import Loss
+
+TEACHER_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """One frozen teacher: a row of a recipe's table."""
+
+    name: str = knob("", "word used in logs, state dicts and --teachers.NAME.key")
+    source: str = knob(
+        "", "timm:NAME | open_clip:ARCH/TAG | file:PATH#arch=TIMM_NAME | python:MODULE:FUNCTION"
+    )
+    size: int = knob(
+        0, "image side in pixels; 0: the size whose grid is the student's (CNN: its own config)"
+    )
+    patch: int = knob(0, "pixels a patch token covers; 0: the source's own")
+    mean: tuple[float, ...] = knob(
+        (), "channel means of its preprocessing; empty: the source's own"
+    )
+    std: tuple[float, ...] = knob((), "channel stds of its preprocessing; empty: the source's own")
+    block: str = knob(
+        "output", "tokens are read here: output, middle (block), or after a 0-based block"
+    )
+    weight: float = knob(1.0, "of its losses beside the other teachers'")
+    cls_loss: str = knob("", "distance of its CLS tokens, or none; empty: loss.cls")
+    patch_loss: str = knob("", "distance of its patch tokens, or none; empty: loss.patch")
+    rungs: str = knob("", "student blocks that learn it, as ladder.rungs; empty: ladder.rungs")
+    precision: Literal["bf16", "fp32"] = knob("bf16", "weights and activations of its forward")
+    channels_last: bool = knob(False, "NHWC memory format, faster for CNNs")
+
+    def __post_init__(self) -> None:
+        at = f"teachers.{self.name}"
+        check(
+            bool(TEACHER_NAME.fullmatch(self.name)),
+            "a teacher's name",
+            "letters, digits and _ (a-z first)",
+            self.name,
+        )
+        kind, _, rest = self.source.partition(":")
+        known = kind in ("timm", "open_clip", "file", "python") and rest != ""
+        check(known, f"{at}.source", "timm:, open_clip:, file: or python: and a name", self.source)
+        if kind == "file":
+            check("#arch=" in rest, f"{at}.source", "file:PATH#arch=TIMM_NAME", self.source)
+        if kind == "python":
+            check(rest.count(":") == 1, f"{at}.source", "python:MODULE:FUNCTION", self.source)
+        if kind == "open_clip":
+            check("/" in rest, f"{at}.source", "open_clip:ARCH/TAG", self.source)
+        check(self.name != "pixels", "a teacher's name", "another than the baseline's", self.name)
+        at_block = self.block in ("output", "middle") or self.block.isdecimal()
+        check(at_block, f"{at}.block", "output, middle or a 0-based block number", self.block)
+        check(self.weight > 0, f"{at}.weight", "positive", self.weight)
+        for kind, text in (("cls", self.cls_loss), ("patch", self.patch_loss)):
+            if text:
+                formula.parse(text, f"{at}.{kind}_loss", known=Loss.TERMS[kind])
+        if self.rungs:
+            check_rungs(self.rungs, f"{at}.rungs")
+        check(self.size >= 0, f"{at}.size", ">= 0", self.size)
+        check(self.patch >= 0, f"{at}.patch", ">= 0", self.patch)
+        for key in ("mean", "std"):
+            value = getattr(self, key)
+            check(len(value) in (0, 3), f"{at}.{key}", "three numbers (or empty)", value)
+        check(all(s > 0 for s in self.std), f"{at}.std", "positive", self.std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """The encoder that is trained: any timm ViT."""
+
+    model: str = knob("vit_base_patch16_224", "timm name of a ViT")
+    size: int = knob(224, "image side in pixels")
+    registers: int = knob(-1, "register tokens; -1: the model's own")
+    drop_path: float = knob(0.1, "drop-path rate of the last block, linear from 0")
+    mean: tuple[float, ...] = knob((0.485, 0.456, 0.406), "channel means of its preprocessing")
+    std: tuple[float, ...] = knob((0.229, 0.224, 0.225), "channel stds of its preprocessing")
+    init: str = knob(
+        "",
+        "start from a model folder (a run's student/, import-unic's) or a .safetensors encoder",
+        machinery=True,  # the path may move; a checkpoint knows the SHA-256 of what it held
+    )
+    checkpoint: str = knob(
+        "none",
+        "blocks that backward computes again instead of keeping what is inside: none, full, or"
+        " every:K, each K-th",
+        machinery=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_checkpoint(self.checkpoint, "student.checkpoint")
+        check(self.size > 0, "student.size", "positive", self.size)
+        check(self.registers >= -1, "student.registers", ">= -1", self.registers)
+        check(0 <= self.drop_path < 1, "student.drop_path", "in [0, 1)", self.drop_path)
+        check(len(self.mean) == 3, "student.mean", "three numbers", self.mean)
+        check(
+            len(self.std) == 3 and min(self.std) > 0,
+            "student.std",
+            "three positive numbers",
+            self.std,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """The projectors from student blocks to teachers; thrown away after training."""
+
+    rungs: str = knob(
+        "all",
+        "blocks with projectors: all, half (every second), middle, last, or 0-based like 2,5,8,11",
+    )
+    width: int = knob(0, "hidden width of a projector; 0: the student's width")
+    last_width: int = knob(0, "hidden width on the last block; 0: 4 x width")
+    prenorm: bool = knob(False, "LayerNorm before a projector")
+    midnorm: bool = knob(False, "LayerNorm between a projector's Linears")
+    combine: Literal["sum", "each"] = knob(
+        "sum", "sum the rungs and take one loss, or average a loss per rung"
+    )
+
+    projector: Literal["mlp", "linear", "transformer"] = knob(
+        "mlp", "per rung: Linear-GELU-Linear, one Linear, or a transformer block on all tokens"
+    )
+
+    recompute: Literal["none", "hidden", "all"] = knob(
+        "hidden",
+        "what backward computes again instead of keeping it: nothing, GELU (free where its GEMM"
+        " does it on the side), or the first Linears too (+16% of the ladder's work)",
+        machinery=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_rungs(self.rungs, "ladder.rungs")
+        only = not self.midnorm or self.projector == "mlp"
+        check(only, "ladder.midnorm", "false where ladder.projector is not mlp", self.midnorm)
+        check(self.width >= 0, "ladder.width", ">= 0", self.width)
+        check(self.last_width >= 0, "ladder.last_width", ">= 0", self.last_width)
+
+    @property
+    def one_op(self) -> bool:
+        """Whether this is the ladder that `unic_kernels` has as one op."""
+        plain = self.projector == "mlp" and not (self.prenorm or self.midnorm)
+        return plain and self.combine == "sum"

@@ -1,0 +1,104 @@
+"""How long and how fast it learns; when it logs, saves, and what it measures at its end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from unic_ds.config.knob import check, knob
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW, its schedule and the length of the run."""
+
+    batch_size: int = knob(512, "images per optimiser step, over all ranks")
+    epochs: float = knob(200.0, "passes over the training images")
+    steps: int = knob(0, "optimiser steps; 0: as many as epochs says")
+    lr: float = knob(3e-4, "peak learning rate at lr_batch")
+    lr_batch: int = knob(256, "batch size that lr is meant for")
+    lr_scaling: Literal["linear", "sqrt", "none"] = knob(
+        "linear", "how the peak grows with batch_size / lr_batch"
+    )
+    lr_end: float = knob(1e-6, "last value of the cosine")
+    warmup_epochs: float = knob(10.0, "epochs of linear warm-up from 0")
+    beta1: float = knob(0.9, "AdamW")
+    beta2: float = knob(0.99, "AdamW")
+    eps: float = knob(1e-8, "AdamW")
+    weight_decay: float = knob(0.03, "AdamW; never on biases and 1-D tensors")
+    clip: float = knob(0.0, "largest gradient norm; 0: off")
+    ema: float = knob(
+        0.0,
+        "decay of an average of the student's weights, exported and evaluated in their place;"
+        " 0: off",
+    )
+
+    def __post_init__(self) -> None:
+        check(self.batch_size > 0, "optim.batch_size", "positive", self.batch_size)
+        check(self.epochs > 0, "optim.epochs", "positive", self.epochs)
+        check(self.steps >= 0, "optim.steps", ">= 0", self.steps)
+        check(self.lr > 0, "optim.lr", "positive", self.lr)
+        check(self.lr_batch > 0, "optim.lr_batch", "positive", self.lr_batch)
+        check(self.lr_end >= 0, "optim.lr_end", ">= 0", self.lr_end)
+        check(self.warmup_epochs >= 0, "optim.warmup_epochs", ">= 0", self.warmup_epochs)
+        for key in ("beta1", "beta2", "ema"):
+            check(0 <= getattr(self, key) < 1, f"optim.{key}", "in [0, 1)", getattr(self, key))
+        for key in ("eps", "weight_decay", "clip"):
+            check(getattr(self, key) >= 0, f"optim.{key}", ">= 0", getattr(self, key))
+
+    @property
+    def peak(self) -> float:
+        """The peak learning rate at this batch size."""
+        growth = self.batch_size / self.lr_batch
+        return self.lr * {"linear": growth, "sqrt": math.sqrt(growth), "none": 1.0}[self.lr_scaling]
+
+    def step_count(self, images: int) -> int:
+        """Optimiser steps of the run over `images` training images."""
+        return self.steps or max(1, round(self.epochs * images / self.batch_size))
+
+    def warmup_steps(self, images: int) -> int:
+        """Optimiser steps of the warm-up; never more than the run has."""
+        return min(round(self.warmup_epochs * images / self.batch_size), self.step_count(images))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """The table after the last step: kNN and a linear probe on frozen features."""
+
+    on: bool = knob(
+        True,
+        "evaluate after training, where the images have at least two class folders",
+        machinery=True,
+    )
+    k: int = knob(10, "neighbours of the kNN", machinery=True)
+    temperature: float = knob(0.07, "softmax temperature of the neighbours' votes", machinery=True)
+    max_train: int = knob(50_000, "training images used by the probes", machinery=True)
+    max_val: int = knob(10_000, "validation images used by the probes", machinery=True)
+    batch: int = knob(64, "images per forward", machinery=True)
+
+    def __post_init__(self) -> None:
+        for key in ("k", "temperature", "max_train", "max_val", "batch"):
+            check(getattr(self, key) > 0, f"eval.{key}", "positive", getattr(self, key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Cadence of the loop; none of it changes what is learned."""
+
+    log_every: int = knob(10, "steps between log lines", machinery=True)
+    save_every: int = knob(
+        1000, "steps between checkpoints; the last step always saves", machinery=True
+    )
+    keep_last: int = knob(2, "checkpoints kept", machinery=True)
+    stop_at: int = knob(
+        0, "save and stop after this step, to be resumed; 0: at the end", machinery=True
+    )
+    stop_file: str = knob(
+        "", "save and stop, to be resumed, when this file is there; empty: OUT/STOP", machinery=True
+    )
+
+    def __post_init__(self) -> None:
+        for key in ("log_every", "save_every", "keep_last"):
+            check(getattr(self, key) > 0, f"run.{key}", "positive", getattr(self, key))
+        check(self.stop_at >= 0, "run.stop_at", ">= 0", self.stop_at)

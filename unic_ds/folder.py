@@ -1,0 +1,94 @@
+"""A run's folder: what it says the run is, and the checkpoints that it goes on from."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from typing import IO, Any
+
+from unic_ds import ds_config, job, override
+from unic_ds.parts import Parts, fit_statistics
+
+BALANCE = "balance/"
+"""Before the balancer's entries among a checkpoint's statistics; no teacher's name has a slash."""
+
+
+def record(task: job.Job, manifest: dict[str, Any]) -> IO[str]:
+    """Write what the run is: config.yaml, teachers.json, ds_config.json; the folder's lock.
+
+    ValueError where another job holds the lock.
+    """
+    import yaml
+
+    from unic_ds import checkpoint, dist
+
+    task.out.mkdir(parents=True, exist_ok=True)
+    lock = (task.out / ".lock").open("a")
+    if dist.rank() != 0:
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another job trains in {str(task.out)!r}; end it, or choose another --out"
+        ) from None
+    files = {
+        "config.yaml": yaml.safe_dump(override.to_dict(task.cfg), sort_keys=False),
+        "teachers.json": json.dumps(manifest, indent=1) + "\n",
+        "ds_config.json": json.dumps(task.settings, indent=1) + "\n",
+    }
+    for name, text in files.items():
+        checkpoint.write_whole(task.out / name, text)
+    return lock
+
+
+def identity(task: job.Job, parts: Parts) -> dict[str, Any]:
+    """What a checkpoint must share with the run that resumes it."""
+    from unic_ds import data, dist
+
+    return {
+        "images": parts.train.fingerprint(),
+        "teachers": [[name, row["sha256"]] for name, row in parts.manifest.items()],
+        "init": parts.init,
+        "feature cache": parts.cache.identity if parts.cache else None,
+        "decoder": data.backend(task.cfg.data),
+        "ranks": dist.world(),
+        "zero_stage": ds_config.stage(task.settings),
+        "bf16": bool(task.settings.get("bf16", {}).get("enabled")),
+        **{f"--{key}": value for key, value in override.science(task.cfg).items()},
+    }
+
+
+def save(task: job.Job, parts: Parts, step: int) -> None:
+    """Save a checkpoint after `step`."""
+    from unic_ds import checkpoint
+
+    checkpoint.save(
+        parts.engine,
+        task.out / "checkpoints",
+        step,
+        facts=identity(task, parts)
+        | {"samples": step * task.cfg.optim.batch_size, "seed": task.cfg.seed},
+        statistics=parts.teachers.state_dict()
+        | {f"{BALANCE}{k}": v for k, v in parts.balance.state_dict().items()},
+        keep=task.cfg.run.keep_last,
+    )
+
+
+def resume(task: job.Job, parts: Parts) -> int:
+    """Load the newest whole checkpoint, if there is one; the step it was saved after, else 0."""
+    from unic_ds import checkpoint, log
+
+    found = checkpoint.find(task.out / "checkpoints", task.resume)
+    step = 0
+    if found:
+        facts, statistics = checkpoint.load(parts.engine, found, identity(task, parts))
+        ours = {k: statistics.pop(k) for k in list(statistics) if k.startswith(BALANCE)}
+        parts.balance.load_state_dict({k.removeprefix(BALANCE): v for k, v in ours.items()})
+        parts.teachers.load_state_dict(statistics)
+        step = facts["step"]
+        log.say(f"resumed after step {step} from {found}")
+    elif task.cfg.standardise.fitted:
+        fit_statistics(task, parts)
+    parts.stream.seek(step)
+    return step

@@ -1,0 +1,170 @@
+"""What the loop works with: images, teachers, student and engine, made from a job."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from unic_ds import config, job, override
+
+
+@dataclass
+class Parts:
+    """What the loop works with, in the order that a batch travels."""
+
+    train: Any
+    val: Any
+    stream: Any
+    teachers: Any
+    cache: Any  # features of teachers that are not run, or None
+    manifest: dict[str, Any]
+    init: dict[str, str] | None
+    engine: Any
+    balance: Any
+    steps: int
+    flops: float
+
+
+def build(task: job.Job) -> Parts:
+    """Images, teachers, student and engine of a job."""
+    from unic_ds import balance, dist, engine, initial, log
+    from unic_ds.ladder import heads_of
+    from unic_ds.ops import KERNELS
+    from unic_ds.student import Student, grid_of
+    from unic_ds.teachers.cache import FeatureCache
+    from unic_ds.teachers.pool import Teachers
+
+    cfg, device, ops = task.cfg, dist.device(), KERNELS[task.cfg.kernels]
+    train, val = find_images(cfg)
+    held_out = f", {len(val)} held out" if val else ""
+    log.say(f"{len(train)} training images in {cfg.data.train}{held_out}")
+    grid = grid_of(cfg.student)
+    cache = FeatureCache(cfg.cache, cfg.teachers, draws_of(cfg, train)) if cfg.cache else None
+    teachers = Teachers(
+        cfg.teachers,
+        grid=grid,
+        standardise=cfg.standardise,
+        device=device,
+        ops=ops,
+        cache=cache,
+    )
+    manifest = dist.share(teachers.manifest() if dist.rank() == 0 else None)
+    for name, facts in manifest.items():
+        log.say(f"teacher {name}: {facts['source']}, {facts['width']} wide, {facts['size']} px")
+    heads = heads_of(cfg, teachers.widths)
+    student = Student(cfg.student, cfg.ladder, heads, seed=cfg.seed, ops=ops).to(device)
+    init = initial.start(task.init, student, teachers) if task.init else None
+    flops = count_flops(student, teachers, cfg.student.size, device)
+    cost = f"{flops / 1e9:.1f} GFLOP an image for the whole step"
+    log.say(f"student {cfg.student.model}, {cfg.student.size} px; {cost}")
+    return Parts(
+        train=train,
+        val=val,
+        stream=open_stream(task, train, teachers.sizes, device, cache),
+        teachers=teachers,
+        cache=cache,
+        manifest=manifest,
+        init=init,
+        engine=engine.build(student, cfg.optim, task.settings),
+        balance=balance.build(cfg).to(device),
+        steps=cfg.optim.step_count(train.per_epoch),
+        flops=flops,
+    )
+
+
+def find_images(cfg: config.Config) -> tuple[Any, Any]:
+    """Training and validation images (None where there are none), the same on every rank."""
+    from unic_ds import data, dist
+
+    with dist.in_turn():  # the first builds an index where there is none
+        train, val = data.scan(cfg.data.train), None
+        if cfg.data.val:
+            val = data.scan(cfg.data.val).relabelled(train.classes)
+    if cfg.data.val_share:
+        train, val = data.split(train, cfg.data.val_share, cfg.seed)
+    agree(train.fingerprint())
+    return train, val
+
+
+def draws_of(cfg: config.Config, train: Any) -> dict[str, Any]:
+    """What the images and their augmentation depend on, but the seed."""
+    from unic_ds import data
+    from unic_ds.student import grid_of
+
+    science = override.science(cfg)
+    said: dict[str, Any] = {k: v for k, v in science.items() if k.startswith("data.")}
+    said |= {"student.size": cfg.student.size, "grid": grid_of(cfg.student)}
+    return said | {"images": train.fingerprint(), "decoder": data.backend(cfg.data)}
+
+
+def open_stream(
+    task: job.Job, train: Any, sizes: tuple[int, ...], device: Any, cache: Any = None
+) -> Any:
+    """This rank's batches of the training images, at the student's size and the teachers'.
+
+    With a cache only its views are shown, and each batch brings their features.
+    """
+    from unic_ds import data, dist
+
+    views = None
+    if cache:
+        views = data.Views(
+            cache.seed, cache.views, lambda slots: cache.read(slots.index_B, slots.epoch_B)
+        )
+    return data.Stream(
+        train,
+        task.cfg.data,
+        seed=task.cfg.seed,
+        sizes=(task.cfg.student.size, *sizes),
+        batch_size=task.cfg.optim.batch_size,
+        micro=task.settings["train_micro_batch_size_per_gpu"],
+        rank=dist.rank(),
+        world=dist.world(),
+        device=device,
+        views=views,
+    )
+
+
+def agree(fingerprint: str) -> None:
+    """RuntimeError unless every rank found the same images: their order is a function of them."""
+    from unic_ds import dist
+
+    if len(set(dist.gather_objects(fingerprint))) > 1:
+        raise RuntimeError("the ranks see different images; wait until the folder is complete")
+
+
+def count_flops(student: Any, teachers: Any, size: int, device: Any) -> float:
+    """FLOPs of one image's step, counted: teachers forward, student forward, (twice) backward."""
+    import torch
+
+    from unic_ds.tracing import flop_counter
+
+    images = {
+        s: torch.zeros(1, 3, s, s, dtype=torch.uint8, device=device)
+        for s in {size, *teachers.sizes}
+    }
+    totals = []
+    for forward in (lambda: teachers.raw(images), lambda: student(images[size])):
+        with torch.no_grad(), flop_counter() as counter:
+            forward()
+        totals.append(counter.get_total_flops())
+    return totals[0] + 3 * totals[1]
+
+
+def fit_statistics(task: job.Job, parts: Parts) -> None:
+    """Fix the targets' statistics by the first batches of the run, which training reads again."""
+    from unic_ds import dist, log
+
+    steps, start = task.cfg.standardise.fit_steps, time.monotonic()
+    images = steps * task.cfg.optim.batch_size
+    log.say(f"fitting the teachers' statistics to {images} images ({steps} batches)")
+    count = steps * parts.engine.gradient_accumulation_steps()
+    # A stream of its own: the log's share of time spent waiting is of training alone.
+    teachers = parts.teachers
+    stream = open_stream(task, parts.train, teachers.sizes, dist.device(), parts.cache)
+    tokens = (teachers.raw(batch.images, batch.beside) for batch in islice(stream, count))
+    teachers.fit(log.track(tokens, count, "statistics"))
+    stream.close()
+    log.say(f"statistics fitted in {time.monotonic() - start:.1f} s")
