@@ -130,7 +130,7 @@ RUN = {
     "eval__on": "false",
 }
 """Three steps at the full rate, a checkpoint after each."""
-FP32 = RUN | {"precision": "fp32"}
+BF16 = RUN | {"precision": ""}
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +143,13 @@ def folders(tmp_path_factory):
     settings = json.loads((ROOT / "ds_configs" / "zero1.json").read_text())
     (out / "zero0.json").write_text(json.dumps(settings | {"zero_optimization": {"stage": 0}}))
     zero0 = {"ds_config": out / "zero0.json"}
-    plan = [options(out / "zero0", **FP32, **zero0), options(out / "zero0_bf16", **RUN, **zero0)]
+    plan = [options(out / "zero0", **RUN, **zero0), options(out / "zero0_bf16", **BF16, **zero0)]
     for zero in ("zero1", "zero2", "zero3"):
-        plan.append(options(out / zero, zero=zero, **FP32))
+        plan.append(options(out / zero, zero=zero, **RUN))
         middle = out / zero / "checkpoints" / "step_0000002"
-        plan.append(options(out / f"{zero}_resumed", zero=zero, **FP32, resume=middle))
-    plan.append(options(out / "zero2_bf16", zero="zero2", **RUN))
-    plan.append(options(out / "zero3_offload", zero="zero3_offload", **RUN))
+        plan.append(options(out / f"{zero}_resumed", zero=zero, **RUN, resume=middle))
+    plan.append(options(out / "zero2_bf16", zero="zero2", **BF16))
+    plan.append(options(out / "zero3_offload", zero="zero3_offload", **BF16))
     (out / "plan.json").write_text(json.dumps(plan))
     launcher = str(Path(sys.executable).parent / "deepspeed")
     many = str(ROOT / "tests" / "many_runs.py")

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from test_train import (  # noqa: F401  (a fixture)
+    AS_SHIPPED,
     SMALL,
+    TEACHERS,
     alone,
     curve,
     demonstration,
@@ -29,6 +31,7 @@ from unic_ds.tokens import Tokens
 
 IMAGES = 40
 COMMON = {k: v for k, v in SMALL.items() if k.startswith(("student.size", "teachers."))}
+COMMON |= dict.fromkeys(TEACHERS, "bf16")
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +74,9 @@ def train(images, out, **more):
         "eval__on": "false",
         "ds_config": settings,
     }
-    fixed |= {"eval__on": "false", "ladder__rungs": "11"}
+    fixed |= AS_SHIPPED | {"precision": "fp32", "ladder__rungs": "11"}
     steps = {"optim__batch_size": 8, "optim__steps": 12, "optim__lr": 1e-3}
-    return alone(out, **fixed, **steps, **more)
+    return alone(out, **(fixed | steps | more))
 
 
 def test_training_on_stored_features_is_training_with_the_teachers(images, stored, tmp_path):

@@ -125,7 +125,7 @@ def arguments(folder: Path, name: str) -> list[str]:
     (folder / f"{name}.json").write_text(json.dumps(settings))
     more = {"ds_config": folder / f"{name}.json", "out": folder / name}
     more |= {"optim.batch_size": batch, "optim.steps": 6, "run.stop_at": 5}
-    more |= {"run.log_every": LOGGED, "ladder.rungs": "5,11", "eval.on": "false"}
+    more |= {"run.log_every": LOGGED, "ladder.rungs": "5,11", "eval.on": "false", "precision": ""}
     return [word for key, value in (SMALL | more).items() for word in (f"--{key}", str(value))]
 
 

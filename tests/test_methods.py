@@ -105,7 +105,8 @@ def test_every_method_trains_on_two_ranks_with_any_balancer(tmp_path):
         if name in kinds:
             more["balance__kind"] = kinds[name]
         if name == "fitnet":  # one teacher, read twice
-            more |= {"teachers__effnet__size": None, "teachers__dinov2_hint__size": "28"}
+            more |= {"teachers__effnet__size": None, "teachers__effnet__precision": None}
+            more["teachers__dinov2_hint__size"] = "28"
         plan.append(options(tmp_path / name, **more))
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     launcher = str(Path(sys.executable).parent / "deepspeed")

@@ -33,6 +33,19 @@ def test_root_follows_the_environment(tmp_path, monkeypatch):
     assert quickstart.root() == Path.home() / ".cache" / "unic_ds" / "quickstart"
 
 
+@pytest.mark.skipif(
+    any(Path("/dev").glob("nvidia[0-9]*")), reason="a GPU computes in bf16 whatever the CPU has"
+)
+def test_precision_is_what_the_cpu_computes_fast(tmp_path):
+    cpu = tmp_path / "cpuinfo"
+    cpu.write_text("flags : fpu avx2 avx512f\n")
+    assert quickstart.precision(cpu) == "fp32"
+    for flag in ("avx512_bf16", "amx_bf16", "bf16"):
+        cpu.write_text(f"flags : fpu {flag} sse\n")
+        assert quickstart.precision(cpu) == "bf16"
+    assert quickstart.precision(tmp_path / "none") == "bf16"
+
+
 def test_missing_packages_name_the_remedy(tmp_path):
     """An interpreter without site-packages has none of them."""
     code = "import unic_ds.quickstart as q; q.prepare()"

@@ -24,6 +24,7 @@ from test_train import (  # noqa: F401  (a fixture)
 
 BATCH, STEPS = 8, 20
 SCIENCE = SMALL | {
+    "precision": "",  # what the ds_config says
     "teachers.dinov2.precision": "fp32",
     "teachers.effnet.precision": "fp32",
     "optim.batch_size": BATCH,

@@ -35,6 +35,10 @@ SMALL = {
     "eval.max_val": "80",
     "run.log_every": "1",
 }
+TEACHERS = ("teachers.effnet.precision", "teachers.dinov2.precision")
+FP32 = dict.fromkeys(("precision", *TEACHERS), "fp32")
+"""What runs take here that do not ask otherwise: some CPUs compute bf16 ten times slower."""
+AS_SHIPPED = {key.replace(".", "__"): "bf16" for key in ("precision", *TEACHERS)}
 
 pytestmark = pytest.mark.skipif(
     bool(quickstart.missing_packages()),
@@ -49,7 +53,7 @@ def demonstration():
 
 
 def options(out, zero="zero2", **more):
-    pairs = {"ds_config": str(ROOT / "ds_configs" / f"{zero}.json"), "out": str(out)} | SMALL
+    pairs = {"ds_config": str(ROOT / "ds_configs" / f"{zero}.json"), "out": str(out)} | SMALL | FP32
     pairs |= {key.replace("__", "."): str(value) for key, value in more.items()}
     kept = {key: value for key, value in pairs.items() if value != "None"}
     return [word for key, value in kept.items() for word in (f"--{key}", value)]
@@ -112,11 +116,14 @@ def curve(out):
     return {r["step"]: {k: v for k, v in r.items() if k not in timed} for r in rows}
 
 
+FINISHED = AS_SHIPPED | {"optim__steps": 4, "run__save_every": 2}
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A finished run of two ranks under the launcher, and what it printed."""
     out = tmp_path_factory.mktemp("finished") / "run#1,a"
-    return out, run(launched(out, optim__steps=4, run__save_every=2))
+    return out, run(launched(out, **FINISHED))
 
 
 def test_the_main_command_trains_evaluates_and_exports(finished):
@@ -190,7 +197,7 @@ def test_the_export_verb_gives_the_same_folder_from_the_shards(finished, tmp_pat
 @pytest.mark.slow
 def test_a_second_stage_starts_from_the_first_s_student_at_another_resolution(finished, tmp_path):
     first, out = finished[0] / "student", tmp_path / "second"
-    more = {"student__size": 48, "teachers__dinov2__size": 42, "precision": "fp32"}
+    more = {"student__size": 48, "teachers__dinov2__size": 42}
     more |= {"optim__steps": 2, "optim__lr": 1e-9, "eval__on": "false"}  # what it starts from stays
     printed = run(alone(out, **more, student__init=first, run__stop_at=1))
     assert "position embeddings resized from 2 x 2 to 3 x 3" in printed
@@ -215,16 +222,16 @@ def test_a_second_stage_starts_from_the_first_s_student_at_another_resolution(fi
 def test_a_finished_run_prints_its_table_at_once(finished):
     out, _ = finished
     begun = time.monotonic()
-    printed = run(alone(out, optim__steps=4, run__save_every=2))
+    printed = run(alone(out, **FINISHED))
     assert "student after" in printed
     assert time.monotonic() - begun < 5
 
 
 def test_a_folder_of_another_run_is_refused_naming_the_keys(finished):
     out, _ = finished
-    printed = run(alone(out, optim__steps=4, optim__lr="0.5"), code=2)
+    printed = run(alone(out, **FINISHED, optim__lr="0.5"), code=2)
     assert "optim.lr was '0.002', now '0.5'" in printed
-    printed = run(alone(out, optim__steps=4, resume="never"), code=2)
+    printed = run(alone(out, **FINISHED, resume="never"), code=2)
     assert "holds a run already" in printed
 
 
@@ -238,7 +245,7 @@ def test_kill_9_and_the_same_command_give_the_same_curve(few_images, tmp_path):
     pack = [sys.executable, "-m", "unic_ds.cli", "pack", str(few_images), str(tmp_path / "pack")]
     assert "480 images in" in run([*pack, "--shard_mb", "1"])
     more = {"data__train": f"{few_images}=0.5,{tmp_path / 'pack'}"}
-    more |= {"optim__steps": 12, "run__save_every": 3, "eval__on": "false"}
+    more |= {"precision": "", "optim__steps": 12, "run__save_every": 3, "eval__on": "false"}
     run(alone(tmp_path / "whole", **more))
     process = start(alone(tmp_path / "killed", **more))
     log = tmp_path / "killed" / "log.jsonl"
@@ -331,11 +338,15 @@ def test_every_zero_stage_trains_and_agrees(tmp_path):
     script = str(ROOT / "tests" / "many_runs.py")
     plan = []
     for zero in ("zero1", "zero2", "zero3"):
-        plan.append(
-            options(tmp_path / zero, zero=zero, precision="fp32", optim__steps=3, eval__on="false")
-        )
+        plan.append(options(tmp_path / zero, zero=zero, optim__steps=3, eval__on="false"))
     plan.append(
-        options(tmp_path / "offload", zero="zero3_offload", optim__steps=3, eval__on="false")
+        options(
+            tmp_path / "offload",
+            zero="zero3_offload",
+            precision="",
+            optim__steps=3,
+            eval__on="false",
+        )
     )
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     launcher = str(Path(sys.executable).parent / "deepspeed")
@@ -415,4 +426,8 @@ def test_missing_weights_name_the_fetch_command(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-LOST = {"teachers__dinov2__size": None, "teachers__effnet__size": None}
+LOST = {
+    f"teachers__{name}__{key}": None
+    for name in ("dinov2", "effnet")
+    for key in ("size", "precision")
+}

@@ -37,14 +37,17 @@ def quickstart_recipe() -> Config:
     deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json
     Expected: the student's kNN at least 4 points over raw pixels and 10 over its initial weights.
     """
-    root = quickstart.root()
+    root, precision = quickstart.root(), quickstart.precision()
     effnet = f"file:{root / quickstart.PARTS[1]}#arch=tf_efficientnet_lite0"
     dinov2 = f"file:{root / quickstart.PARTS[2]}#arch=vit_small_patch14_dinov2"
     return Config(
         recipe="quickstart",
+        precision="fp32" if precision == "fp32" else "",
         teachers=(
-            Teacher(name="effnet", source=effnet, size=112, channels_last=True),
-            Teacher(name="dinov2", source=dinov2, size=98, block="10"),
+            Teacher(
+                name="effnet", source=effnet, size=112, channels_last=True, precision=precision
+            ),
+            Teacher(name="dinov2", source=dinov2, size=98, block="10", precision=precision),
         ),
         # The cells fill their photographs: a tight crop would teach positions that no cell has.
         data=Data(
