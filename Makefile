@@ -17,11 +17,13 @@ unexport CUDA_VISIBLE_DEVICES
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long test-gpu test-all bench-data lint types clean
+.PHONY: help quickstart test test-long test-faults soak test-gpu test-all bench-data lint types clean
 
 help:
 	@echo "make quickstart   install, fetch the demonstration, train it (minutes on two CPU cores)"
 	@echo "make test         install and run the tests; test-long the long ones, test-all every one"
+	@echo "make test-faults  kill, stall and starve real runs; a table says what came of each"
+	@echo "make soak         a run killed fifty times at random moments (an hour)"
 	@echo "make bench-data   images per second of the data path beside torchvision's own loader"
 	@echo "make lint types   ruff; mypy"
 	@echo "make clean        remove .venv and caches; runs/ stays"
@@ -53,6 +55,12 @@ test: $(VENV)/.demo $(VENV)/.dev
 
 test-long: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow and not soak and not gpu"
+
+test-faults: $(VENV)/.demo $(VENV)/.dev
+	$(BIN)/python -m pytest -m "fault and not soak"
+
+soak: $(VENV)/.demo $(VENV)/.dev
+	$(BIN)/python -m pytest -s tests/test_soak.py
 
 test-gpu: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu

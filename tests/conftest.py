@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+
+HEAD = "| fault | what the run does | proven |", "|---|---|---|"
+PROVEN = pytest.StashKey[dict[str, tuple[str, str, str]]]()
+"""Test -> (fault, what the run does about it, passed or failed) of this session."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where the table of faults is to be written beside being printed."""
+    parser.addoption("--faults-table", type=Path, help="write the table of faults to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Faults that this session injects are noted."""
+    config.stash[PROVEN] = {}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -15,3 +32,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in needy:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Note what came of a test that injects a fault."""
+    report = yield
+    mark = item.get_closest_marker("fault")
+    if mark and (report.when == "call" or report.failed):
+        fault, outcome = mark.args
+        item.config.stash[PROVEN][item.nodeid] = (fault, outcome, report.outcome)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the faults that were injected and what came of them, as a table."""
+    config = terminalreporter.config
+    rows = list(config.stash[PROVEN].values())
+    if not rows:
+        return
+    held = sum(result == "passed" for *_, result in rows)
+    lines = [*HEAD, *(f"| {' | '.join(row)} |" for row in rows)]
+    lines += ["", f"{held} of {len(rows)} faults end as they should."]
+    terminalreporter.section("faults")
+    for line in lines:
+        terminalreporter.write_line(line)
+    if file := config.getoption("--faults-table"):
+        file.write_text("\n".join(lines) + "\n")
