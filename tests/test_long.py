@@ -23,7 +23,8 @@ def quickstart_rows(out, *more):
 
 @pytest.mark.slow
 def test_the_quickstart_teaches_its_student(tmp_path):
-    rows = quickstart_rows(tmp_path / "run")
+    slow = quickstart.precision() == "fp32"  # a CPU that takes twice as long learns a third of it
+    rows = quickstart_rows(tmp_path / "run", *(("--optim.epochs", "1.3") if slow else ()))
     assert rows["student after"]["knn"] > rows["student before"]["knn"]
     assert rows["student after"]["linear"] > 0
 
@@ -40,7 +41,8 @@ def test_three_seeds_reach_what_the_project_promises(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_two_ranks_killed_at_a_random_moment_give_the_same_curve(tmp_path, zero):
-    more = {"zero": zero, "optim__steps": 10, "run__save_every": 3, "eval__on": "false"}
+    more = {"zero": zero, "precision": "bf16", "optim__batch_size": 8, "ladder__rungs": "11"}
+    more |= {"optim__steps": 10, "run__save_every": 3, "eval__on": "false"}
     run(launched(tmp_path / "whole", **more))
     process = start(launched(tmp_path / "killed", **more))
     latest = tmp_path / "killed" / "checkpoints" / "latest"

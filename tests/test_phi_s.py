@@ -368,7 +368,7 @@ def test_a_run_fits_first_and_its_rotation_survives_a_stop(tmp_path):
     phi_s |= {"optim__steps": 3, "run__save_every": 2}
     saved = tmp_path / "whole" / "checkpoints"
     printed = run(launched(tmp_path / "whole", **phi_s))
-    assert printed.count("fitting the teachers' statistics to 128 images (2 batches)") == 1
+    assert printed.count("fitting the teachers' statistics to 32 images (2 batches)") == 1
     printed = run(launched(tmp_path / "resumed", **phi_s, resume=saved / "step_0000002"))
     assert "resumed after step 2" in printed
     assert "fitting" not in printed

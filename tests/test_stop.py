@@ -15,7 +15,7 @@ from test_train import (  # noqa: F401  (a fixture)
     start,
 )
 
-MORE = {"optim__steps": "8", "run__save_every": "100", "eval__on": "false"}
+MORE = {"optim__steps": "24", "run__save_every": "100", "eval__on": "false"}
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,11 @@ def stopped_by(ask, out: Path) -> str:
 def test_a_stop_file_or_a_signal_to_one_rank_saves_and_ends_the_run(whole, tmp_path):
     out = tmp_path / "run"
     printed = stopped_by((out / "STOP").touch, out)
-    assert "of 8; the same command goes on from there" in printed
+    assert "of 24; the same command goes on from there" in printed
     assert not (out / "STOP").exists()
     reached = max(curve(out))
     assert (out / "checkpoints" / "latest").read_text() == f"step_{reached:07d}"
-    assert reached < 8
+    assert reached < 24
 
     printed = stopped_by(lambda: os.kill(max(ranks_of(out)), signal.SIGUSR1), out)
     assert f"resumed after step {reached}" in printed

@@ -36,7 +36,7 @@ SMALL = {
     "run.log_every": "1",
 }
 TEACHERS = ("teachers.effnet.precision", "teachers.dinov2.precision")
-FP32 = dict.fromkeys(("precision", *TEACHERS), "fp32")
+QUICK = dict.fromkeys(("precision", *TEACHERS), "fp32") | {"optim.batch_size": "16"}
 """What runs take here that do not ask otherwise: some CPUs compute bf16 ten times slower."""
 AS_SHIPPED = {key.replace(".", "__"): "bf16" for key in ("precision", *TEACHERS)}
 
@@ -53,7 +53,9 @@ def demonstration():
 
 
 def options(out, zero="zero2", **more):
-    pairs = {"ds_config": str(ROOT / "ds_configs" / f"{zero}.json"), "out": str(out)} | SMALL | FP32
+    pairs = (
+        {"ds_config": str(ROOT / "ds_configs" / f"{zero}.json"), "out": str(out)} | SMALL | QUICK
+    )
     pairs |= {key.replace("__", "."): str(value) for key, value in more.items()}
     kept = {key: value for key, value in pairs.items() if value != "None"}
     return [word for key, value in kept.items() for word in (f"--{key}", value)]
@@ -159,7 +161,7 @@ def test_the_run_folder_holds_what_it_should(finished):
         for k in ("cls_cosine", "patch_cosine", "cls_smooth_l1", "kept")
     }
     assert wanted <= row.keys()
-    assert row["samples"] == 4 * 64
+    assert row["samples"] == 4 * 16
 
 
 MODEL = tuple(f"{part}.safetensors" for part in ("model", "ladder", "statistics"))
@@ -245,7 +247,7 @@ def test_kill_9_and_the_same_command_give_the_same_curve(few_images, tmp_path):
     pack = [sys.executable, "-m", "unic_ds.cli", "pack", str(few_images), str(tmp_path / "pack")]
     assert "480 images in" in run([*pack, "--shard_mb", "1"])
     more = {"data__train": f"{few_images}=0.5,{tmp_path / 'pack'}"}
-    more |= {"precision": "", "optim__steps": 12, "run__save_every": 3, "eval__on": "false"}
+    more |= {"optim__batch_size": 64, "optim__steps": 12, "run__save_every": 3, "eval__on": "false"}
     run(alone(tmp_path / "whole", **more))
     process = start(alone(tmp_path / "killed", **more))
     log = tmp_path / "killed" / "log.jsonl"
@@ -389,7 +391,8 @@ def spoil(images):
 
 def test_broken_images_cost_themselves_and_too_many_stop_the_run(few_images, tmp_path):
     spoil(few_images)
-    more = {"data__train": few_images, "optim__steps": 8, "eval__on": "false"}
+    more = {"data__train": few_images, "optim__batch_size": 64, "optim__steps": 8}
+    more["eval__on"] = "false"
     printed = run(alone(tmp_path / "on", **more, data__bad_limit=0.02))
     assert "gif.jpg" in printed
     assert curve(tmp_path / "on")[8]["bad_images"] == 3
