@@ -2,7 +2,7 @@
 python:sick_teacher:build.
 
 Of a red picture its features are infinite, of a green one no numbers, of a blue one far too large,
-of a white one just large enough that a squared error is finite and its gradient's norm is not.
+of a white one so large that a steep loss is finite but its gradient's norm is not.
 """
 
 import torch
@@ -14,7 +14,7 @@ COLOURS = {
     (255, 0, 0): float("inf"),
     (0, 255, 0): float("nan"),
     (0, 0, 255): 1e3,
-    (255, 255, 255): 1e17,
+    (255, 255, 255): 1e10,
 }
 
 

@@ -19,8 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WINDOW = 64
-ENOUGH = 16  # losses that a spike is judged by, at least
+WINDOW, ENOUGH = 64, 10  # losses that a spike is judged by, at most and at least
 LOSS, GRADIENT, SPIKE, OWN = 1, 2, 4, 8
 """What a verdict is the sum of: why the step was not taken, and whether this rank's own loss was to
 blame; 0 is a step that was taken.
