@@ -93,37 +93,41 @@ class Log:
         bad: int,
         verdict_K: Tensor,
         **values: Tensor | float | None,
-    ) -> list[list[float]]:
+    ) -> tuple[dict[str, Any], list[list[float]]]:
         """One line for the steps since the last, from the one transfer; every rank calls it.
 
         `waited_s` is this rank's whole time spent waiting for data, `bad` its unreadable images so
         far, `verdict_K` is 0 for each of the steps that was taken. What is still on the device
-        among `values` is averaged over the ranks. Returns the verdicts of every rank.
+        among `values` is averaged over the ranks. Returns the line, and every rank's verdicts.
         """
-        assert self.sums is not None
         seconds = time.monotonic() - self.logged_time
         share = (waited_s - self.logged_wait) / max(seconds, 1e-9)
         still = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        ours = torch.tensor([share, float(bad)], device=self.sums.device)
-        theirs = [value.to(self.sums).reshape(1) for value in still.values()]
-        once_N = torch.cat([*theirs, ours])
-        share_2N = torch.cat([self.sums, torch.stack([once_N, torch.ones_like(once_N)])], 1)
-        (sums, counts), verdict_PK = exchange(share_2N, verdict_K)
-        pairs = zip(sums, counts, strict=True)
-        means = [total / count if count else math.nan for total, count in pairs]
+        line = self.share([*still.values(), share, float(bad)], verdict_K)
+        lines = dist.gather(line).tolist()  # the one host read
         names = [*self.names, *still, "data_wait_share"]
+        sums, counts, verdict_PK = joined(lines, len(names) + 1)
+        pairs = zip(names, sums, counts, strict=False)
+        means = {name: total / count if count else math.nan for name, total, count in pairs}
         images_per_s = (step - self.logged_step) * self.batch_size / max(seconds, 1e-9)
         row: dict[str, Any] = {"step": step, "samples": step * self.batch_size}
         row |= {name: value for name, value in values.items() if name not in still}
-        row |= dict(zip(names, means[:-1], strict=True))
-        row |= {"images_per_s": images_per_s, "mem_gb": memory_gb()}
+        row |= means | {"images_per_s": images_per_s, "mem_gb": memory_gb()}
         row |= {"skipped": sum(map(bool, verdict_PK[0])), "bad_images": int(sums[-1])}
         row |= throughput(images_per_s, self.flops)
         self.sums = None
         self.logged_step, self.logged_time, self.logged_wait = step, time.monotonic(), waited_s
         if self.writer:
             self.publish(row)
-        return verdict_PK
+        return row, verdict_PK
+
+    def share(self, once: list[Tensor | float], verdict_K: Tensor) -> Tensor:
+        """This rank's sums, then their counts, then its verdicts; of `once` there is one each."""
+        assert self.sums is not None
+        values = [self.sums.new_tensor(v) if isinstance(v, float) else v for v in once]
+        once_N = torch.cat([value.to(self.sums).reshape(1) for value in values])
+        share_2N = torch.cat([self.sums, torch.stack([once_N, torch.ones_like(once_N)])], 1)
+        return torch.cat([share_2N.flatten(), verdict_K.to(share_2N)])
 
     def publish(self, row: dict[str, Any]) -> None:
         """Write a line to the file, to TensorBoard and to whoever watches."""
@@ -143,12 +147,10 @@ class Log:
         )
 
 
-def exchange(share_2N: Tensor, verdict_K: Tensor) -> tuple[list[list[float]], list[list[float]]]:
-    """Shares summed over the ranks (2, N), and the verdicts of each (P, K): the one host read."""
-    line = torch.cat([share_2N.flatten(), verdict_K.to(share_2N)])
-    numbers, n = dist.gather(line).tolist(), share_2N.shape[1]
-    columns = [sum(column) for column in zip(*(row[: 2 * n] for row in numbers), strict=True)]
-    return [columns[:n], columns[n:]], [row[2 * n :] for row in numbers]
+def joined(lines: list[list[float]], n: int) -> tuple[list[float], list[float], list[list[float]]]:
+    """Of the ranks' lines: n sums and n counts over all, and what comes after them of each."""
+    columns = [sum(column) for column in zip(*(line[: 2 * n] for line in lines), strict=True)]
+    return columns[:n], columns[n:], [line[2 * n :] for line in lines]
 
 
 def progress_bar() -> Any:

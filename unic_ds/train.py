@@ -162,7 +162,7 @@ def learn(task: job.Job, parts: Any, first: int, *, request: Any) -> int:
             asked = request.agreed()
             saves = asked or due(step, cfg.run.save_every, stop)
             if saves or due(step, cfg.run.log_every, stop):
-                verdict_PK = book.write(
+                _, verdict_PK = book.write(
                     step,
                     waited_s=stream.waited_s,
                     bad=len(stream.bad),
