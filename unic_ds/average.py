@@ -29,6 +29,7 @@ class AveragedAdamW(torch.optim.AdamW):
         """One step of AdamW and of the averages.
 
         Under ZeRO-1 to 3 DeepSpeed steps one partition at a time: only those in the groups now.
+        Where `found_inf` is 1 both stay as they are.
         """
         stepped = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         # AdamW starts its own state where there is none at all, so ours waits until it has
@@ -36,8 +37,10 @@ class AveragedAdamW(torch.optim.AdamW):
         loss = super().step(closure)
         for weight, start in starts.items():
             self.state[weight][KEY] = start
+        skip: Tensor | None = getattr(self, "found_inf", None)
+        rate = 1 - self.decay if skip is None else (1 - self.decay) * (1 - skip)
         for weight in stepped:
-            self.state[weight][KEY].lerp_(weight, 1 - self.decay)
+            self.state[weight][KEY].lerp_(weight, rate)
         return loss
 
 

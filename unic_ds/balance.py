@@ -38,8 +38,8 @@ class Balancer(nn.Module):
         """Coefficients before the teachers' weights."""
         return torch.full_like(loss_TB, 1 / loss_TB.numel())
 
-    def track(self) -> None:
-        """Learn from the optimiser step just taken; every rank calls it."""
+    def track(self, taken: Tensor | None = None) -> None:
+        """Learn from the optimiser step that ended, where it was taken; every rank calls it."""
 
 
 class Dropping(Balancer):
@@ -89,13 +89,15 @@ class AdaLoss(Balancer):
         return (share_T / loss_TB.numel())[:, None].expand_as(loss_TB)
 
     @torch.no_grad()
-    def track(self) -> None:
+    def track(self, taken: Tensor | None = None) -> None:
         loss_T, images_T = dist.gather(self.sums_2T).sum(0)
         mean_T = (loss_T / images_T.clamp(min=1)).float()
         moved_T = self.momentum * self.running_T + (1 - self.momentum) * mean_T
         moved_T = torch.where(self.running_T > 0, moved_T, mean_T)
         # A step that is not finite is skipped; it may not poison the weights either.
-        self.running_T.copy_(torch.where(moved_T.isfinite().all(), moved_T, self.running_T))
+        usable = moved_T.isfinite().all()
+        usable = usable if taken is None else usable & taken
+        self.running_T.copy_(torch.where(usable, moved_T, self.running_T))
         self.sums_2T.zero_()
 
 

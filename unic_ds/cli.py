@@ -135,9 +135,10 @@ def export(options: dict[str, str]) -> int:
         heads = heads_of(cfg, {name: row["width"] for name, row in teachers.items()})
         ladder = ladder_on(build_encoder(cfg.student), cfg.ladder, heads)
     images = finish.sample(data.scan(cfg.data.train), cfg, 8)
+    statistics = initial.read(found / checkpoint.STATISTICS)
     beside = {
         initial.LADDER: ladder.published(parts["ladder"]),
-        initial.STATISTICS: initial.read(found / checkpoint.STATISTICS),
+        initial.STATISTICS: {k: v for k, v in statistics.items() if k.split(".")[0] in teachers},
     }
     print(write(parts["encoder"], cfg, images, out, teachers=teachers, beside=beside))
     return 0

@@ -56,6 +56,11 @@ def read(path: str) -> dict[str, Any]:
         raise ValueError(
             f"--ds_config {path!r} asks for fp16; this trainer runs in bf16 or --precision fp32"
         )
+    if settings.get("zero_optimization", {}).get("compute_grad_norm") is False:
+        raise ValueError(
+            f"--ds_config {path!r} turns zero_optimization.compute_grad_norm off, by which steps"
+            " that are not finite are known; remove it"
+        )
     micro = settings.get("train_micro_batch_size_per_gpu")
     if not isinstance(micro, int) or isinstance(micro, bool) or micro < 1:
         raise ValueError(

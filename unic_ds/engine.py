@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,29 @@ def averages_on_disk(file: Path, masters: list[Tensor]) -> list[Tensor]:
 def copies(engine: Any) -> int:
     """fp32 numbers that a checkpoint holds for each weight: itself, two moments, an average."""
     return 4 if isinstance(engine.basic_optimizer, AveragedAdamW) else 3
+
+
+def guard(engine: Any, skip: Callable[[Tensor | float], Tensor]) -> None:
+    """Let the optimiser ask before each of its steps whether to leave everything as it is.
+
+    `skip` is told the gradient's norm over all ranks and says 1 or 0 on the device. DeepSpeed
+    refuses gradients that are not finite by itself under most settings; then `skip` is not asked.
+    """
+    whole, inner = engine.optimizer, engine.basic_optimizer
+
+    def ask(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        norm = own_norm(weights) if whole is inner else whole._global_grad_norm
+        optimizer.found_inf = skip(norm).to(weights[0].device)  # type: ignore[attr-defined]
+
+    # Where a part of the state is offloaded, DeepSpeed steps the rest by an AdamW of its own.
+    for optimizer in filter(None, (inner, getattr(whole, "backup_optimizer", None))):
+        optimizer.register_step_pre_hook(ask)
+
+
+def own_norm(weights: list[Tensor]) -> Tensor:
+    """The gradient's norm where DeepSpeed takes none: under ZeRO-0 in fp32."""
+    return nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
 
 
 def grad_norm(engine: Any) -> Tensor | float | None:

@@ -9,8 +9,8 @@ from typing import IO, Any
 from unic_ds import ds_config, job, override
 from unic_ds.parts import Parts, fit_statistics
 
-BALANCE = "balance/"
-"""Before the balancer's entries among a checkpoint's statistics; no teacher's name has a slash."""
+BALANCE, GUARD = "balance/", "guard/"
+"""Before the entries of others among a checkpoint's statistics; no teacher's name has a slash."""
 
 
 def record(task: job.Job, manifest: dict[str, Any]) -> IO[str]:
@@ -68,27 +68,33 @@ def save(task: job.Job, parts: Parts, step: int) -> None:
         task.out / "checkpoints",
         step,
         facts=identity(task, parts)
-        | {"samples": step * task.cfg.optim.batch_size, "seed": task.cfg.seed},
+        | {"samples": step * task.cfg.optim.batch_size, "seed": task.cfg.seed}
+        | {"rollbacks": parts.rollbacks},
         statistics=parts.teachers.state_dict()
-        | {f"{BALANCE}{k}": v for k, v in parts.balance.state_dict().items()},
-        keep=task.cfg.run.keep_last,
+        | {f"{BALANCE}{k}": v for k, v in parts.balance.state_dict().items()}
+        | {f"{GUARD}{k}": v for k, v in parts.guard.state_dict().items()},
+        # What is saved while steps are skipped may not take the place of what was before them.
+        keep=task.cfg.run.keep_last + parts.guard.streak,
     )
 
 
 def resume(task: job.Job, parts: Parts) -> int:
     """Load the newest whole checkpoint, if there is one; the step it was saved after, else 0."""
-    from unic_ds import checkpoint, log
+    from unic_ds import checkpoint, log, rollback
 
+    parts.rollbacks = rollback.settle(task.out)
     found = checkpoint.find(task.out / "checkpoints", task.resume)
     step = 0
     if found:
         facts, statistics = checkpoint.load(parts.engine, found, identity(task, parts))
-        ours = {k: statistics.pop(k) for k in list(statistics) if k.startswith(BALANCE)}
-        parts.balance.load_state_dict({k.removeprefix(BALANCE): v for k, v in ours.items()})
+        for prefix, part in ((BALANCE, parts.balance), (GUARD, parts.guard)):
+            its = {k: statistics.pop(k) for k in list(statistics) if k.startswith(prefix)}
+            part.load_state_dict({k.removeprefix(prefix): v for k, v in its.items()})
         parts.teachers.load_state_dict(statistics)
+        parts.rollbacks = parts.rollbacks or facts["rollbacks"]
         step = facts["step"]
         log.say(f"resumed after step {step} from {found}")
     elif task.cfg.standardise.fitted:
         fit_statistics(task, parts)
-    parts.stream.seek(step)
+    parts.stream.seek(step, rollback.left_out(parts.rollbacks))
     return step

@@ -38,7 +38,6 @@ class Log:
         self.steps, self.batch_size, self.flops = steps, batch_size, flops_per_image
         self.sums: Tensor | None = None
         self.names: list[str] = []
-        self.count = 0
         self.logged_step, self.logged_time, self.logged_wait = first - 1, time.monotonic(), 0.0
         self.writer = dist.rank() == 0
         self.bar: Any = None
@@ -79,42 +78,56 @@ class Log:
             self.board.close()
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Take a micro batch's metrics; nothing leaves the device."""
-        values = torch.stack(list(metrics.values()))
+        """Take a micro batch's metrics, those that are finite; nothing leaves the device."""
+        value_M = torch.stack(list(metrics.values()))
+        finite_M = value_M.isfinite()
+        seen_2M = torch.stack([torch.where(finite_M, value_M, 0.0), finite_M.to(value_M)])
         self.names = list(metrics)
-        self.sums = values if self.sums is None else self.sums + values
-        self.count += 1
+        self.sums = seen_2M if self.sums is None else self.sums + seen_2M
 
     def write(
-        self, step: int, *, waited_s: float, bad: int, **values: Tensor | float | None
-    ) -> dict[str, Any]:
-        """One line for the steps since the last, from the one transfer; returns it. Every rank
-        calls it.
+        self,
+        step: int,
+        *,
+        waited_s: float,
+        bad: int,
+        verdict_K: Tensor,
+        **values: Tensor | float | None,
+    ) -> tuple[dict[str, Any], list[list[float]]]:
+        """One line for the steps since the last, from the one transfer; every rank calls it.
 
         `waited_s` is this rank's whole time spent waiting for data, `bad` its unreadable images so
-        far. What is still on the device among `values` is averaged over the ranks.
+        far, `verdict_K` is 0 for each of the steps that was taken. What is still on the device
+        among `values` is averaged over the ranks. Returns the line, and every rank's verdicts.
         """
-        assert self.sums is not None
         seconds = time.monotonic() - self.logged_time
         share = (waited_s - self.logged_wait) / max(seconds, 1e-9)
         still = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        ours = torch.tensor([share, float(bad)], device=self.sums.device)
-        theirs = [value.to(self.sums).reshape(1) for value in still.values()]
-        line = torch.cat([self.sums / self.count, *theirs, ours])
-        columns = list(zip(*dist.gather(line).tolist(), strict=True))  # the one host read
+        line = self.share([*still.values(), share, float(bad)], verdict_K)
+        lines = dist.gather(line).tolist()  # the one host read
         names = [*self.names, *still, "data_wait_share"]
-        means = [sum(column) / len(column) for column in columns[:-1]]
+        sums, counts, verdict_PK = joined(lines, len(names) + 1)
+        pairs = zip(names, sums, counts, strict=False)
+        means = {name: total / count if count else math.nan for name, total, count in pairs}
         images_per_s = (step - self.logged_step) * self.batch_size / max(seconds, 1e-9)
         row: dict[str, Any] = {"step": step, "samples": step * self.batch_size}
         row |= {name: value for name, value in values.items() if name not in still}
-        row |= dict(zip(names, means, strict=True))
-        row |= {"images_per_s": images_per_s, "mem_gb": memory_gb()}
-        row |= {"bad_images": int(sum(columns[-1]))} | throughput(images_per_s, self.flops)
-        self.sums, self.count = None, 0
+        row |= means | {"images_per_s": images_per_s, "mem_gb": memory_gb()}
+        row |= {"skipped": sum(map(bool, verdict_PK[0])), "bad_images": int(sums[-1])}
+        row |= throughput(images_per_s, self.flops)
+        self.sums = None
         self.logged_step, self.logged_time, self.logged_wait = step, time.monotonic(), waited_s
         if self.writer:
             self.publish(row)
-        return row
+        return row, verdict_PK
+
+    def share(self, once: list[Tensor | float], verdict_K: Tensor) -> Tensor:
+        """This rank's sums, then their counts, then its verdicts; of `once` there is one each."""
+        assert self.sums is not None
+        values = [self.sums.new_tensor(v) if isinstance(v, float) else v for v in once]
+        once_N = torch.cat([value.to(self.sums).reshape(1) for value in values])
+        share_2N = torch.cat([self.sums, torch.stack([once_N, torch.ones_like(once_N)])], 1)
+        return torch.cat([share_2N.flatten(), verdict_K.to(share_2N)])
 
     def publish(self, row: dict[str, Any]) -> None:
         """Write a line to the file, to TensorBoard and to whoever watches."""
@@ -132,6 +145,12 @@ class Log:
             f"step {row['step']}/{self.steps}  {loss}  {speed}  {waits}  ETA {left:.0f} s",
             flush=True,
         )
+
+
+def joined(lines: list[list[float]], n: int) -> tuple[list[float], list[float], list[list[float]]]:
+    """Of the ranks' lines: n sums and n counts over all, and what comes after them of each."""
+    columns = [sum(column) for column in zip(*(line[: 2 * n] for line in lines), strict=True)]
+    return columns[:n], columns[n:], [line[2 * n :] for line in lines]
 
 
 def progress_bar() -> Any:

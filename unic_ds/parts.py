@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -23,13 +23,16 @@ class Parts:
     init: dict[str, str] | None
     engine: Any
     balance: Any
+    guard: Any
     steps: int
     flops: float
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)  # how often it went back so far
 
 
 def build(task: job.Job) -> Parts:
     """Images, teachers, student and engine of a job."""
     from unic_ds import balance, dist, engine, initial, log
+    from unic_ds.guard import Guard
     from unic_ds.ladder import heads_of
     from unic_ds.ops import KERNELS
     from unic_ds.student import Student, grid_of
@@ -59,6 +62,9 @@ def build(task: job.Job) -> Parts:
     flops = count_flops(student, teachers, cfg.student.size, device)
     cost = f"{flops / 1e9:.1f} GFLOP an image for the whole step"
     log.say(f"student {cfg.student.model}, {cfg.student.size} px; {cost}")
+    made = engine.build(student, cfg.optim, task.settings)
+    guard = Guard(cfg.run.spike, everyone=dist.gather, device=device)
+    engine.guard(made, guard.skip)
     return Parts(
         train=train,
         val=val,
@@ -67,8 +73,9 @@ def build(task: job.Job) -> Parts:
         cache=cache,
         manifest=manifest,
         init=init,
-        engine=engine.build(student, cfg.optim, task.settings),
+        engine=made,
         balance=balance.build(cfg).to(device),
+        guard=guard,
         steps=cfg.optim.step_count(train.per_epoch),
         flops=flops,
     )

@@ -6,7 +6,6 @@ deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json [--recipe NAME] [--
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -85,15 +84,45 @@ def distil(task: job.Job, stop_file: Path) -> bool:
 
     It saves and stops when `stop_file` is there, or after SIGUSR1 or SIGTERM to any rank.
     """
-    from unic_ds import dist, finish, log
-    from unic_ds.engine import grad_norm
-    from unic_ds.folder import record, resume, save
-    from unic_ds.loss import distill_loss
-    from unic_ds.ops import KERNELS
+    from unic_ds import dist, finish, log, rollback
+    from unic_ds.folder import record, resume
     from unic_ds.parts import build
 
     dist.start()
-    cfg, parts = task.cfg, build(task)
+    parts = build(task)
+    first, last = resume(task, parts) + 1, parts.steps
+    lock = record(task, parts.manifest)
+    request = dist.StopRequest(stop_file)
+    step = None
+    while step is None:
+        try:
+            step = learn(task, parts, first, request=request)
+        except rollback.Setback as setback:
+            rollback.plan(task, parts, setback)
+            first = resume(task, parts) + 1
+    parts.stream.close()
+    if step == last:
+        finish.finish(task, parts)
+    else:
+        log.say(f"stopped after step {step} of {last}; the same command goes on from there")
+        if dist.rank() == 0 and not task.cfg.run.stop_file:
+            stop_file.unlink(missing_ok=True)  # it was meant for this start alone
+    lock.close()
+    return step == last
+
+
+def learn(task: job.Job, parts: Any, first: int, *, request: Any) -> int:
+    """Train from step `first` until the last, or until `request` is made; the step it came to.
+
+    rollback.Setback where too many steps in a row were skipped.
+    """
+    from unic_ds import dist, log, rollback
+    from unic_ds.engine import grad_norm
+    from unic_ds.folder import save
+    from unic_ds.loss import distill_loss
+    from unic_ds.ops import KERNELS
+
+    cfg, engine, stream, teachers = task.cfg, parts.engine, parts.stream, parts.teachers
     judge = partial(
         distill_loss,
         loss=cfg.loss,
@@ -102,11 +131,8 @@ def distil(task: job.Job, stop_file: Path) -> bool:
         everyone=dist.gather_batch,
         ops=KERNELS[cfg.kernels],
     )
-    engine, stream, teachers, last = parts.engine, parts.stream, parts.teachers, parts.steps
-    first = resume(task, parts) + 1
-    lock = record(task, parts.manifest)
+    guard, last = parts.guard, parts.steps
     stop, step = min(cfg.run.stop_at or last, last), first - 1
-    request = dist.StopRequest(stop_file)
     book = log.Log(
         task.out,
         steps=last,
@@ -124,34 +150,32 @@ def distil(task: job.Job, stop_file: Path) -> bool:
                 target = teachers(batch.images, batch.beside)
                 pred = engine(batch.images[cfg.student.size], path_BK)
                 loss, metrics = judge(pred, target, drop_TB)
+                guard.see(loss)
                 engine.backward(loss)
                 engine.step()
                 book.add(metrics)
-            teachers.track(optim.momentum(step, cfg.standardise, last))
-            parts.balance.track()
+            taken = guard.close()
+            teachers.track(optim.momentum(step, cfg.standardise, last), taken)
+            parts.balance.track(taken)
             if step == first:
                 log.say(f"first optimiser step done {log.since_start():.0f} s after the start")
             asked = request.agreed()
             saves = asked or due(step, cfg.run.save_every, stop)
             if saves or due(step, cfg.run.log_every, stop):
-                bad = len(stream.bad)
-                row = book.write(
-                    step, waited_s=stream.waited_s, bad=bad, lr=rate, grad_norm=grad_norm(engine)
+                _, verdict_PK = book.write(
+                    step,
+                    waited_s=stream.waited_s,
+                    bad=len(stream.bad),
+                    verdict_K=guard.verdicts(),
+                    lr=rate,
+                    grad_norm=grad_norm(engine),
                 )
-                refuse_non_finite(row)
+                rollback.heed(task, parts, step, verdict_PK)
             if saves:
                 save(task, parts, step)
             if asked:
                 break
-    stream.close()
-    if step == last:
-        finish.finish(task, parts)
-    else:
-        log.say(f"stopped after step {step} of {last}; the same command goes on from there")
-        if dist.rank() == 0 and not cfg.run.stop_file:
-            stop_file.unlink(missing_ok=True)  # it was meant for this start alone
-    lock.close()
-    return step == last
+    return step
 
 
 def uniforms(cfg: config.Config, step: int, position_B: Any, engine: Any) -> tuple[Any, Any]:
@@ -170,15 +194,6 @@ def uniforms(cfg: config.Config, step: int, position_B: Any, engine: Any) -> tup
     drop_BT = chance.uniform(cfg.seed, "teacher drop", len(cfg.teachers), step, place_B)
     path_BK = chance.uniform(cfg.seed, "drop path", len(engine.module.paths), step, position_B)
     return to_device(drop_BT.T.copy()), to_device(path_BK)
-
-
-def refuse_non_finite(row: dict[str, Any]) -> None:
-    """RuntimeError where the loss is no number any more: going on would burn the job."""
-    if not math.isfinite(row["loss"]):
-        raise RuntimeError(
-            f"the loss is {row['loss']} at step {row['step']}; lower --optim.lr or set"
-            " --optim.clip in a fresh --out (earlier checkpoints are kept)"
-        )
 
 
 if __name__ == "__main__":

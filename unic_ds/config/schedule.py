@@ -84,7 +84,7 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Cadence of the loop; none of it changes what is learned."""
+    """Cadence of the loop, and what it does about trouble; a run may go on with others."""
 
     log_every: int = knob(10, "steps between log lines", machinery=True)
     save_every: int = knob(
@@ -97,8 +97,23 @@ class Run:
     stop_file: str = knob(
         "", "save and stop, to be resumed, when this file is there; empty: OUT/STOP", machinery=True
     )
+    spike: float = knob(
+        0.0,
+        "skip a step whose loss lies this many robust deviations above the last 64; 0: off",
+        machinery=True,
+    )
+    rollback_after: int = knob(
+        5,
+        "skipped steps in a row after which it goes back to the checkpoint before them, and on past"
+        " their samples",
+        machinery=True,
+    )
+    max_rollbacks: int = knob(
+        3, "how often a run may go back; where it would again, it stops", machinery=True
+    )
 
     def __post_init__(self) -> None:
-        for key in ("log_every", "save_every", "keep_last"):
+        for key in ("log_every", "save_every", "keep_last", "rollback_after"):
             check(getattr(self, key) > 0, f"run.{key}", "positive", getattr(self, key))
-        check(self.stop_at >= 0, "run.stop_at", ">= 0", self.stop_at)
+        for key in ("stop_at", "spike", "max_rollbacks"):
+            check(getattr(self, key) >= 0, f"run.{key}", ">= 0", getattr(self, key))

@@ -3,7 +3,7 @@
 A run reads epoch after epoch without a seam: slot g (from 0) of the run is place g % n of epoch
 g // n. Optimiser step s (from 1) takes slots [(s-1) G, s G); within those G positions, micro batch
 j of rank r takes [(j world + r) m, +m). So every epoch shows each sample once, whatever the ranks,
-and no epoch has a ragged end.
+and no epoch has a ragged end. Steps whose data is left out are passed over: see `data_step`.
 
 Samples in shards are shuffled on two levels: the shards, then the samples of a window of several
 shards at a time, so that what is read soon lies in few files. In a mixture the slots of an epoch
@@ -12,6 +12,7 @@ are dealt to its sources by chance, and each source goes on through passes of it
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -101,6 +102,33 @@ def batch(
         index_N, pass_N = epoch_of(seed, epoch, runs)
         index_B[here_B], pass_B[here_B] = index_N[place_B[here_B]], pass_N[place_B[here_B]]
     return index_B, pass_B
+
+
+Spans = tuple[tuple[int, int], ...]
+"""First and last of the steps that each span holds, ascending and apart."""
+
+
+def joined(spans: Iterable[tuple[int, int]]) -> Spans:
+    """The spans of all steps that are in any."""
+    apart: list[tuple[int, int]] = []
+    for first, last in sorted(spans):
+        if apart and first <= apart[-1][1] + 1:
+            apart[-1] = apart[-1][0], max(apart[-1][1], last)
+        else:
+            apart.append((first, last))
+    return tuple(apart)
+
+
+def data_step(step: int, left_out: Spans) -> int:
+    """The step of the run's order that optimiser step `step` reads, both from 1.
+
+    It is the `step`-th of those that are not left out.
+    """
+    for first, last in left_out:
+        if step < first:
+            break
+        step += last - first + 1
+    return step
 
 
 def positions(micro_batch: int, *, rank: int, world: int, micro: int) -> NDArray[np.int64]:

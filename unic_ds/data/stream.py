@@ -65,12 +65,13 @@ class Stream:
         self._views = views or Views(seed)
         self._feed: Feed | None = None
         self._step = 0
+        self._left_out: order.Spans = ()
         self._waited_s = 0.0
         self._since_epoch = 0  # images since freed memory was given back
 
     @property
     def waited_s(self) -> float:
-        """Seconds that iterating has waited for data since the stream was made."""
+        """Seconds that iterating has waited for data since the last `seek`."""
         return self._waited_s + (self._feed.waited_s if self._feed else 0.0)
 
     @property
@@ -78,10 +79,25 @@ class Stream:
         """(name, reason) of the files this rank could not read and replaced."""
         return self._reader.listed()
 
-    def seek(self, step: int) -> None:
-        """Go on with the first micro batch after `step` optimiser steps."""
+    def seek(self, step: int, left_out: order.Spans = ()) -> None:
+        """Go on with the first micro batch after `step` optimiser steps.
+
+        The steps of the order that are `left_out` are not read, and those after them come earlier.
+        """
         self.close()
-        self._step = step
+        self._step, self._left_out, self._waited_s = step, left_out, 0.0
+
+    def data_step(self, step: int) -> int:
+        """The step of the order that optimiser step `step` (from 1) reads."""
+        return order.data_step(step, self._left_out)
+
+    def names(self, step: int, ranks: Iterable[int] = ()) -> dict[int, list[str]]:
+        """The samples that those ranks, or all, see in optimiser step `step` (from 1)."""
+        names = self._reader.source.names
+        return {
+            rank: [names[int(i)] for slots in self._slots(step, rank) for i in slots.index_B]
+            for rank in ranks or range(self._world)
+        }
 
     def __iter__(self) -> Stream:
         return self
@@ -113,14 +129,17 @@ class Stream:
 
     def _plan(self, done: int) -> Iterator[Slots]:
         """Slots of this rank's micro batches after `done` optimiser steps."""
-        for step in count(done):
-            for j in range(self._batch_size // (self._micro * self._world)):
-                position_B = order.positions(
-                    j, rank=self._rank, world=self._world, micro=self._micro
-                )
-                first = step * self._batch_size + int(position_B[0])
-                index_B, epoch_B = order.batch(self._seed, self._runs, first, self._micro)
-                yield Slots(index_B, self._views.of(epoch_B), position_B)
+        for step in count(done + 1):
+            yield from self._slots(step, self._rank)
+
+    def _slots(self, step: int, rank: int) -> Iterator[Slots]:
+        """Slots of a rank's micro batches in optimiser step `step` (from 1)."""
+        before = (self.data_step(step) - 1) * self._batch_size
+        for j in range(self._batch_size // (self._micro * self._world)):
+            position_B = order.positions(j, rank=rank, world=self._world, micro=self._micro)
+            first = before + int(position_B[0])
+            index_B, epoch_B = order.batch(self._seed, self._runs, first, self._micro)
+            yield Slots(index_B, self._views.of(epoch_B), position_B)
 
 
 def drawn(

@@ -106,14 +106,14 @@ class Teachers:
         # One rank's for all: eigenvectors of the same matrix may differ between two machines.
         self.load_state_dict(dist.share({k: v.cpu() for k, v in self.state_dict().items()}))
 
-    def track(self, momentum: float) -> None:
-        """Move running statistics by the optimiser step just taken: one collective, no host sync.
+    def track(self, momentum: float, taken: Tensor | None = None) -> None:
+        """Move running statistics by the optimiser step that ended: one collective, no host sync.
 
-        Fixed ones stay.
+        Fixed ones stay, and all where it was not taken.
         """
         if self.standardise.running:
             for name, moments_PS2C in self.gather().items():
-                self.norms[name].track(moments_PS2C, momentum)
+                self.norms[name].track(moments_PS2C, momentum, taken)
 
     def gather(self) -> dict[str, Tensor]:
         """What each rank has observed of each teacher, [P, 3, 2, C]: one collective."""

@@ -88,15 +88,16 @@ class Standardiser(nn.Module):
         return self.moments_S2C.clone()
 
     @torch.no_grad()
-    def track(self, moments_PS2C: Tensor, momentum: float) -> None:
+    def track(self, moments_PS2C: Tensor, momentum: float, taken: Tensor | None = None) -> None:
         """Move the running statistics by the moments of all ranks; once per optimiser step.
 
-        A step whose features are not finite leaves them alone: its update is skipped, and one such
+        A step that was not taken, or whose features are not finite, leaves them alone: one such
         batch would poison every later target.
         """
         count_2C, mean_2C, m2_2C = merge(moments_PS2C).unbind(0)
         std_2C = (m2_2C / (count_2C - 1).clamp(min=1)).sqrt() + EPS
         usable = torch.isfinite(mean_2C).all() & torch.isfinite(std_2C).all() & (count_2C > 0).all()
+        usable = usable if taken is None else usable & taken
         for running_2C, batch_2C in ((self.mean_2C, mean_2C), (self.std_2C, std_2C)):
             moved_2C = (1 - momentum) * running_2C + momentum * batch_2C.float()
             running_2C.copy_(torch.where(usable, moved_2C, running_2C))
