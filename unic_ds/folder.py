@@ -59,8 +59,8 @@ def identity(task: job.Job, parts: Parts) -> dict[str, Any]:
     }
 
 
-def save(task: job.Job, parts: Parts, step: int) -> None:
-    """Save a checkpoint after `step`."""
+def save(task: job.Job, parts: Parts, step: int, *, loss: float) -> None:
+    """Save a checkpoint after `step`, noting the training loss."""
     from unic_ds import checkpoint
 
     checkpoint.save(
@@ -68,10 +68,10 @@ def save(task: job.Job, parts: Parts, step: int) -> None:
         task.out / "checkpoints",
         step,
         facts=identity(task, parts)
-        | {"samples": step * task.cfg.optim.batch_size, "seed": task.cfg.seed},
+        | {"samples": step * task.cfg.optim.batch_size, "seed": task.cfg.seed, "loss": loss},
         statistics=parts.teachers.state_dict()
         | {f"{BALANCE}{k}": v for k, v in parts.balance.state_dict().items()},
-        keep=task.cfg.run.keep_last,
+        keep=task.cfg.run,
     )
 
 

@@ -140,7 +140,7 @@ def distil(task: job.Job, stop_file: Path) -> bool:
                 )
                 refuse_non_finite(row)
             if saves:
-                save(task, parts, step)
+                save(task, parts, step, loss=row["loss"])
             if asked:
                 break
     stream.close()
