@@ -208,7 +208,10 @@ def load(
                 f" this run has {value!r}; use the same, or start in a fresh --out"
             )
     if any(facts[key] != expected[key] for key in LAYOUT):
-        there, here = (f"{d['ranks']} ranks, ZeRO-{d['zero_stage']}" for d in (facts, expected))
+        there, here = (
+            f"{d['ranks']} rank{'s' * (d['ranks'] > 1)}, ZeRO-{d['zero_stage']}"
+            for d in (facts, expected)
+        )
         log.say(f"{folder.name} was saved by {there}; laid out anew for {here}")
         load_anew(engine, folder / SHARDS)
     elif engine.load_checkpoint(str(folder), tag=SHARDS)[0] is None:
@@ -227,11 +230,11 @@ def forget(folder: Path, newest: Path, keep: config.Run) -> None:
     kept = {*branch[-keep.keep_last :], *lowest_loss(branch, keep.keep_best)}
     if keep.keep_every:
         kept |= {step for step in branch if int(step.name[5:]) % keep.keep_every == 0}
-    for old in set(steps) - kept:
-        with suppress(OSError):  # under its own name it would stand half removed if we are killed
-            old.rename(old.with_name(f".saving_{old.name}"))
     for rest in folder.glob(".saving_*"):
         shutil.rmtree(rest, ignore_errors=True)
+    for old in set(steps) - kept:
+        with suppress(OSError):  # were we killed, it would stand half removed under its own name
+            shutil.rmtree(old.rename(old.with_name(f".saving_{old.name}")))
 
 
 def lowest_loss(steps: list[Path], count: int) -> list[Path]:
