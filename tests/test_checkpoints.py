@@ -11,12 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-from test_same_answer import SCIENCE
 from test_stop import ranks_of
 from test_train import (  # noqa: F401  (a fixture)
     ROOT,
-    TRAIN,
     curve,
     demonstration,
     ranks_and_port,
@@ -27,15 +24,28 @@ from test_train import (  # noqa: F401  (a fixture)
 from unic_ds import checkpoint, config, engine, quickstart
 
 STEPS = 6
-RUN = SCIENCE | {
-    "optim.steps": STEPS,
+RUN = {
+    "teachers": "narrow=python:small_teacher:narrow,wide=python:small_teacher:wide",
+    "teachers.narrow.precision": "fp32",
+    "teachers.wide.precision": "fp32",
+    "student.model": "test_vit",
+    "student.size": 32,
+    "student.drop_path": 0.1,
+    "ladder.rungs": "2,5",
+    "ladder.width": 96,
+    "optim.batch_size": 8,
+    "optim.lr": "1e-3",
+    "optim.lr_scaling": "none",
+    "optim.warmup_epochs": "0.02",
     "optim.clip": 0.3,
     "optim.ema": 0.9,
-    "run.stop_at": 0,
+    "optim.steps": STEPS + 1,
+    "run.stop_at": STEPS,  # nothing is exported
+    "run.log_every": 1,
     "run.save_every": 2,
     "run.keep_last": 9,
 }
-HALF = {"optim.ema": 0, "optim.lr": "1e-4", "ladder.rungs": "11", "ladder.width": 48}
+HALF = {"optim.ema": 0, "optim.lr": "1e-4", "ladder.rungs": "5", "ladder.width": 48}
 NEWEST, NEXT = "step_0000004", "step_0000006"
 
 
@@ -87,8 +97,8 @@ def harmed(sources):
     """Folders that stopped at step 4, each harmed in its way; what the failing runs printed."""
     names = ("truncated", "no_manifest", "leftover", "killed", "read_only", "full")
     for name in names:
-        kept = shutil.ignore_patterns(NEXT, "latest", "student", "results.*", "tb")
-        shutil.copytree(sources / "whole", sources / name, ignore=kept)
+        later = shutil.ignore_patterns(NEXT, "latest", "tb")
+        shutil.copytree(sources / "whole", sources / name, ignore=later)
     shard = next(after(sources, "truncated", 4).glob("zero/*optim_states.pt"))
     os.truncate(shard, shard.stat().st_size // 2)
     (after(sources, "no_manifest", 4) / checkpoint.MANIFEST).unlink()
@@ -206,10 +216,10 @@ def ended(harmed, moved):
 
 
 def assert_ended_as_unharmed(folder, name):
-    """The curve and the exported student of the run that nobody harmed, bit for bit."""
+    """The curve and every byte of the last checkpoint of the run that nobody harmed."""
     assert curve(folder / name) == curve(folder / "whole")
-    files = [folder / run / "student" / "model.safetensors" for run in (name, "whole")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    hashes = [after(folder, run, STEPS) / checkpoint.MANIFEST for run in (name, "whole")]
+    assert hashes[0].read_text() == hashes[1].read_text()
 
 
 @pytest.mark.dist
@@ -292,24 +302,30 @@ def test_other_ranks_and_stages_go_on_with_the_same_curve(ended):
     for name in RESUMED:
         for step, row in curve(folder / name).items():
             assert row["loss"] == pytest.approx(whole[step]["loss"], rel=1e-5), (name, step)
-            assert row["grad_norm"] == pytest.approx(whole[step]["grad_norm"], rel=1e-3)
-
-
-TRAINED = ("blocks.0.mlp.fc1.weight", "blocks.11.attn.qkv.weight", "patch_embed.proj.weight")
+            if row["grad_norm"] is not None:  # ZeRO-0 in fp32 tells none
+                assert row["grad_norm"] == pytest.approx(whole[step]["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 def test_the_average_of_the_weights_moves_along(ended):
     folder, *_ = ended
-    average = load_file(folder / "whole" / "student" / "model.safetensors")
-    masters = engine.ZeroShards(after(folder, "whole", 6) / "zero").whole("")
-    gaps = [(masters[f"encoder.{k}"] - average[k]).abs().max() for k in TRAINED]
-    assert max(gaps) > 1e-3  # another thing than the weights
+    whole = engine.ZeroShards(after(folder, "whole", STEPS) / "zero")
+    average, masters = whole.whole("average"), whole.whole("")
+    assert largest_gap(average, masters) > 1e-3  # another thing than the weights
     for name in ENDED:
-        other = load_file(folder / name / "student" / "model.safetensors")
-        assert other.keys() == average.keys()
-        assert max((other[k] - v).abs().max().item() for k, v in average.items()) < 1e-6
+        shards = after(folder, name, STEPS) / "zero"
+        saved = (engine.PlainState if "zero0" in name else engine.ZeroShards)(shards)
+        assert saved.step == STEPS
+        assert largest_gap(saved.whole("average"), average) < 1e-6, name
+        assert largest_gap(saved.whole(""), masters) < 1e-5, name
+
+
+def largest_gap(one, other):
+    """The largest difference of a trained weight's numbers."""
+    names = [n for n in one if "mlp.fc1.weight" in n]
+    assert len(names) >= 6
+    return max((one[n].contiguous() - other[n].contiguous()).abs().max().item() for n in names)
 
 
 @pytest.mark.dist
