@@ -305,11 +305,9 @@ def test_no_room_to_save_leaves_the_last_good_checkpoint(stopped, tmp_path):
     assert "resumed after step 4" in run(alone(out, **PARTIAL))
 
 
-def test_a_checkpoint_of_other_ranks_or_images_is_refused(stopped, tmp_path):
+def test_a_checkpoint_of_other_images_is_refused(stopped, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(stopped, out)
-    printed = run(alone(out, **PARTIAL, zero="zero3"), code=2)
-    assert "was saved with zero_stage 2, this run has 3" in printed
     images = tmp_path / "images"
     for folder in sorted(
         Path(yaml.safe_load((out / "config.yaml").read_text())["data"]["train"]).iterdir()

@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unic_ds import dist
-from unic_ds.engine import copies
+from unic_ds import config, dist, log
+from unic_ds.engine import copies, load_anew, order
 
 LOG = logging.getLogger("unic_ds.checkpoint")
 MANIFEST, FACTS, STATISTICS, SHARDS = "manifest.json", "run.json", "statistics.safetensors", "zero"
+LAYOUT = ("ranks", "zero_stage")
+"""Facts that may differ from those of the run that goes on: its shards are put together anew."""
 
 
 def save(
@@ -34,18 +38,21 @@ def save(
     *,
     facts: dict[str, Any],
     statistics: dict[str, Tensor],
-    keep: int,
+    keep: config.Run,
 ) -> Path:
-    """Write the checkpoint of `step` under `folder`, keep the newest `keep`; every rank calls it.
+    """Write the checkpoint of `step` under `folder`, forget what `keep` does not want; every rank
+    calls it.
 
     Raises OSError, with the last good checkpoint untouched, where the disk is full or may not be
     written.
     """
     final = folder / f"step_{step:07d}"
-    part = folder / f".saving_{final.name}"
+    part, begun = folder / f".saving_{final.name}", time.monotonic()
     claim(part, needed_bytes(engine))
     try:
-        engine.save_checkpoint(str(part), tag=SHARDS, save_latest=False)
+        engine.save_checkpoint(
+            str(part), tag=SHARDS, save_latest=False, client_state={"order": order(engine)}
+        )
         if dist.rank() == 0:
             save_file({k: v.cpu().contiguous() for k, v in statistics.items()}, part / STATISTICS)
             (part / FACTS).write_text(json.dumps(facts | {"step": step}, indent=1))
@@ -61,17 +68,21 @@ def save(
         write_whole(folder / "latest", final.name)
         forget(folder, final, keep)
     dist.barrier()
+    size = sum(file["bytes"] for file in hashes.values()) / 1e6
+    log.say(f"saved {final.name} in {time.monotonic() - begun:.1f} s ({size:.0f} MB)")
     return final
 
 
 def needed_bytes(engine: Any) -> int:
     """What this rank is about to write, at most.
 
-    Its share of fp32 weights and optimiser state; on rank 0 the whole weights too.
+    Its share of fp32 weights and optimiser state, which is all or nothing under ZeRO-0; on rank 0
+    the whole weights too.
     """
     count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    whole = 4 * count if dist.rank() == 0 else 0
-    return whole + 4 * copies(engine) * count // dist.world() + (1 << 20)
+    whole = count if dist.rank() == 0 else 0
+    share = count // dist.world() if engine.zero_optimization_stage() else whole
+    return 4 * whole + 4 * copies(engine) * share + (1 << 20)
 
 
 def claim(part: Path, size: int) -> None:
@@ -116,7 +127,7 @@ def newest_name(folder: Path) -> str:
 
 def steps_in(folder: Path) -> list[Path]:
     """Whole checkpoints under `folder`, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if p.is_dir())
+    return sorted(p for p in folder.glob(f"step_{'[0-9]' * 7}") if p.is_dir())
 
 
 def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
@@ -186,32 +197,55 @@ def load(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Load a checkpoint's weights and optimiser state; returns its facts and statistics.
 
-    ValueError where it belongs to other images, teachers, number of ranks or ZeRO stage.
+    One that other ranks or another ZeRO stage saved is laid out anew. ValueError where it belongs
+    to other images, teachers or settings.
     """
     facts = json.loads((folder / FACTS).read_text())
     for key, value in expected.items():
-        if facts.get(key) != value:
+        if facts.get(key) != value and key not in LAYOUT:
             raise ValueError(
                 f"checkpoint {str(folder)!r} was saved with {key} {facts.get(key)!r},"
                 f" this run has {value!r}; use the same, or start in a fresh --out"
             )
-    path, _ = engine.load_checkpoint(str(folder), tag=SHARDS)
-    if path is None:
+    if any(facts[key] != expected[key] for key in LAYOUT):
+        there, here = (
+            f"{d['ranks']} rank{'s' * (d['ranks'] > 1)}, ZeRO-{d['zero_stage']}"
+            for d in (facts, expected)
+        )
+        log.say(f"{folder.name} was saved by {there}; laid out anew for {here}")
+        load_anew(engine, folder / SHARDS)
+    elif engine.load_checkpoint(str(folder), tag=SHARDS)[0] is None:
         raise OSError(f"DeepSpeed found nothing to load in {str(folder)!r}")
     return facts, load_file(folder / STATISTICS)
 
 
-def forget(folder: Path, newest: Path, keep: int) -> None:
-    """Remove all but the last `keep` checkpoints up to `newest`, and what interrupted saves left.
+def forget(folder: Path, newest: Path, keep: config.Run) -> None:
+    """Remove the checkpoints up to `newest` that `keep` does not want, and what interrupted saves
+    left.
 
     Later steps are of a branch that was given up. What cannot be removed stays: the run goes on.
     """
     steps = steps_in(folder)
-    kept = [step for step in steps if step.name <= newest.name][-keep:]
-    for old in set(steps) - set(kept):
-        shutil.rmtree(old, ignore_errors=True)
+    branch = [step for step in steps if step.name <= newest.name]
+    kept = {*branch[-keep.keep_last :], *lowest_loss(branch, keep.keep_best)}
+    if keep.keep_every:
+        kept |= {step for step in branch if int(step.name[5:]) % keep.keep_every == 0}
     for rest in folder.glob(".saving_*"):
         shutil.rmtree(rest, ignore_errors=True)
+    for old in set(steps) - kept:
+        with suppress(OSError):  # were we killed, it would stand half removed under its own name
+            shutil.rmtree(old.rename(old.with_name(f".saving_{old.name}")))
+
+
+def lowest_loss(steps: list[Path], count: int) -> list[Path]:
+    """The `count` checkpoints saved at the lowest training loss; the newer of equals."""
+    losses = {}
+    for step in reversed(steps) if count else ():
+        with suppress(OSError, ValueError, KeyError):  # a damaged one is no good
+            loss = json.loads((step / FACTS).read_text())["loss"]
+            if math.isfinite(loss):
+                losses[step] = loss
+    return sorted(losses, key=losses.__getitem__)[:count]
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+from dataclasses import replace
 from typing import IO, Any
 
 from unic_ds import ds_config, job, override
@@ -59,22 +60,23 @@ def identity(task: job.Job, parts: Parts) -> dict[str, Any]:
     }
 
 
-def save(task: job.Job, parts: Parts, step: int) -> None:
-    """Save a checkpoint after `step`."""
+def save(task: job.Job, parts: Parts, step: int, *, loss: float) -> None:
+    """Save a checkpoint after `step`, noting the training loss."""
     from unic_ds import checkpoint
 
+    run = task.cfg.run
     checkpoint.save(
         parts.engine,
         task.out / "checkpoints",
         step,
         facts=identity(task, parts)
-        | {"samples": step * task.cfg.optim.batch_size, "seed": task.cfg.seed}
+        | {"samples": step * task.cfg.optim.batch_size, "seed": task.cfg.seed, "loss": loss}
         | {"rollbacks": parts.rollbacks},
         statistics=parts.teachers.state_dict()
         | {f"{BALANCE}{k}": v for k, v in parts.balance.state_dict().items()}
         | {f"{GUARD}{k}": v for k, v in parts.guard.state_dict().items()},
         # What is saved while steps are skipped may not take the place of what was before them.
-        keep=task.cfg.run.keep_last + parts.guard.streak,
+        keep=replace(run, keep_last=run.keep_last + parts.guard.streak),
     )
 
 

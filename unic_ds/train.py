@@ -162,7 +162,7 @@ def learn(task: job.Job, parts: Any, first: int, *, request: Any) -> int:
             asked = request.agreed()
             saves = asked or due(step, cfg.run.save_every, stop)
             if saves or due(step, cfg.run.log_every, stop):
-                _, verdict_PK = book.write(
+                row, verdict_PK = book.write(
                     step,
                     waited_s=stream.waited_s,
                     bad=len(stream.bad),
@@ -172,7 +172,7 @@ def learn(task: job.Job, parts: Any, first: int, *, request: Any) -> int:
                 )
                 rollback.heed(task, parts, step, verdict_PK)
             if saves:
-                save(task, parts, step)
+                save(task, parts, step, loss=row["loss"])
             if asked:
                 break
     return step

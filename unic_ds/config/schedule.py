@@ -90,7 +90,13 @@ class Run:
     save_every: int = knob(
         1000, "steps between checkpoints; the last step always saves", machinery=True
     )
-    keep_last: int = knob(2, "checkpoints kept", machinery=True)
+    keep_last: int = knob(2, "newest checkpoints kept", machinery=True)
+    keep_every: int = knob(
+        0, "keep each checkpoint whose step is a multiple of this; 0: off", machinery=True
+    )
+    keep_best: int = knob(
+        0, "keep so many checkpoints of the lowest training loss; 0: off", machinery=True
+    )
     stop_at: int = knob(
         0, "save and stop after this step, to be resumed; 0: at the end", machinery=True
     )
@@ -115,5 +121,5 @@ class Run:
     def __post_init__(self) -> None:
         for key in ("log_every", "save_every", "keep_last", "rollback_after"):
             check(getattr(self, key) > 0, f"run.{key}", "positive", getattr(self, key))
-        for key in ("stop_at", "spike", "max_rollbacks"):
+        for key in ("stop_at", "keep_every", "keep_best", "spike", "max_rollbacks"):
             check(getattr(self, key) >= 0, f"run.{key}", ">= 0", getattr(self, key))
