@@ -105,74 +105,62 @@ def harmed(sources):
     left = sources / "leftover" / "checkpoints" / f".saving_{NEXT}" / "zero"
     shutil.copytree(after(sources, "whole", 6) / "zero", left)
     kill_while_saving(sources)
-    with small_disks(sources, ("read_only", "full")) as printed:
+    with small_disks(sources) as printed:
         yield sources, printed
-
-
-def wait_for(path, process):
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        time.sleep(0.001)
 
 
 def kill_while_saving(folder):
     """SIGKILL one of two ranks once the save has begun to write."""
     plan = command(folder, 2, [words(folder, "killed", 2)])
     process = start(plan)
-    wait_for(folder / "killed" / "checkpoints" / f".saving_{NEXT}" / "zero", process)
-    os.kill(max(ranks_of(Path(plan[-1]))), signal.SIGKILL)
+    while len(ranks := ranks_of(Path(plan[-1]))) < 2:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.1)
+    writing = folder / "killed" / "checkpoints" / f".saving_{NEXT}" / "zero"
+    while not writing.exists():  # without a pause: a save of this size takes a tenth of a second
+        assert process.poll() is None, process.communicate()[0][-3000:]
+    os.kill(max(ranks), signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
     assert names_in(folder, "killed") == {"step_0000002", NEWEST}
 
 
 @contextmanager
-def small_disks(folder, names):
-    """Checkpoints on file systems of their own: one turns read-only, one is filled while a save
-    writes. Yields what the failing runs printed, the disks being well again.
+def small_disks(folder):
+    """Checkpoints on file systems of their own, one read-only, one without room for all files of a
+    save. Yields what the failing runs printed, the disks being well again.
     """
     if os.geteuid():
         yield ""
         return
+    names = ("read_only", "full")
     disks = [folder / name / "checkpoints" for name in names]
-    size = 8 * sum(f.stat().st_size for f in after(folder, "whole", 4).rglob("*") if f.is_file())
     mounted = []
     try:
         for disk in disks:
             saved = Path(shutil.move(disk, f"{disk}_moved"))
             disk.mkdir()
-            subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(disk)], check=True
-            )
+            mount("-t", "tmpfs", "none", disk)
             mounted.append(disk)
             shutil.copytree(saved, disk, dirs_exist_ok=True)
-        subprocess.run(["mount", "-o", "remount,ro", str(disks[0])], check=True)
-        printed = fail(folder, names, disks[1])
-        subprocess.run(["mount", "-o", "remount,rw", str(disks[0])], check=True)
+        mount("-o", "remount,ro", disks[0])
+        found = os.statvfs(disks[1])
+        # its folder, one more in it, and two of the three files of the ranks
+        room = found.f_files - found.f_ffree + 4
+        mount("-o", f"remount,nr_inodes={room}", disks[1])
+        plan = [words(folder, name, 2) for name in names]
+        printed = run(command(folder, 2, plan, "failing_runs.py"), code=1)
+        assert names_in(folder, "full") == names_in(folder, "read_only") == {"step_0000002", NEWEST}
+        mount("-o", "remount,rw", disks[0])
+        mount("-o", f"remount,nr_inodes={room + 1000}", disks[1])
         yield printed
     finally:
         for disk in mounted:
             subprocess.run(["umount", str(disk)], check=True)
 
 
-def fail(folder, names, disk):
-    """Let the runs fail; fill `disk` while the ranks of the last one stand still in their save."""
-    plan = command(folder, 2, [words(folder, name, 2) for name in names], "failing_runs.py")
-    process = start(plan)
-    wait_for(disk / f".saving_{NEXT}" / "zero", process)
-    ranks = ranks_of(Path(plan[-1]))
-    for rank in ranks:
-        os.kill(rank, signal.SIGSTOP)
-    free = os.statvfs(disk)
-    with (disk / "filler").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize)
-    for rank in ranks:
-        os.kill(rank, signal.SIGCONT)
-    printed, _ = process.communicate(timeout=120)
-    (disk / "filler").unlink()
-    assert process.returncode == 1, printed[-4000:]
-    assert names_in(folder, disk.parent.name) == {"step_0000002", NEWEST}
-    return printed
+def mount(*words):
+    subprocess.run(["mount", *map(str, words)], check=True)
 
 
 def names_in(folder, name):

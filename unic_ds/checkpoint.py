@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,11 +41,9 @@ def save(
     statistics: dict[str, Tensor],
     keep: config.Run,
 ) -> Path:
-    """Write the checkpoint of `step` under `folder`, forget what `keep` does not want; every rank
-    calls it.
+    """Write the checkpoint of `step`, then forget what `keep` does not want; every rank calls it.
 
-    Raises OSError, with the last good checkpoint untouched, where the disk is full or may not be
-    written.
+    OSError, with the last good one untouched, where the disk is full or may not be written.
     """
     final = folder / f"step_{step:07d}"
     part, begun = folder / f".saving_{final.name}", time.monotonic()
@@ -55,22 +54,33 @@ def save(
         )
         if dist.rank() == 0:
             save_file({k: v.cpu().contiguous() for k, v in statistics.items()}, part / STATISTICS)
-            (part / FACTS).write_text(json.dumps(facts | {"step": step}, indent=1))
-    except (OSError, RuntimeError) as error:
+            write_whole(part / FACTS, json.dumps(facts | {"step": step}, indent=1))
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(f"cannot save {final.name} ({error}); {newest_name(folder)}") from error
     dist.barrier()
     hashes = fingerprints(part)
+    problem = publish(part, final, hashes) if dist.rank() == 0 else ""
+    if problem := dist.share(problem):
+        raise OSError(f"cannot save {final.name} ({problem}); {newest_name(folder)}")
     if dist.rank() == 0:
-        (part / MANIFEST).write_text(json.dumps(hashes, indent=1))
-        if final.exists():
-            shutil.rmtree(final)
-        part.rename(final)
-        write_whole(folder / "latest", final.name)
         forget(folder, final, keep)
     dist.barrier()
     size = sum(file["bytes"] for file in hashes.values()) / 1e6
     log.say(f"saved {final.name} in {time.monotonic() - begun:.1f} s ({size:.0f} MB)")
     return final
+
+
+def publish(part: Path, final: Path, hashes: dict[str, Any]) -> str:
+    """Give what is whole its name; what went wrong, or nothing."""
+    try:
+        write_whole(part / MANIFEST, json.dumps(hashes, indent=1))
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+        write_whole(final.parent / "latest", final.name)
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def needed_bytes(engine: Any) -> int:
