@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,26 @@ def main(argv: Sequence[str]) -> int:
     waiting = [stage for stage in (*task.before, task) if not stage.finished]
     for stage in waiting:
         announce(stage, task)
-        if not distil(stage, stop_file=Path(task.cfg.run.stop_file or task.out / "STOP")):
+        stop_file = Path(task.cfg.run.stop_file or task.out / "STOP")
+        with heart(stage) as beat:
+            done = distil(stage, beat, stop_file=stop_file)
+        if not done:
             break
     return 0
+
+
+def heart(stage: job.Job) -> Any:
+    """Joins the ranks, and beats from then on: ends the run where one of them is dead or stuck."""
+    from unic_ds import dist, heartbeat
+
+    dist.start(timeout_s=heartbeat.longest_s(stage.cfg.run))
+    return heartbeat.Heart(
+        stage.out,
+        stage.cfg.run,
+        start=dist.share(heartbeat.new_start()),
+        rank=dist.rank(),
+        world=dist.world(),
+    )
 
 
 def announce(stage: job.Job, task: job.Job) -> None:
@@ -80,10 +97,11 @@ def due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def distil(task: job.Job, stop_file: Path) -> bool:
+def distil(task: job.Job, beat: Callable[[str, int], None], *, stop_file: Path) -> bool:
     """Train until the last step, then export and evaluate; False where it stopped before.
 
-    It saves and stops when `stop_file` is there, or after SIGUSR1 or SIGTERM to any rank.
+    `beat` is told what the rank is about to do. It saves and stops when `stop_file` is there, or
+    after SIGUSR1 or SIGTERM to any rank.
     """
     from unic_ds import dist, finish, log
     from unic_ds.engine import grad_norm
@@ -92,7 +110,6 @@ def distil(task: job.Job, stop_file: Path) -> bool:
     from unic_ds.ops import KERNELS
     from unic_ds.parts import build
 
-    dist.start()
     cfg, parts = task.cfg, build(task)
     judge = partial(
         distill_loss,
@@ -103,6 +120,7 @@ def distil(task: job.Job, stop_file: Path) -> bool:
         ops=KERNELS[cfg.kernels],
     )
     engine, stream, teachers, last = parts.engine, parts.stream, parts.teachers, parts.steps
+    beat("resuming", 0)
     first = resume(task, parts) + 1
     lock = record(task, parts.manifest)
     stop, step = min(cfg.run.stop_at or last, last), first - 1
@@ -119,14 +137,19 @@ def distil(task: job.Job, stop_file: Path) -> bool:
             rate = optim.learning_rate(step, cfg.optim, parts.train.per_epoch)
             optim.apply(engine.optimizer, rate)
             for _ in range(engine.gradient_accumulation_steps()):
+                beat("reading data", step)
                 batch = next(stream)
                 drop_TB, path_BK = uniforms(cfg, step, batch.position_B, engine)
+                beat("teachers", step)
                 target = teachers(batch.images, batch.beside)
+                beat("student", step)
                 pred = engine(batch.images[cfg.student.size], path_BK)
                 loss, metrics = judge(pred, target, drop_TB)
+                beat("backward", step)
                 engine.backward(loss)
                 engine.step()
                 book.add(metrics)
+            beat("end of step", step)
             teachers.track(optim.momentum(step, cfg.standardise, last))
             parts.balance.track()
             if step == first:
@@ -140,11 +163,13 @@ def distil(task: job.Job, stop_file: Path) -> bool:
                 )
                 refuse_non_finite(row)
             if saves:
+                beat("saving", step)
                 save(task, parts, step)
             if asked:
                 break
     stream.close()
     if step == last:
+        beat("evaluating", step)
         finish.finish(task, parts)
     else:
         log.say(f"stopped after step {step} of {last}; the same command goes on from there")

@@ -97,8 +97,20 @@ class Run:
     stop_file: str = knob(
         "", "save and stop, to be resumed, when this file is there; empty: OUT/STOP", machinery=True
     )
+    hang_timeout: float = knob(
+        120.0,
+        "seconds without a sign of life after which a rank counts as dead and the run ends; 0: off",
+        machinery=True,
+    )
+    stall_timeout: float = knob(
+        1800.0,
+        "seconds in which no rank gets on after which the run ends (four times as many while it"
+        " builds, resumes, saves or evaluates); 0: off",
+        machinery=True,
+    )
 
     def __post_init__(self) -> None:
         for key in ("log_every", "save_every", "keep_last"):
             check(getattr(self, key) > 0, f"run.{key}", "positive", getattr(self, key))
-        check(self.stop_at >= 0, "run.stop_at", ">= 0", self.stop_at)
+        for key in ("stop_at", "hang_timeout", "stall_timeout"):
+            check(getattr(self, key) >= 0, f"run.{key}", ">= 0", getattr(self, key))

@@ -1,0 +1,44 @@
+"""What happened to a run beside learning: lines of OUT/events.jsonl, kept whatever comes after."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from unic_ds import dist, log
+from unic_ds.guard import Trouble
+
+FILE = "events.jsonl"
+WORDS = {"loss": "loss not finite", "gradient": "gradient not finite", "spike": "loss spike"}
+
+
+def write(out: Path, event: str, **facts: Any) -> None:
+    """A line with the time; rank 0 writes it, and it is on the disk before the run goes on."""
+    if dist.rank() == 0:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with (out / FILE).open("a") as file:
+            file.write(json.dumps({"time": now, "event": event} | facts) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def tell_skipped(out: Path, troubles: Iterable[Trouble], stream: Any) -> None:
+    """A line for each step that was not taken, with the samples of the ranks that it was due to.
+
+    They are those of all ranks where it was due to none alone.
+    """
+    if dist.rank() != 0:
+        return
+    for (why, ranks), group in groupby(troubles, lambda trouble: trouble[1:]):
+        steps = [trouble.step for trouble in group]
+        for step in steps:
+            facts = {"step": step, "data_step": stream.data_step(step), "why": why}
+            write(out, "skipped", **facts, ranks=ranks, samples=stream.names(step, ranks))
+        of = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
+        named = ", ".join(map(str, steps))
+        log.say(f"skipped step {named}: {WORDS[why]}{of}; the samples are in {out / FILE}")
