@@ -16,17 +16,17 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "unic_ds").rglob("*.py"))
 
 FLOORS = (
-    {"formula", "chance", "home", "named"},
+    {"formula", "chance", "home", "named", "pulse"},
     {"config"},
     {"override", "methods"},
     {"tokens", "ops", "optim", "average", "dist", "ds_config", "entry", "gpus"},
     {"balance", "ladder", "log", "guard"},
     {"data", "teachers", "student", "loss", "engine", "evaluate", "recipes", "quickstart"},
     {"checkpoint", "job", "initial", "tracing", "events"},
-    {"export", "plan", "parts", "rollback"},
+    {"export", "plan", "parts", "rollback", "heartbeat"},
     {"finish", "published", "planner", "folder"},
     {"train"},
-    {"precompute"},
+    {"precompute", "doctor", "autopsy"},
     {"cli"},
 )
 """From the ground up; a room is a file or folder of unic_ds, and rooms of one floor do not meet."""

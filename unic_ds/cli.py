@@ -23,6 +23,9 @@ unic-ds VERB [--option value ...]
   plan              memory, traffic and time of a run before it is queued: --recipe R --gpus 64
   --gpu h100-80 [--ds_config F] [--search] [--images N] [--efficiency student=0.4,...] [--json];
   exit code 1 where it does not fit
+  doctor            check this node (under a launcher: all) before a run: [--recipe R]
+  [--ds_config F] [--out DIR] [--json]; exit code 1 where a run would fail
+  doctor RUN        what happened to a run, and what to do: [--hash] [--json]
   pack              images as tar shards with an index: pack SRC OUT [--shard_mb 512]
   [--max_side N] [--workers N] [--seed 0]; SRC is anything that --data.train takes
   pack verify OUT   prove a pack whole: checksums, headers, index
@@ -216,6 +219,25 @@ def plan(options: dict[str, str]) -> int:
     return planner.run(own, cfg)
 
 
+def doctor(words: list[str], options: dict[str, str]) -> int:
+    """Whether a node could run what is asked, or what became of a run."""
+    if len(words) > 1:
+        raise ValueError(f"doctor takes one run folder at most, got {' '.join(words)!r}")
+    if words:
+        own = take(options, "hash", "json")
+        if options:
+            raise ValueError(f"unknown option --{next(iter(options))}; there are --hash --json")
+        from unic_ds import autopsy
+
+        return autopsy.run(Path(words[0]), hashes="hash" in own, as_json="json" in own)
+    from unic_ds import doctor as node
+
+    own = take(options, *node.OWN)
+    options.pop("local_rank", None)  # the deepspeed launcher adds it
+    cfg = job.configure(take(options, "recipe").get("recipe", "quickstart"), options)
+    return node.run(own, cfg)
+
+
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:
     """Print rows as a table for people or one JSON object for programs."""
     if as_json:
@@ -239,7 +261,7 @@ VERBS = {
     "plan": plan,
     "quickstart": quickstart,
 }
-WITH_PATHS = {"cache": cache, "import-unic": import_unic, "pack": pack}
+WITH_PATHS = {"cache": cache, "doctor": doctor, "import-unic": import_unic, "pack": pack}
 
 if __name__ == "__main__":
     main()

@@ -18,13 +18,20 @@ WORDS = {"loss": "loss not finite", "gradient": "gradient not finite", "spike": 
 
 
 def write(out: Path, event: str, **facts: Any) -> None:
-    """A line with the time; rank 0 writes it, and it is on the disk before the run goes on."""
+    """A line from rank 0, which is on the disk before the run goes on."""
     if dist.rank() == 0:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        with (out / FILE).open("a") as file:
-            file.write(json.dumps({"time": now, "event": event} | facts) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append(out, event, **facts)
+
+
+def append(out: Path, event: str, **facts: Any) -> None:
+    """A line with the time, from any rank; in one write, so that lines do not mix."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    file = os.open(out / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, (json.dumps({"time": now, "event": event} | facts) + "\n").encode())
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def tell_skipped(out: Path, troubles: Iterable[Trouble], stream: Any) -> None:

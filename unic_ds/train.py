@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,26 @@ def main(argv: Sequence[str]) -> int:
     waiting = [stage for stage in (*task.before, task) if not stage.finished]
     for stage in waiting:
         announce(stage, task)
-        if not distil(stage, stop_file=Path(task.cfg.run.stop_file or task.out / "STOP")):
+        stop_file = Path(task.cfg.run.stop_file or task.out / "STOP")
+        with heart(stage) as beat:
+            done = distil(stage, beat, stop_file=stop_file)
+        if not done:
             break
     return 0
+
+
+def heart(stage: job.Job) -> Any:
+    """Joins the ranks, and beats from then on: ends the run where one of them is dead or stuck."""
+    from unic_ds import dist, heartbeat
+
+    dist.start(timeout_s=heartbeat.longest_s(stage.cfg.run))
+    return heartbeat.Heart(
+        stage.out,
+        stage.cfg.run,
+        start=dist.share(heartbeat.new_start()),
+        rank=dist.rank(),
+        world=dist.world(),
+    )
 
 
 def announce(stage: job.Job, task: job.Job) -> None:
@@ -79,29 +96,32 @@ def due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def distil(task: job.Job, stop_file: Path) -> bool:
+def distil(task: job.Job, beat: Callable[[str, int], None], *, stop_file: Path) -> bool:
     """Train until the last step, then export and evaluate; False where it stopped before.
 
-    It saves and stops when `stop_file` is there, or after SIGUSR1 or SIGTERM to any rank.
+    `beat` is told what the rank is about to do. It saves and stops when `stop_file` is there, or
+    after SIGUSR1 or SIGTERM to any rank.
     """
     from unic_ds import dist, finish, log, rollback
     from unic_ds.folder import record, resume
     from unic_ds.parts import build
 
-    dist.start()
     parts = build(task)
+    beat("resuming", 0)
     first, last = resume(task, parts) + 1, parts.steps
     lock = record(task, parts.manifest)
     request = dist.StopRequest(stop_file)
     step = None
     while step is None:
         try:
-            step = learn(task, parts, first, request=request)
+            step = learn(task, parts, first, request=request, beat=beat)
         except rollback.Setback as setback:
+            beat("resuming", setback.last)
             rollback.plan(task, parts, setback)
             first = resume(task, parts) + 1
     parts.stream.close()
     if step == last:
+        beat("evaluating", step)
         finish.finish(task, parts)
     else:
         log.say(f"stopped after step {step} of {last}; the same command goes on from there")
@@ -111,7 +131,9 @@ def distil(task: job.Job, stop_file: Path) -> bool:
     return step == last
 
 
-def learn(task: job.Job, parts: Any, first: int, *, request: Any) -> int:
+def learn(
+    task: job.Job, parts: Any, first: int, *, request: Any, beat: Callable[[str, int], None]
+) -> int:
     """Train from step `first` until the last, or until `request` is made; the step it came to.
 
     rollback.Setback where too many steps in a row were skipped.
@@ -145,15 +167,20 @@ def learn(task: job.Job, parts: Any, first: int, *, request: Any) -> int:
             rate = optim.learning_rate(step, cfg.optim, parts.train.per_epoch)
             optim.apply(engine.optimizer, rate)
             for _ in range(engine.gradient_accumulation_steps()):
+                beat("reading data", step)
                 batch = next(stream)
                 drop_TB, path_BK = uniforms(cfg, step, batch.position_B, engine)
+                beat("teachers", step)
                 target = teachers(batch.images, batch.beside)
+                beat("student", step)
                 pred = engine(batch.images[cfg.student.size], path_BK)
                 loss, metrics = judge(pred, target, drop_TB)
                 guard.see(loss)
+                beat("backward", step)
                 engine.backward(loss)
                 engine.step()
                 book.add(metrics)
+            beat("end of step", step)
             taken = guard.close()
             teachers.track(optim.momentum(step, cfg.standardise, last), taken)
             parts.balance.track(taken)
@@ -172,6 +199,7 @@ def learn(task: job.Job, parts: Any, first: int, *, request: Any) -> int:
                 )
                 rollback.heed(task, parts, step, verdict_PK)
             if saves:
+                beat("saving", step)
                 save(task, parts, step, loss=row["loss"])
             if asked:
                 break

@@ -117,9 +117,21 @@ class Run:
     max_rollbacks: int = knob(
         3, "how often a run may go back; where it would again, it stops", machinery=True
     )
+    hang_timeout: float = knob(
+        120.0,
+        "seconds without a sign of life after which a rank counts as dead and the run ends; 0: off",
+        machinery=True,
+    )
+    stall_timeout: float = knob(
+        1800.0,
+        "seconds in which no rank gets on after which the run ends (four times as many while it"
+        " builds, resumes, saves or evaluates); 0: off",
+        machinery=True,
+    )
 
     def __post_init__(self) -> None:
         for key in ("log_every", "save_every", "keep_last", "rollback_after"):
             check(getattr(self, key) > 0, f"run.{key}", "positive", getattr(self, key))
-        for key in ("stop_at", "keep_every", "keep_best", "spike", "max_rollbacks"):
+        optional = ("stop_at", "keep_every", "keep_best", "spike", "max_rollbacks")
+        for key in (*optional, "hang_timeout", "stall_timeout"):
             check(getattr(self, key) >= 0, f"run.{key}", ">= 0", getattr(self, key))

@@ -1,0 +1,59 @@
+"""`unic-ds doctor` on this machine: alone, under a launcher, and with something amiss."""
+
+import json
+import os
+import sys
+
+import pytest
+from test_train import demonstration, pytestmark, ranks_and_port, run  # noqa: F401  (a fixture)
+
+from unic_ds import cli, doctor
+
+CHECKS = {*doctor.CHECKS, "all-reduce"}
+
+
+@pytest.fixture(autouse=True)
+def environment_is_put_back(monkeypatch):
+    """The verb takes the hub off line, for its process."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def checks_of(printed: str) -> dict[str, dict]:
+    """Check -> its row of a JSON answer."""
+    return {row["check"]: row for row in json.loads(printed.splitlines()[-1])["checks"]}
+
+
+@pytest.mark.slow
+def test_this_machine_could_run_the_quickstart(tmp_path, capsys):
+    assert cli.verb(["doctor", "--json", "--precision", "fp32", "--out", str(tmp_path / "r")]) == 0
+    rows = checks_of(capsys.readouterr().out)
+    assert rows.keys() == CHECKS
+    assert "decodes" in rows["images"]["result"]
+    assert "2 processes here" in rows["all-reduce"]["result"]
+    assert not any(row["state"] == "fails" for row in rows.values())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_what_is_missing_makes_it_fail_with_a_remedy_on_the_ranks_of_a_launcher(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher += ["--master_port", ranks_and_port(2)[-1], "-m", "unic_ds.cli", "doctor"]
+    lost = f"lost=file:{tmp_path}/none.safetensors#arch=vit_tiny_patch16_224"
+    images = ["--data.train", str(tmp_path / "empty"), "--data.val", "", "--data.val_share", "0.1"]
+    (tmp_path / "empty").mkdir()
+    printed = run([*launcher, "--json", "--teachers", lost, *images], code=1)
+    line = next(line for line in printed.splitlines() if line.startswith('{"fails": true'))
+    rows = checks_of(line)
+    assert rows.keys() == CHECKS | {"clocks"}
+    for name, text in (("teachers", "none.safetensors"), ("images", "empty")):
+        assert rows[name]["state"] == "fails"
+        assert text in rows[name]["result"]
+        assert rows[name]["host"] == os.uname().nodename
+    assert "put them there" in rows["teachers"]["remedy"]
+    assert "gloo, 2 ranks" in rows["all-reduce"]["result"]
+
+
+def test_an_unknown_option_is_refused_before_anything_is_checked():
+    with pytest.raises(ValueError, match=r"unknown option --recip .*did you mean recipe"):
+        cli.verb(["doctor", "--recip", "unic_b"])

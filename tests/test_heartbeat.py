@@ -1,0 +1,158 @@
+"""A rank that is stopped, killed or stuck ends the run with its name, and costs it nothing else."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from test_train import (  # noqa: F401  (a fixture)
+    LOST,
+    ROOT,
+    TRAIN,
+    curve,
+    demonstration,
+    environment,
+    kill_group,
+    launched,
+    options,
+    pytestmark,
+    ranks_and_port,
+    run,
+)
+
+from unic_ds import pulse
+
+SAVE_EVERY = 3
+RUN = LOST | {
+    "teachers": "sleepy=python:sleepy_teacher:build",
+    "teachers__sleepy__precision": "fp32",
+    "ladder__rungs": "11",
+    "optim__batch_size": "16",
+    "optim__steps": "36",
+    "run__save_every": f"{SAVE_EVERY}",
+    "eval__on": "false",
+}
+SILENT_S = 8
+AWAKE = {"PYTHONPATH": f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
+
+
+class End(NamedTuple):
+    """How a start ended whose rank was harmed."""
+
+    printed: str
+    code: int
+    rank: int
+    pid: int
+    took_s: float  # from the harm to the end
+    left: list[int]  # ranks whose processes outlive the launcher
+    event: dict
+
+
+def with_torchrun(out, **more):
+    """The launcher of torch, for two ranks."""
+    port = ranks_and_port(2)[-1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    return [*torchrun, "--master_port", port, TRAIN, *options(out, **more)]
+
+
+def end_of(out, command, harm=None, rank=1, **env) -> End:
+    """Start a run, harm a rank once it has saved and gone on, and see it out."""
+    process = subprocess.Popen(
+        command,
+        env=environment() | AWAKE | env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        beyond, told = saved(out) + SAVE_EVERY + (0 if "SLEEPY" in env else 1), []
+        while not trains(told, beyond):
+            assert process.poll() is None, process.communicate()[0][-3000:]
+            time.sleep(0.02)
+            told = pulse.read_all(out)
+        begun = time.monotonic()
+        if harm:
+            os.kill(told[rank].pid, harm)
+        printed, _ = process.communicate(timeout=120)
+        took_s = time.monotonic() - begun
+        left = [row.pid for row in told if not pulse.gone(row)]
+    finally:
+        if process.poll() is None:
+            kill_group(process)
+    event = json.loads((out / "events.jsonl").read_text().splitlines()[-1])
+    return End(printed, process.returncode, rank, told[rank].pid, took_s, left, event)
+
+
+def trains(told: list[pulse.Pulse], step: int) -> bool:
+    """Whether two living ranks have come to that step."""
+    return len(told) == 2 and not any(pulse.gone(row) or row.step < step for row in told)
+
+
+def saved(out: Path) -> int:
+    """The step of the newest checkpoint, 0 without one."""
+    latest = out / "checkpoints" / "latest"
+    return int(latest.read_text().removeprefix("step_")) if latest.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """The folder of one run that every fault below is done to, start after start."""
+    return tmp_path_factory.mktemp("harmed") / "run"
+
+
+def check(end: End, event: str, text: str) -> None:
+    """The run ended by itself, said once who was to blame, and left no process."""
+    assert end.code == 1 or (event == "rank lost" and end.code != 0)
+    assert end.left == [], end.printed[-3000:]
+    told = [line for line in end.printed.splitlines() if line.startswith("unic_ds: error: ")]
+    assert len(told) == 1, end.printed[-3000:]
+    assert f"error: rank {end.rank} (" in told[0]
+    assert f", pid {end.pid})" in told[0]
+    assert text in told[0]
+    assert end.event["event"] == event
+    assert end.event["ranks"][0]["rank"] == end.rank
+
+
+pytestmark = [pytestmark, pytest.mark.slow, pytest.mark.dist]
+
+
+@pytest.mark.fault("a rank sleeps in a teacher", "ends, naming it and its phase")
+def test_a_rank_that_does_not_get_on_is_named_with_its_phase(out):
+    command = launched(out, **RUN, run__stall_timeout=12)
+    end = end_of(out, command, SLEEPY="1:5")  # two calls find out its width and FLOPs
+    check(end, "no progress", "at 'teachers' of step 3 (in ")
+    assert "the others wait for it: 1 at " in end.printed
+    assert end.event["ranks"][0]["phase"] == "teachers"
+    assert (out / "heartbeats" / "stacks_00001.txt").read_text().count("sleepy_teacher.py")
+
+
+@pytest.mark.parametrize(("rank", "starts"), [(1, launched), (0, with_torchrun)])
+@pytest.mark.fault("SIGSTOP to a rank", "ends within hang_timeout, naming it")
+def test_a_stopped_rank_is_named_and_ended(out, rank, starts):
+    command = starts(out, **RUN, run__hang_timeout=SILENT_S)
+    end = end_of(out, command, signal.SIGSTOP, rank)
+    check(end, "rank silent", f"gave no sign of life for {SILENT_S} s")
+    assert end.took_s < SILENT_S + 25  # most of it the launcher's on a busy machine; gloo: 1800 s
+
+
+@pytest.mark.fault("SIGKILL to a rank", "ends at once, naming it")
+def test_a_killed_rank_is_named(out):
+    end = end_of(out, launched(out, **RUN), signal.SIGKILL, 1)
+    check(end, "rank lost", "was killed at ")
+    assert end.took_s < 25
+
+
+def test_the_same_command_then_gives_the_unharmed_curve(out, tmp_path):
+    os.environ |= AWAKE
+    assert "resumed after step" in run(launched(out, **RUN))
+    assert not (out / "heartbeats").exists()
+    run(launched(tmp_path / "whole", **RUN))
+    assert curve(out) == curve(tmp_path / "whole")
+    assert len(curve(out)) == int(RUN["optim__steps"])

@@ -1,0 +1,196 @@
+"""`unic-ds doctor RUN`: what happened to a run, from what its folder keeps, and what to do."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from unic_ds import checkpoint, events, log, pulse, recipes
+from unic_ds.pulse import Pulse
+
+AGAIN = "start the same command again"
+BAD = ("failed", "hung", "killed")
+WATCHED_S = 9  # in which a rank of another machine beats, were it alive
+HUNG = ("rank lost", "rank silent", "no progress")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a run folder says."""
+
+    state: str  # finished, running, stopped, failed, hung, killed, or not begun
+    says: str
+    do: str
+    step: int  # of the last log line
+    checkpoints: dict[str, str]  # name -> what is wrong with it, or nothing
+    notes: list[str]
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing needs mending."""
+        whole = not self.checkpoints or not all(self.checkpoints.values())
+        return self.state not in BAD and whole
+
+
+def run(out: Path, *, hashes: bool, as_json: bool) -> int:
+    """The verb: print what was found; exit code 1 where something went wrong."""
+    found = examine(out, hashes=hashes)
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return 0 if found.good else 1
+    print(f"{out}: {found.state}. {found.says}")
+    for name, problem in found.checkpoints.items():
+        print(f"  {name}: {problem or 'whole'}")
+    for line in found.notes:
+        print(f"  {line}")
+    print(f"What to do: {found.do}.")
+    return 0 if found.good else 1
+
+
+def examine(out: Path, *, hashes: bool) -> Finding:
+    """What a run folder says; ValueError where it is none. `hashes` reads checkpoints whole."""
+    if not (out / "config.yaml").is_file():
+        raise ValueError(
+            f"{str(out)!r} is no run folder: it has no config.yaml; give a run's --out"
+        )
+    cfg = recipes.read(out / "config.yaml")
+    rows = log.read(out / "log.jsonl")
+    step = int(rows[-1]["step"]) if rows else 0
+    saved = {p.name: problem(p, hashes) for p in checkpoint.steps_in(out / "checkpoints")}
+    state, says = what_happened(out, step, int(cfg.optim.steps))
+    good = [name for name, wrong in saved.items() if not wrong]
+    return Finding(
+        state=state,
+        says=says,
+        do=advice(state, good[-1] if good else "", STOPS.get(state, "")),
+        step=step,
+        checkpoints=saved,
+        notes=notes(out, cfg.run.stop_file or str(out / "STOP")),
+    )
+
+
+STOPS = {
+    "hung": "look after the machine that is named (its kernel's log, its disks)",
+    "failed": "mend what the message says",
+}
+
+
+def what_happened(out: Path, step: int, steps: int) -> tuple[str, str]:
+    """State of the run, and a sentence."""
+    of = f"{step} of {steps}" if steps else str(step)
+    if (out / "student" / "model.safetensors").is_file() and (out / "results.json").is_file():
+        return "finished", f"It trained {step} steps, exported and was evaluated."
+    ranks = last_start(out)
+    if locked(out) or any(alive(out, row) for row in ranks):
+        written = (out / "log.jsonl").stat().st_mtime if step else time.time()
+        return "running", f"Step {of} was logged {max(0, time.time() - written):.0f} s ago."
+    if not ranks:
+        return ("stopped", f"It was asked to stop, and did after step {of}.") if step else NOT_BEGUN
+    verdict = out / pulse.FOLDER / f"verdict_{ranks[0].start}.json"
+    told = [row for row in read_events(out) if row["event"] in HUNG]
+    if verdict.exists() and told:
+        return "hung", f"At step {of}: {told[-1]['says']}."
+    if failed := [row for row in ranks if row.error]:
+        return "failed", f"{failed[0].who} at {failed[0].phase!r} of step {of}: {failed[0].error}"
+    last = max(ranks, key=lambda row: row.time)
+    return "killed", (
+        f"All ranks ended without a word; {last.who} was last at {last.phase!r} of step"
+        f" {last.step} (killed from outside: a time limit, a cancelled job, or a lost node)."
+    )
+
+
+NOT_BEGUN = "not begun", "It has not come to a first log line."
+
+
+def last_start(out: Path) -> list[Pulse]:
+    """The pulses of the last start that did not end cleanly, in rank order."""
+    rows = pulse.read_all(out)
+    newest = max(rows, key=lambda row: row.time, default=None)
+    return [row for row in rows if newest and row.start == newest.start]
+
+
+def alive(out: Path, row: Pulse) -> bool:
+    """Whether a rank lives: its process is there, or, on another machine, it beats."""
+    if pulse.near(row):
+        return not pulse.gone(row)
+    if row.rank or row.error:  # one of them tells for all
+        return False
+    time.sleep(WATCHED_S)
+    now = pulse.read(pulse.file_of(out, row.rank))
+    return now is not None and now.beat != row.beat
+
+
+def locked(out: Path) -> bool:
+    """Whether a process holds the run's lock."""
+    file = out / ".lock"
+    if not file.exists():
+        return False
+    with file.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def problem(folder: Path, hashes: bool) -> str:
+    """What is wrong with a checkpoint by the sizes of its files, or by their hashes."""
+    if hashes:
+        return checkpoint.verify(folder)
+    expected = checkpoint.read_manifest(folder)
+    if not expected:
+        return f"no readable {checkpoint.MANIFEST}"
+    for name, facts in sorted(expected.items()):
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, not {facts['bytes']}"
+    return ""
+
+
+def read_events(out: Path) -> list[dict[str, Any]]:
+    """The run's events, oldest first."""
+    return log.read(out / events.FILE)
+
+
+def advice(state: str, newest: str, first: str) -> str:
+    """What to do now."""
+    if state == "finished":
+        return "nothing; the student is in student/"
+    if state == "running":
+        return "nothing, or touch its STOP file to have it save and stop"
+    start = f"{AGAIN}; it {f'goes on from {newest}' if newest else 'begins at the first step'}"
+    return f"{first}, then {start}" if first else start
+
+
+def notes(out: Path, stop_file: str) -> list[str]:
+    """What else is worth knowing."""
+    found = []
+    skipped = [row for row in read_events(out) if row["event"] == "skipped"]
+    back = [row for row in read_events(out) if row["event"] == "rolled back"]
+    if skipped:
+        why = ", ".join(sorted({row["why"] for row in skipped}))
+        found.append(f"{len(skipped)} steps were skipped ({why}): {out / events.FILE} names them")
+    if back:
+        found.append(f"it went back {len(back)} times, last to step {back[-1]['to']}")
+    if Path(stop_file).exists():
+        found.append(f"{stop_file} is there: a start would stop at once; remove it")
+    if any((out / "checkpoints").glob(".saving_*")):
+        found.append("a save was cut short; the next one removes what it left")
+    steps = checkpoint.steps_in(out / "checkpoints")
+    if steps:
+        size = sum(file.stat().st_size for file in steps[-1].rglob("*") if file.is_file())
+        free = shutil.disk_usage(out).free
+        if free < 2 * size:
+            found.append(
+                f"{free / 1e9:.1f} GB are free, a checkpoint has {size / 1e9:.1f}: free some"
+            )
+    if stacks := sorted((out / pulse.FOLDER).glob("stacks_*.txt")):
+        found.append(f"where each rank's threads were: {stacks[0].parent}/stacks_*.txt")
+    return found

@@ -1,0 +1,109 @@
+"""A rank's sign of life: OUT/heartbeats/rank_NNNNN.json, written over in place and read by others.
+
+In place and of one size: a beat then asks nothing of a file system's metadata server, and succeeds
+on a disk that has become full. A reader that meets half a record keeps the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FOLDER = "heartbeats"
+SIZE = 2048  # bytes of a record, whatever it says
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulse:
+    """What one rank last said of itself."""
+
+    start: str  # which start of the run this belongs to
+    rank: int
+    host: str
+    realm: str  # ranks of one realm see each other's processes
+    pid: int
+    born: str  # when the process began: a pid alone may have passed to another
+    beat: int = 0
+    step: int = 0
+    phase: str = ""
+    moves: int = 0  # phases that it has been through
+    idle_s: float = 0.0  # since the last of them began
+    where: str = ""  # line of ours that its main thread was in
+    error: str = ""  # of a rank that failed
+    time: float = 0.0  # for people; nobody compares clocks
+
+    @property
+    def who(self) -> str:
+        """Which process of which machine."""
+        return f"rank {self.rank} ({self.host}, pid {self.pid})"
+
+
+def own(start: str, rank: int) -> Pulse:
+    """This process's first."""
+    pid = os.getpid()
+    return Pulse(
+        start=start, rank=rank, host=socket.gethostname(), realm=realm(), pid=pid, born=born(pid)
+    )
+
+
+def realm() -> str:
+    """Names the machine since its boot, and what processes can be seen from here."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    return ""
+
+
+def born(pid: int) -> str:
+    """When a process that is still alive began, in ticks since boot; empty where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def near(pulse: Pulse) -> bool:
+    """Whether that rank's process could be seen from here."""
+    return bool(pulse.realm) and pulse.realm == realm()
+
+
+def gone(pulse: Pulse) -> bool:
+    """Whether that rank's process is known to be no more."""
+    return near(pulse) and born(pulse.pid) != pulse.born
+
+
+def file_of(out: Path, rank: int) -> Path:
+    """Where a rank's pulse is kept."""
+    return out / FOLDER / f"rank_{rank:05d}.json"
+
+
+def write(out: Path, pulse: Pulse) -> None:
+    """Say it, over what was said before."""
+    said = json.dumps(asdict(pulse) | {"time": round(time.time(), 3)})
+    text = said.ljust(SIZE - 1) + "\n"
+    assert len(text) == SIZE, said
+    file = os.open(file_of(out, pulse.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.write(file, text.encode())
+    finally:
+        os.close(file)
+
+
+def read(file: Path) -> Pulse | None:
+    """What a file says; None where there is none, or half of one."""
+    try:
+        return Pulse(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def read_all(out: Path) -> list[Pulse]:
+    """Every pulse of a run folder, of whichever start."""
+    found = (read(file) for file in sorted((out / FOLDER).glob("rank_*.json")))
+    return [pulse for pulse in found if pulse]
