@@ -27,7 +27,6 @@ main() {
   train
   code=$?
   if [ "$code" -eq 0 ] && { [ -z "$asked" ] || finished; }; then return 0; fi
-  if [ -z "$asked" ] && ! preempted && ! hopeful; then return "$code"; fi
   again "$code"
 }
 
@@ -58,9 +57,9 @@ refuse() {
   else
     why="$ranks x $GPU cannot hold it, see the plan above"
   fi
-  if [ -n "$asked" ] || preempted; then
+  if asked_to_stop; then
     again 1
-    exit 1
+    exit
   fi
   say "refused: $why; nothing was trained"
   exit 2
@@ -87,8 +86,22 @@ train() {
   return "$code"
 }
 
-# Whether Slurm preempts this job: it tells the ranks, not this shell.
-preempted() { scontrol show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'; }
+# By the time limit, or by a preemption, of which Slurm tells the ranks and not this shell.
+asked_to_stop() {
+  [ -n "$asked" ] || scontrol show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
+}
+
+# Requeue a job that did not finish; else what it ends with.
+again() {
+  # Cancelled, or already requeued by Slurm: nothing of ours to add.
+  if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" != RUNNING ]; then return "$1"; fi
+  if ! asked_to_stop && ! hopeful; then return "$1"; fi
+  if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
+    say "requeued $MAX_REQUEUES times (MAX_REQUEUES); submit it again to go on"
+    return 1
+  fi
+  scontrol requeue "$SLURM_JOB_ID"
+}
 
 # Whether a failed job should try again: not after two failures with the same newest checkpoint.
 hopeful() {
@@ -99,16 +112,6 @@ hopeful() {
     return 1
   fi
   echo "$here" >"$OUT/slurm.failed"
-}
-
-# Requeue the job, unless it was cancelled or Slurm has requeued it; its exit code where it ends.
-again() {
-  if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" != RUNNING ]; then return "$1"; fi
-  if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
-    say "requeued $MAX_REQUEUES times (MAX_REQUEUES); submit it again to go on"
-    return 1
-  fi
-  scontrol requeue "$SLURM_JOB_ID"
 }
 
 main "$@"

@@ -22,7 +22,7 @@ up() {
   mkdir -p "$dir"/{state,log,spool,dev,munge,pids}
   chmod 755 "$dir" "$dir/munge"
   unshare --net --uts --mount --pid --mount-proc --fork --kill-child \
-    bash "$OWN" controller "$dir" "$@" &
+    bash "$OWN" controller "$dir" "$@" <&0 &
   lab=$!
   trap 'kill -KILL "$lab" 2>/dev/null || :' EXIT
   trap 'exit 143' TERM INT HUP
@@ -43,7 +43,8 @@ controller() {
   mount --bind "$dir/hosts" /etc/hosts
   head -c 1024 /dev/urandom >"$dir/munge/key"
   chmod 600 "$dir/munge/key"
-  munged --socket="$dir/munge/sock" --key-file="$dir/munge/key" --pid-file="$dir/munge/pid" \
+  # --force: a folder above may be closed to others, and here is nobody else.
+  munged --force --socket="$dir/munge/sock" --key-file="$dir/munge/key" --pid-file="$dir/munge/pid" \
     --log-file="$dir/munge/log" --seed-file="$dir/munge/seed"
   export SLURM_CONF=$dir/slurm.conf
   slurmctld -D -i >"$dir/log/ctl.out" 2>&1 &
@@ -87,7 +88,7 @@ PreemptMode=REQUEUE
 MpiDefault=none
 ReturnToService=2
 SlurmdParameters=config_overrides
-SlurmdTimeout=${SLURMD_TIMEOUT:-20}
+SlurmdTimeout=${SLURMD_TIMEOUT:-60}
 KillWait=60
 GresTypes=gpu
 NodeName=n[1-$nodes] NodeAddr=$NET.[1-$nodes] Sockets=1 CoresPerSocket=64 RealMemory=512000 Gres=gpu:$gpus
