@@ -139,15 +139,21 @@ class Batch:
     def restarts(self) -> int:
         return int(self.facts()["Restarts"])
 
+    def waits(self, condition, what: str) -> None:
+        """Wait for something that only a job which has not ended can bring."""
+        until(lambda: condition() or self.state not in ALIVE, what, show=self.printed)
+        assert condition(), f"{what}: the job has ended\n{self.printed()[-6000:]}"
+
     def started(self, times: int) -> None:
         """Wait until it has begun, requeued that often, without Slurm's two minutes before it."""
         if times:
-            until(lambda: self.restarts == times, "it is requeued", show=self.printed)
+            self.waits(lambda: self.restarts == times, "it is requeued")
+            time.sleep(2)  # Slurm revokes what nodes were told of the job by the second
             self.change(StartTime="now")
-        until(lambda: f"start {times} on" in self.printed(), "it starts", show=self.printed)
+        self.waits(lambda: f"start {times} on" in self.printed(), "it starts")
 
     def reaches(self, out: Path, step: int) -> None:
-        until(lambda: reached(out) >= step, f"step {step}", show=self.printed)
+        self.waits(lambda: reached(out) >= step, f"step {step}")
 
 
 def until(condition, what: str, timeout: float = 900, show=lambda: "") -> None:
@@ -248,7 +254,7 @@ class Journey:
         if restarts is None:
             job.ended()
         else:
-            until(lambda: job.restarts == restarts, "it is requeued", show=job.printed)
+            job.waits(lambda: job.restarts == restarts, "it is requeued")
         printed, facts = job.printed(), job.facts()
         leg = Leg(
             nodes=nodes,
