@@ -74,6 +74,7 @@ bench-data: $(VENV)/.installed
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@if command -v shellcheck; then shellcheck -x slurm/*.sh tests/*.sh .ci/run; fi
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

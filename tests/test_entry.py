@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from unic_ds import entry
+from unic_ds import cli, entry
 
 ROOT = Path(__file__).resolve().parent.parent
 EMPTY = "EMPTY"
@@ -190,3 +190,16 @@ def test_unknown_verbs_are_named():
     done = command("-m", "unic_ds.cli", "teachers", "chek")
     assert done.returncode == 2
     assert "did you mean teachers check?" in done.stderr
+
+
+def test_a_command_can_be_checked_without_training(tmp_path, capsys):
+    """By `unic-ds check`, for another number of ranks than this process has."""
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    told = ["check", "--ds_config", ZERO2, "--recipe", "unic_l", "--out", str(tmp_path / "run")]
+    told += ["--data.train", str(tmp_path / "images"), "--optim.batch_size", "96"]
+    assert entry.run(cli.verb, [*told, "--ranks", "32"]) == 0
+    assert "can be trained by 32 ranks" in capsys.readouterr().out
+    for ranks, sentence in (("64", "is not a multiple of 64 ranks"), ("0", "must be positive")):
+        assert entry.run(cli.verb, [*told, "--ranks", ranks]) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -15,6 +15,8 @@ from test_train import (  # noqa: F401  (a fixture)
     start,
 )
 
+from unic_ds import dist
+
 MORE = {"optim__steps": "24", "run__save_every": "100", "eval__on": "false"}
 
 
@@ -68,3 +70,17 @@ def test_a_stop_file_or_a_signal_to_one_rank_saves_and_ends_the_run(whole, tmp_p
     assert f"resumed after step {reached}" in printed
     run(launched(out, **MORE))
     assert curve(out) == curve(whole)
+
+
+def test_a_signal_that_comes_again_is_one_request(tmp_path):
+    """Slurm tells the ranks and torchrun, which tells them again while they save."""
+    before = {number: signal.getsignal(number) for number in dist.StopRequest.SIGNALS}
+    try:
+        request = dist.StopRequest(tmp_path / "STOP")
+        assert not request.agreed() and not request.agreed()
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert [request.agreed(), request.agreed()] == [False, True]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

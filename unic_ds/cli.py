@@ -17,6 +17,8 @@ unic-ds VERB [--option value ...]
 
   train             train in one process: --ds_config F [--recipe R]; many ranks: deepspeed
   unic_ds/train.py
+  check             whether a training command would be refused, without training: train's options
+  and --ranks N
   teachers check    run an image through each teacher: tokens, widths, grid, preprocessing, licence,
   SHA-256
   teachers fetch    download the teachers' weights (on a machine that reaches the hub)
@@ -75,6 +77,16 @@ def configured(options: dict[str, str]) -> Config:
     cfg = job.configure(take(options, "recipe").get("recipe", "quickstart"), options)
     job.prepare_demonstration(cfg)
     return cfg
+
+
+def check_command(options: dict[str, str]) -> int:
+    """Refuse what train would refuse before its first step, in seconds and on a lone process."""
+    ranks = int(coerce(int, take(options, "ranks").get("ranks", "1"), "--ranks"))
+    check(ranks > 0, "--ranks", "positive", ranks)
+    task = job.resolve(options, ranks=ranks)
+    stands = "is finished" if task.finished else f"can be trained by {ranks} ranks"
+    print(f"{task.cfg.recipe} in {task.out} {stands}")
+    return 0
 
 
 def quickstart(options: dict[str, str]) -> int:
@@ -215,6 +227,7 @@ def plan(options: dict[str, str]) -> int:
     from unic_ds import planner
 
     own = take(options, *planner.OWN)
+    take(options, "out", "resume")  # a training command is planned as it stands
     cfg = job.configure(take(options, "recipe").get("recipe", "quickstart"), options)
     return planner.run(own, cfg)
 
@@ -255,6 +268,7 @@ def show(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 
 VERBS = {
+    "check": check_command,
     "teachers check": teachers_check,
     "teachers fetch": teachers_fetch,
     "export": export,

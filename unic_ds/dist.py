@@ -175,9 +175,12 @@ class StopRequest:
             signal.signal(number, self.hear)
 
     def hear(self, number: int, _: FrameType | None) -> None:
-        """Take note of a signal; a second one of its kind ends the process as it always did."""
+        """Take note of a signal, however often it comes.
+
+        Slurm tells the ranks and their launcher, and that tells the ranks again: a repeated SIGTERM
+        must not end them while they save. What ends a rank that does not listen is SIGKILL.
+        """
         self.heard = True
-        signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> bool:
         """Whether any rank had been asked when all last called this; every rank calls it."""

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from unic_ds import events, pulse
 from unic_ds.config import Run

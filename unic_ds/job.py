@@ -41,8 +41,12 @@ class Job:
         ).is_file()
 
 
-def resolve(options: dict[str, str]) -> Job:
-    """The Job of the options; ValueError, one sentence, for anything a user can get wrong."""
+def resolve(options: dict[str, str], ranks: int | None = None) -> Job:
+    """The Job of the options; ValueError, one sentence, for anything a user can get wrong.
+
+    `ranks` is asked of the launcher's environment where it is None.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
     options = {
         k: v for k, v in options.items() if k != "local_rank"
     }  # the deepspeed launcher adds it
@@ -57,7 +61,7 @@ def resolve(options: dict[str, str]) -> Job:
     out = Path(door.get("out") or Path("runs") / (Path(cfg.recipe).name or "run"))
     resume, jobs, init = door.get("resume", "auto"), [], cfg.student.init
     for stage, folder in staged(cfg, out):
-        settings = ds_config.merge(file, stage, int(os.environ.get("WORLD_SIZE", "1")))
+        settings = ds_config.merge(file, stage, ranks)
         jobs.append(Job(cfg=stage, settings=settings, out=folder, resume=resume, init=init))
         init = str(folder / "student")
     for job in jobs:

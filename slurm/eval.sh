@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=eval --output=slurm/%x-%j.log
+#SBATCH --nodes=1 --ntasks=1 --cpus-per-task=8 --time=01:00:00
+# The table of a finished run; of one that still trains, the encoder of its newest checkpoint:
+#   sbatch slurm/eval.sh runs/unic_l
+
+cd "${UNIC_DS_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || exit 2
+if [ ! -f slurm/env.sh ]; then
+  echo "unic_ds: error: no slurm/env.sh in $PWD; submit from the repository or set UNIC_DS_ROOT" >&2
+  exit 2
+fi
+source slurm/env.sh
+run=${1:-}
+if [ ! -f "$run/config.yaml" ]; then
+  echo "unic_ds: error: ${run:-nothing} is no run folder; sbatch slurm/eval.sh runs/RECIPE" >&2
+  exit 2
+fi
+if [ -f "$run/student/model.safetensors" ] && [ -f "$run/results.json" ]; then
+  exec "${CONTAINER[@]}" unic-ds train --recipe "$run/config.yaml" --out "$run" \
+    --ds_config ds_configs/zero2.json
+fi
+newest=$(cat "$run/checkpoints/latest") || exit 2
+exec "${CONTAINER[@]}" unic-ds export --run "$run" --out "$run/encoders/$newest"

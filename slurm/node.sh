@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# A node's share of a training job: srun starts it once on each, and it becomes torchrun.
+set -uo pipefail
+source slurm/env.sh
+
+# Or ranks that start again in the same job would meet at the addresses of the dead.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+exec "${CONTAINER[@]}" torchrun \
+  --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$NPROC" \
+  --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
+  --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
+  --rdzv-conf="is_host=$((SLURM_NODEID == 0))" --local-addr="$SLURMD_NODENAME" \
+  --max-restarts=2 \
+  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=120 \
+  unic_ds/train.py "$@"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=plan --output=slurm/%x-%j.log
+#SBATCH --nodes=1 --ntasks=1 --cpus-per-task=4 --time=00:30:00
+# Whether a run fits and how long it takes, without a GPU; a login node may run it as well:
+#   sbatch slurm/plan.sh --recipe unic_l --gpus 64 --ds_config ds_configs/zero2.json [--search]
+
+cd "${UNIC_DS_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || exit 2
+if [ ! -f slurm/env.sh ]; then
+  echo "unic_ds: error: no slurm/env.sh in $PWD; submit from the repository or set UNIC_DS_ROOT" >&2
+  exit 2
+fi
+source slurm/env.sh
+case " $* " in *" --gpu "* | *" --gpu="*) ;; *) set -- --gpu "$GPU" "$@" ;; esac
+exec "${CONTAINER[@]}" unic-ds plan "$@"

@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# The body of every training job: refuse what cannot run, start a torchrun on each node, and requeue
+# the job where it was stopped. RECIPE and DS_CONFIG come from the template; any option of the
+# trainer may follow. Functions alone, so that bash has read the file before the job begins: who
+# updates the repository does not change a running job.
+set -uo pipefail
+
+main() {
+  source slurm/env.sh
+  local code ranks=$((SLURM_JOB_NUM_NODES * NPROC))
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from sbatch
+  OPTIONS=("$@")
+  default recipe "$RECIPE"
+  default ds_config "$DS_CONFIG"
+  default data.train "$DATA"
+  default out "${OUT:-$RUNS/$(basename "$(given recipe)")}"
+  OUT=$(given out)
+  asked= # to stop: by the time limit or by a preemption
+  mkdir -p "$OUT" || exit 2
+  rm -f "$OUT/STOP"
+  trap 'asked=yes; touch "$OUT/STOP"' USR1 TERM
+  if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
+    rm -f "$OUT/slurm.failed"
+    refuse "$ranks"
+  fi
+  say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, $ranks ranks, in $OUT"
+  train
+  code=$?
+  if [ "$code" -eq 0 ] && { [ -z "$asked" ] || finished; }; then return 0; fi
+  again "$code"
+}
+
+say() { echo "unic_ds: job $SLURM_JOB_ID: $*" >&2; }
+
+# The value of an option that the command line gives; else fails.
+given() {
+  local -i i
+  for ((i = 0; i < ${#OPTIONS[@]}; i++)); do
+    case ${OPTIONS[i]} in
+      "--$1") echo "${OPTIONS[i + 1]-}" && return ;;
+      "--$1="*) echo "${OPTIONS[i]#*=}" && return ;;
+    esac
+  done
+  return 1
+}
+
+# Add an option where there is a value and the command line gives none.
+default() { if [ -n "$2" ] && ! given "$1" >/dev/null; then OPTIONS+=("--$1" "$2"); fi; }
+
+# Refuse what the trainer would refuse, or what the GPUs could not hold.
+refuse() {
+  local ranks=$1 why
+  if ! once check --ranks "$ranks" "${OPTIONS[@]}"; then
+    why="the command above is wrong"
+  elif finished || once plan --gpus "$ranks" --gpu "$GPU" "${OPTIONS[@]}"; then
+    return
+  else
+    why="$ranks x $GPU cannot hold it, see the plan above"
+  fi
+  if asked_to_stop; then
+    again 1
+    exit
+  fi
+  say "refused: $why; nothing was trained"
+  exit 2
+}
+
+# On one node of the job, in the container if there is one.
+once() { srun --nodes=1 --ntasks=1 "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" unic-ds "$@"; }
+
+finished() { [ -f "$OUT/student/model.safetensors" ] && [ -f "$OUT/results.json" ]; }
+
+train() {
+  local step code first
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  export MASTER_ADDR=$first MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+  srun --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" bash slurm/node.sh "${OPTIONS[@]}" &
+  step=$!
+  wait "$step"
+  code=$?
+  while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the step
+    wait "$step"
+    code=$?
+  done
+  rm -f "$OUT/STOP"
+  return "$code"
+}
+
+# By the time limit, or by a preemption, of which Slurm tells the ranks and not this shell.
+asked_to_stop() {
+  [ -n "$asked" ] || scontrol show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
+}
+
+# Requeue a job that did not finish; else what it ends with.
+again() {
+  # Cancelled, or already requeued by Slurm: nothing of ours to add.
+  if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" != RUNNING ]; then return "$1"; fi
+  if ! asked_to_stop && ! hopeful; then return "$1"; fi
+  if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
+    say "requeued $MAX_REQUEUES times (MAX_REQUEUES); submit it again to go on"
+    return 1
+  fi
+  scontrol requeue "$SLURM_JOB_ID"
+}
+
+# Whether a failed job should try again: not after two failures with the same newest checkpoint.
+hopeful() {
+  local here
+  here=$(cat "$OUT"/stage*/checkpoints/latest "$OUT"/checkpoints/latest 2>/dev/null | tr '\n' ' ')
+  if [ -f "$OUT/slurm.failed" ] && [ "$(cat "$OUT/slurm.failed")" = "$here" ]; then
+    say "failed twice without a newer checkpoint (${here:-none yet}); not requeued"
+    return 1
+  fi
+  echo "$here" >"$OUT/slurm.failed"
+}
+
+main "$@"
+exit

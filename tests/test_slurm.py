@@ -1,0 +1,376 @@
+"""The templates of slurm/ on a real Slurm cluster: two nodes of two ranks, stopped in every way
+that a cluster knows, and the curve of a job that nobody stopped.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from test_train import ROOT, TRAIN, curve, demonstration, environment, options  # noqa: F401
+
+from unic_ds import quickstart
+
+SCRIPT = str(ROOT / "tests" / "slurm_lab.sh")
+NODES = 32
+STEPS = 24
+RUN = {"optim__batch_size": 4, "optim__steps": STEPS, "run__save_every": 1000, "eval__on": "false"}
+ASKED_FOR = {"unic_b_8gpu.sh": 1, "unic_l_64gpu.sh": 8, "unic_g_256gpu.sh": 32}
+"""Nodes of eight GPUs that a template asks for."""
+ALIVE = {"PENDING", "COMPLETING", "RUNNING"}
+
+
+def missing() -> str:
+    """Why there can be no cluster here; empty where there can."""
+    if os.geteuid() != 0:
+        return "a Slurm cluster of one's own needs root"
+    programs = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare")
+    if lacking := [name for name in programs if not shutil.which(name, path=SEARCHED)]:
+        return f"Slurm's Debian packages are not installed (no {', '.join(lacking)})"
+    spaces = ["unshare", "--net", "--uts", "--mount", "--pid", "--mount-proc", "--fork", "true"]
+    if subprocess.run(spaces, stderr=subprocess.DEVNULL).returncode:
+        return "this machine lets nobody make network and process namespaces"
+    return "the quickstart's packages are not installed" if quickstart.missing_packages() else ""
+
+
+SEARCHED = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.dist,
+    pytest.mark.skipif(bool(missing()), reason=str(missing())),
+]
+
+
+class Lab:
+    """A cluster that lives as long as its standard input is open, so at most as long as pytest."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.env = environment() | {"UNIC_DS_NPROC": "2", "UNIC_DS_GPU": "h100-80"}
+        self.env["PATH"] += ":/usr/sbin:/sbin"
+        command = ["bash", SCRIPT, "up", str(folder), str(NODES), "8", "cat"]
+        said = folder / "lab.log"
+        with said.open("w") as log:
+            self.process = subprocess.Popen(
+                command, env=self.env, stdin=subprocess.PIPE, stdout=log, stderr=log
+            )
+        ready = folder / "pids" / "ready"
+        until(
+            lambda: ready.exists() or self.process.poll() is not None,
+            "it is up",
+            show=said.read_text,
+        )
+        assert ready.exists(), said.read_text()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+    def start(self, host: str, *command: str, **more: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            ["bash", SCRIPT, "on", str(self.folder), host, *command],
+            env=self.env | more,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *command: str, **more: str) -> str:
+        """What a command printed on the controller's host."""
+        process = self.start("ctl", *command, **more)
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, printed
+        return printed.strip()
+
+    def crash(self, node: str) -> None:
+        subprocess.run(["bash", SCRIPT, "crash", str(self.folder), node], check=True)
+
+    def submit(self, *words: str, **more: str) -> "Batch":
+        """A job of a template on two nodes, each of two ranks."""
+        log = self.folder / f"job-{time.monotonic_ns()}.log"
+        size = ["--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2", f"--output={log}"]
+        number = self.run("sbatch", "--parsable", *size, *words, **more)
+        return Batch(self, number, log)
+
+    def train(self, out: Path, *words: str, **more: str) -> "Batch":
+        quick = ["--recipe", "quickstart", *options(out, **RUN), *words]
+        return self.submit("slurm/unic_l_64gpu.sh", *quick, **more)
+
+
+class Batch:
+    """A job of the lab."""
+
+    def __init__(self, lab: Lab, number: str, log: Path):
+        self.lab, self.number, self.log = lab, number, log
+
+    def facts(self) -> dict[str, str]:
+        said = self.lab.run("scontrol", "--oneliner", "show", "job", self.number)
+        return dict(word.split("=", 1) for word in said.split() if "=" in word)
+
+    @property
+    def state(self) -> str:
+        return self.facts()["JobState"]
+
+    @property
+    def nodes(self) -> list[str]:
+        said = self.facts()["NodeList"]
+        return self.lab.run("scontrol", "show", "hostnames", said).split()
+
+    def printed(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def ended(self) -> str:
+        """Its last state, when it has one."""
+        until(lambda: self.state not in ALIVE, f"job {self.number} has ended", show=self.printed)
+        return self.state
+
+    def change(self, **facts: str) -> None:
+        words = [f"{name}={value}" for name, value in facts.items()]
+        self.lab.run("scontrol", "update", f"JobId={self.number}", *words)
+
+    @property
+    def restarts(self) -> int:
+        return int(self.facts()["Restarts"])
+
+    def waits(self, condition, what: str) -> None:
+        """Wait for something that only a job which has not ended can bring."""
+        until(lambda: condition() or self.state not in ALIVE, what, show=self.printed)
+        assert condition(), f"{what}: the job has ended\n{self.printed()[-6000:]}"
+
+    def started(self, times: int) -> None:
+        """Wait until it has begun, requeued that often, without Slurm's two minutes before it."""
+        if times:
+            self.waits(lambda: self.restarts == times, "it is requeued")
+            time.sleep(2)  # Slurm revokes what nodes were told of the job by the second
+            self.change(StartTime="now")
+        self.waits(lambda: f"start {times} on" in self.printed(), "it starts")
+
+    def reaches(self, out: Path, step: int) -> None:
+        self.waits(lambda: reached(out) >= step, f"step {step}")
+
+
+def until(condition, what: str, timeout: float = 900, show=lambda: "") -> None:
+    """Wait for something; an assertion that shows what was printed where it does not come."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {timeout} s\n{show()[-6000:]}"
+        time.sleep(0.1)
+
+
+def reached(out: Path) -> int:
+    """The last step that a run has logged."""
+    log = out / "log.jsonl"
+    rows = log.read_text().splitlines() if log.exists() else []
+    return json.loads(rows[-1])["step"] if rows else 0
+
+
+def saved(out: Path) -> int:
+    """The step of the newest checkpoint."""
+    return int((out / "checkpoints" / "latest").read_text().removeprefix("step_"))
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    yield lab
+    lab.close()
+
+
+@pytest.mark.parametrize(("template", "nodes"), ASKED_FOR.items())
+def test_slurm_takes_the_templates_as_they_are(lab, template, nodes):
+    said = lab.run("sbatch", "--test-only", f"slurm/{template}")
+    assert re.search(rf"using {nodes * 64} processors on nodes n(\[1-{nodes}\]|1) in", said), said
+    process = lab.start("ctl", "sbatch", "--test-only", "--gpus-per-node=9", f"slurm/{template}")
+    assert "not available" in process.communicate(timeout=60)[0]
+
+
+def test_a_job_that_cannot_run_is_refused_before_it_trains(lab, tmp_path):
+    gpu = tmp_path / "tiny.yaml"
+    gpu.write_text("memory_gb: 2\ntflops: 10\nmemory_gb_s: 100\nnode_gb_s: 10\nnet_gb_s: 1\n")
+    job = lab.train(tmp_path / "run", UNIC_DS_GPU=str(gpu))
+    assert job.ended() == "FAILED"
+    assert "does NOT fit" in job.printed() and "nothing was trained" in job.printed()
+    assert job.facts()["ExitCode"] == "2:0" and job.facts()["Restarts"] == "0"
+    job = lab.train(tmp_path / "run", "--optim.lrr", "1")
+    assert job.ended() == "FAILED" and job.facts()["ExitCode"] == "2:0"
+    assert "unknown option --optim.lrr (did you mean optim.lr?)" in job.printed()
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole(lab, tmp_path_factory):
+    """A run that nobody stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    job = lab.train(out)
+    assert job.ended() == "COMPLETED", job.printed()[-4000:]
+    assert job.facts()["Restarts"] == "0" and saved(out) == STEPS
+    return out
+
+
+def test_a_job_trains_to_its_end(whole):
+    assert set(curve(whole)) == set(range(1, STEPS + 1))
+    assert (whole / "student" / "model.safetensors").is_file()
+
+
+@dataclass(frozen=True)
+class Leg:
+    """What came of a job between its start and what stopped it."""
+
+    nodes: list[str]
+    printed: str
+    steps: int  # logged
+    saved: int
+    state: str
+    restarts: str
+
+
+class Journey:
+    """One run that is cancelled, preempted, out of time and loses a node, before it ends."""
+
+    def __init__(self, lab: Lab, out: Path):
+        self.lab, self.out, self.read = lab, out, 0
+        self.job = lab.train(out)
+        self.job.reaches(out, 2)
+        self.cancelled = self.leg(lambda: lab.run("scancel", self.job.number))
+        self.job, self.read = lab.train(out), 0
+        self.preempted = self.leg(self.preempt, restarts=1)
+        self.timed_out = self.leg(self.end_its_time, restarts=2)
+        self.bereft = self.leg(self.crash_a_node, restarts=3)
+        self.ended = self.leg(lambda: None)
+
+    def leg(self, stop, restarts: int | None = None) -> Leg:
+        """Start the job, stop it, and wait until it has ended, or is requeued for that time."""
+        job = self.job
+        job.started(int(job.facts()["Restarts"]))
+        nodes = job.nodes
+        stop()
+        if restarts is None:
+            job.ended()
+        else:
+            job.waits(lambda: job.restarts == restarts, "it is requeued")
+        printed, facts = job.printed(), job.facts()
+        leg = Leg(
+            nodes=nodes,
+            printed=printed[self.read :],
+            steps=reached(self.out),
+            saved=saved(self.out),
+            state=facts["JobState"],
+            restarts=facts["Restarts"],
+        )
+        self.read = len(printed)
+        return leg
+
+    def preempt(self) -> None:
+        """A job of the partition that goes before asks for these nodes."""
+        self.job.reaches(self.out, reached(self.out) + 1)
+        wanted = ["--nodes=2", "--exclusive", f"--nodelist={','.join(self.job.nodes)}"]
+        sleeps = ["--output=/dev/null", "--wrap", "sleep 3600"]
+        self.lab.run("sbatch", "--partition=high", *wanted, *sleeps)
+
+    def end_its_time(self) -> None:
+        """Five minutes are left at once, which is when the templates want to be told."""
+        self.job.change(TimeLimit="5")
+
+    def crash_a_node(self) -> None:
+        """A node that is not the batch host dies; its operator tells Slurm before it finds out."""
+        self.job.change(TimeLimit="1440")
+        self.job.reaches(self.out, reached(self.out) + 1)
+        node = self.job.nodes[1]
+        self.lab.crash(node)
+        self.lab.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=crash")
+
+
+@pytest.fixture(scope="module")
+def journey(lab, tmp_path_factory):
+    return Journey(lab, tmp_path_factory.mktemp("journey") / "run")
+
+
+@pytest.mark.fault("scancel", "saves and stays cancelled; the same sbatch goes on from there")
+def test_a_cancelled_job_stays_so_and_its_folder_is_whole(journey):
+    leg = journey.cancelled
+    assert leg.state == "CANCELLED" and leg.restarts == "0"
+    assert f"stopped after step {leg.steps} of {STEPS}" in leg.printed
+    assert leg.saved == leg.steps >= 2
+    assert f"resumed after step {leg.saved} from" in journey.preempted.printed
+
+
+@pytest.mark.fault("preemption by a job of a higher partition", "saves, is requeued, goes on")
+def test_a_preempted_job_saves_and_goes_on_elsewhere(journey):
+    leg, after = journey.preempted, journey.timed_out
+    assert leg.state == "PENDING" and leg.saved == leg.steps > journey.cancelled.saved
+    assert f"stopped after step {leg.steps} of {STEPS}" in leg.printed
+    assert f"resumed after step {leg.saved} from" in after.printed
+    assert not set(leg.nodes) & set(after.nodes)
+
+
+@pytest.mark.fault("Slurm's time limit", "saves five minutes before it, is requeued, goes on")
+def test_a_job_out_of_time_saves_and_goes_on(journey):
+    leg = journey.timed_out
+    assert leg.state == "PENDING" and leg.saved == leg.steps > journey.preempted.saved
+    assert f"stopped after step {leg.steps} of {STEPS}" in leg.printed
+    assert f"resumed after step {leg.saved} from" in journey.bereft.printed
+
+
+@pytest.mark.fault("power cut of a node", "is requeued, goes on from the last checkpoint elsewhere")
+def test_a_job_that_lost_a_node_goes_on_with_others(journey):
+    leg = journey.bereft
+    assert leg.state == "PENDING" and leg.steps > leg.saved == journey.timed_out.saved
+    assert f"resumed after step {leg.saved} from" in journey.ended.printed
+    assert leg.nodes[1] not in journey.ended.nodes
+
+
+def test_all_that_stopped_a_job_leaves_no_trace_in_its_curve(journey, whole):
+    leg = journey.ended
+    assert leg.state == "COMPLETED" and leg.restarts == "3" and leg.saved == STEPS
+    assert curve(journey.out) == curve(whole)
+
+
+@pytest.mark.fault("a start that always fails", "is requeued once, then fails for good")
+def test_a_job_that_fails_twice_at_the_same_place_is_not_requeued_again(lab, whole, tmp_path):
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
+    job = lab.train(out, PET_LOG_DIR="/proc/none")  # torchrun can make no log folder
+    job.started(1)
+    assert job.ended() == "FAILED" and job.restarts == 1
+    assert f"failed twice without a newer checkpoint (step_{STEPS:07d} )" in job.printed()
+    assert curve(out) == curve(whole)
+
+
+def test_the_table_or_the_newest_encoder_of_a_run_can_be_had(lab, whole, tmp_path):
+    job = lab.submit("slurm/eval.sh", str(whole))
+    assert job.ended() == "COMPLETED" and "is finished" in job.printed()
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
+    (out / "results.json").unlink()
+    job = lab.submit("slurm/eval.sh", str(out))
+    assert job.ended() == "COMPLETED", job.printed()
+    newest = out / "encoders" / f"step_{STEPS:07d}" / "model.safetensors"
+    assert newest.read_bytes() == (whole / "student" / "model.safetensors").read_bytes()
+
+
+def test_torchrun_and_deepspeed_start_two_nodes_without_slurm(lab, whole, tmp_path):
+    hosts = ("n31", "n32")
+    (tmp_path / "hosts").write_text("".join(f"{host} slots=1\n" for host in hosts))
+    binaries = Path(sys.executable).parent
+    launchers = {
+        "torchrun": ["--nnodes=2", "--nproc-per-node=1", "--node-rank={}"],
+        "deepspeed": [f"--hostfile={tmp_path / 'hosts'}", "--no_ssh", "--node_rank={}"],
+    }
+    for name, words in launchers.items():
+        meet = [f"--master_addr={hosts[0]}", "--master_port=29517"]
+        ends = [TRAIN, *options(tmp_path / name, **RUN, run__stop_at=3)]
+        ranks = [
+            lab.start(host, str(binaries / name), *(w.format(i) for w in words), *meet, *ends)
+            for i, host in enumerate(hosts)
+        ]
+        for rank in ranks:
+            printed, _ = rank.communicate(timeout=900)
+            assert rank.returncode == 0, printed[-4000:]
+    assert curve(tmp_path / "torchrun") == curve(tmp_path / "deepspeed")
+    for step, row in curve(tmp_path / "torchrun").items():  # two ranks beside four
+        assert row["loss"] == pytest.approx(curve(whole)[step]["loss"], rel=1e-5)
