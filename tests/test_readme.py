@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/data.md", "docs/scaling.md"])
+@pytest.mark.parametrize(
+    "file", ["README.md", *(f"docs/{name}.md" for name in ("data", "scaling", "teachers"))]
+)
 def test_every_option_named_is_one(file):
     known = {*job.DOOR, *override.option_names(), "run", "logdir"}
     others = {"num_gpus", "json", "help", "seed", "views", "dtype"}
