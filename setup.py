@@ -33,6 +33,7 @@ setup(
         "scikit-learn>=1.9",
         "tensorboard>=2.21",
         "timm>=1.0.31",
+        "torchao>=0.18",
         "torch>=2.14.1",
         "torchvision>=0.29.1",
         "triton>=3.8",

@@ -43,6 +43,7 @@ LIGHT = ("config", "chance", "ds_config", "entry", "quickstart", "recipes", "job
 HEAVY = {
     *("torch", "torchvision", "deepspeed", "timm", "open_clip", "nvidia", "tensorboard"),
     *("sklearn", "scipy", "matplotlib", "onnx", "safetensors", "PIL", "huggingface_hub"),
+    "torchao",
 }
 
 

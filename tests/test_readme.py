@@ -11,12 +11,11 @@ from unic_ds.config import Teacher
 from unic_ds.teachers import sources
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ("data", "scaling", "reliability", "checkpoints", "teachers")
 TEXT = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "file", ["README.md", "docs/data.md", "docs/scaling.md", "docs/reliability.md"]
-)
+@pytest.mark.parametrize("file", ["README.md", *(f"docs/{name}.md" for name in DOCS)])
 def test_every_option_named_is_one(file):
     known = {*job.DOOR, *override.option_names(), "run", "logdir"}
     others = {"num_gpus", "json", "help", "seed", "views", "dtype"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as td
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def rank() -> int:
@@ -154,6 +154,23 @@ def share(value: Any) -> Any:
     box = [value]
     td.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def spread(module: nn.Module, blocks: Sequence[nn.Module], *, offload: bool) -> None:
+    """Keep a node's share of a frozen module's weights on each of its ranks, by FSDP2.
+
+    A block's are gathered for its forward, the rest for the module's. `offload` keeps the share in
+    the CPU's memory. Every rank of the node calls this, and then each forward.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    start()
+    kind, inside = device().type, local_world() if world() % local_world() == 0 else world()
+    mesh = init_device_mesh(kind, (world() // inside, inside), mesh_dim_names=("nodes", "node"))
+    where = CPUOffloadPolicy(pin_memory=kind == "cuda") if offload else OffloadPolicy()
+    for part in (*blocks, module):
+        fully_shard(part, mesh=mesh["node"], reshard_after_forward=True, offload_policy=where)
 
 
 class StopRequest:

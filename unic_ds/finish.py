@@ -117,13 +117,14 @@ def gather_features(
     order_N = np.argsort(words_N, kind="stable")
     chosen_N = np.sort(order_N[source.label_N[order_N] >= 0][:limit])
     mine_N = chosen_N[dist.rank() :: dist.world()]
-    share = len(mine_N)
+    share, longest = len(mine_N), -(-len(chosen_N) // dist.world())
     batches = data.passes(
         source,
         task.cfg.data,
         sizes=tuple(dict.fromkeys(sizes)),
         batch=task.cfg.eval.batch,
-        indices=mine_N if share else chosen_N[:1],  # a rank without a share still knows the width
+        # equally many for all: teachers may be spread over the ranks
+        indices=np.append(mine_N, chosen_N[: longest - share]),
         device=dist.device(),
     )
     labels: list[Any] = []

@@ -202,5 +202,8 @@ def science(config: Config) -> dict[str, str]:
             machinery |= {
                 f"{section.name}.{f.name}" for f in fields(value) if f.metadata.get("machinery")
             }
+    for row in config.teachers:
+        of = f"teachers.{row.name}"
+        machinery |= {f"{of}.{f.name}" for f in fields(row) if f.metadata.get("machinery")}
     said = {k: v for k, v in flatten(to_dict(config)).items() if k not in machinery}
     return said | {"teachers": ",".join(t.name for t in config.teachers)}  # their order decides

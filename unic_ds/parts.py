@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from unic_ds import config, job, override
+
+FEW = 8
+"""Real images that a quantised teacher is judged by."""
 
 
 @dataclass
@@ -52,10 +56,15 @@ def build(task: job.Job) -> Parts:
         device=device,
         ops=ops,
         cache=cache,
+        sample=few(cfg, train),
     )
     manifest = dist.share(teachers.manifest() if dist.rank() == 0 else None)
     for name, facts in manifest.items():
         log.say(f"teacher {name}: {facts['source']}, {facts['width']} wide, {facts['size']} px")
+    for teacher in teachers.teachers.values():
+        if teacher.fidelity:
+            near = ", ".join(f"{kind} {value:.4f}" for kind, value in teacher.fidelity.items())
+            log.say(f"teacher {teacher.name} in {teacher.row.precision}: cosine to bf16 {near}")
     heads = heads_of(cfg, teachers.widths)
     student = Student(cfg.student, cfg.ladder, heads, seed=cfg.seed, ops=ops).to(device)
     init = initial.start(task.init, student, teachers) if task.init else None
@@ -93,6 +102,37 @@ def find_images(cfg: config.Config) -> tuple[Any, Any]:
         train, val = data.split(train, cfg.data.val_share, cfg.seed)
     agree(train.fingerprint())
     return train, val
+
+
+def few(cfg: config.Config, source: Any) -> Callable[[int], Any]:
+    """A few of its images, from all over, at a side in pixels: uint8 B3HW on the CPU."""
+    import numpy as np
+    import torch
+
+    from unic_ds import data
+
+    indices = np.unique(np.linspace(0, len(source) - 1, FEW).astype(int))
+
+    def at(size: int) -> Any:
+        batches = data.passes(
+            source,
+            cfg.data,
+            sizes=(size,),
+            batch=FEW,
+            indices=indices,
+            device=torch.device("cpu"),
+        )
+        return next(iter(batches)).images[size]
+
+    return at
+
+
+def noise(size: int) -> Any:
+    """As many images of noise."""
+    import torch
+
+    made = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (FEW, 3, size, size), dtype=torch.uint8, generator=made)
 
 
 def draws_of(cfg: config.Config, train: Any) -> dict[str, Any]:

@@ -119,9 +119,9 @@ def reduce_buckets(settings: dict[str, Any], traced: Trace) -> float:
 
 
 def memory(
-    settings: dict[str, Any], cfg: config.Config, traced: Trace, world: int
+    settings: dict[str, Any], cfg: config.Config, traced: Trace, world: int, *, node: int
 ) -> dict[str, float]:
-    """GB of a rank by kind, at its fullest moment."""
+    """GB of a rank by kind, at its fullest moment; a node has `node` GPUs."""
     held = kinds(settings, traced, world, ema=bool(cfg.optim.ema))
     zero = settings.get("zero_optimization", {})
     if (zero.get("offload_optimizer") or {}).get("device") not in (None, "none"):
@@ -134,12 +134,18 @@ def memory(
         "activations: encoder": traced.kept.get("encoder", 0),
         "activations: ladder, loss": traced.kept.get("ladder and loss", 0),
         "working memory": working,
-        "teachers": sum(nbytes for _, nbytes in traced.teachers.values()),
+        "teachers": teachers(cfg, traced, min(world, node)),
         "targets": traced.targets,
         "buffers": buffers(settings, traced),
     }
     found = {name: nbytes / 1e9 for name, nbytes in found.items()}
     return found | {"CUDA, NCCL, allocator": CONTEXT_GB + CACHE * sum(found.values())}
+
+
+def teachers(cfg: config.Config, traced: Trace, node: int) -> float:
+    """Bytes of the teachers' weights on one of a node's `node` GPUs."""
+    share = {"replicate": 1.0, "shard": 1 / node, "offload": 0.0}
+    return sum(traced.teachers[row.name][1] * share[row.placement] for row in cfg.teachers)
 
 
 def flops_per_image(cfg: config.Config, traced: Trace, stage: int) -> dict[str, float]:
@@ -223,7 +229,7 @@ def make(
         micro_batch=micro,
         checkpoint=cfg.student.checkpoint,
         accumulation=accumulation,
-        memory_gb=memory(settings, cfg, traced, gpus),
+        memory_gb=memory(settings, cfg, traced, gpus, node=gpu.per_node),
         room_gb=gpu.memory_gb,
         tflop_per_image={part: n / 1e12 for part, n in per_image.items()},
         traffic_gb=sent / 1e9,

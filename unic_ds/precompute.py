@@ -10,11 +10,12 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from unic_ds import checkpoint, config, data, dist, log
-from unic_ds.parts import draws_of, find_images
+from unic_ds.parts import draws_of, few, find_images
 from unic_ds.student import grid_of
 from unic_ds.teachers import cache
 from unic_ds.teachers.pool import Teachers
@@ -31,10 +32,11 @@ def store(cfg: config.Config, out: Path, *, views: int, dtype: str, yes: bool, b
     dist.start()
     train, _ = find_images(cfg)
     teachers = Teachers(
-        cfg.teachers,
+        apart(cfg.teachers),
         grid=grid_of(cfg.student),
         standardise=cfg.standardise,
         device=dist.device(),
+        sample=few(cfg, train),
     )
     manifest = dist.share(describe(cfg, train, teachers, views, dtype))
     layout = cache.layout_of(out, manifest)
@@ -65,6 +67,13 @@ def store(cfg: config.Config, out: Path, *, views: int, dtype: str, yes: bool, b
     dist.barrier()
     count, seconds = sum(len(span) for _, span in left), time.monotonic() - start
     log.say(f"{out}: {count} views stored in {seconds:.0f} s; train with --teachers.cache {out}")
+
+
+def apart(rows: tuple[config.Teacher, ...]) -> tuple[config.Teacher, ...]:
+    """Teachers whole on every rank where there are several: each has other files to write."""
+    if dist.world() == 1:
+        return rows
+    return tuple(replace(row, placement="replicate") for row in rows)
 
 
 def describe(

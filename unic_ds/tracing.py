@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -29,7 +29,7 @@ from unic_ds.ladder import heads_of
 from unic_ds.loss import distill_loss
 from unic_ds.ops import KERNELS
 from unic_ds.student import Student, grid_of
-from unic_ds.teachers import sources
+from unic_ds.teachers import precision, sources
 from unic_ds.tokens import Target, Tokens
 
 AGAIN, AGAIN_ZERO3 = "recomputed", "recomputed under ZeRO-3"
@@ -51,7 +51,7 @@ class Trace:
     encoder: int  # parameters, by part
     ladder: int
     frozen: int  # parameters of the student that are not trained
-    teachers: dict[str, tuple[int, int]]  # name -> (parameters, bytes)
+    teachers: dict[str, tuple[int, int]]  # name -> (parameters, bytes of all its weights)
     widths: dict[str, int]
     tokens: int  # patch tokens of an image
 
@@ -72,12 +72,12 @@ class Unfilled(TorchFunctionMode):
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the tensors that operators make: now, and at most."""
+    """Bytes of the tensors that operators make, but for views of those given: now, and at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.known: set[int] = set()
+        self.known = {tensor.untyped_storage()._cdata for tensor in given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -142,8 +142,8 @@ class Run(NamedTuple):
 
     flops: float
     parameters: int
-    nbytes: int  # of its weights
-    peak: int  # beyond its weights and its tokens
+    nbytes: int  # of its weights, on all ranks that share them
+    peak: int  # beyond what a rank holds of its weights, and its tokens
     width: int
 
 
@@ -152,20 +152,49 @@ def run_of(row: config.Teacher, grid: int, images: int) -> Run:
     """Trace a teacher; ValueError where it cannot be built."""
     with quiet(), Unfilled():
         source = sources.outline(row, grid=grid)
-    teacher = sources.Teacher(row, source, grid=grid, device=torch.device("meta"))
+    plain: dict[str, Any] = {"placement": "replicate", "micro": 0}
+    if row.quantised:
+        precision.check_tower(row, source.tower.blocks())
+        plain["precision"] = "bf16"
+    whole = replace(row, **plain)
+    teacher = sources.Teacher(whole, source, grid=grid, device=torch.device("meta"))
     with FakeTensorMode(allow_non_fake_inputs=True):
         teacher.to_empty(device="cpu")
-        image = torch.empty(images, 3, teacher.size, teacher.size, dtype=torch.uint8)
-        with flop_counter() as counter, Live() as live:
+        at_once = min(images, row.micro or images)
+        image = torch.empty(at_once, 3, teacher.size, teacher.size, dtype=torch.uint8)
+        given = (image, *teacher.parameters(), *teacher.buffers())
+        with flop_counter() as counter, Live(given) as live:
             tokens = teacher(image)
-    weights = list(teacher.parameters())
+    nbytes, gathered = held(row, teacher.tower)
+    said = sum(x.nbytes for x in tokens)
+    # The tokens of what it takes at once wait for the others', and are then put together.
+    joined = said * images / at_once if at_once < images else 0
     return Run(
-        flops=float(counter.get_total_flops()),
-        parameters=sum(p.numel() for p in weights),
-        nbytes=sum(p.nbytes for p in weights),
-        peak=live.peak - sum(x.nbytes for x in tokens),
+        flops=float(counter.get_total_flops()) * images / at_once,
+        parameters=sum(p.numel() for p in teacher.parameters()),
+        nbytes=nbytes,
+        peak=round(max(live.peak - said + gathered, joined)),
         width=teacher.width,
     )
+
+
+def held(row: config.Teacher, tower: Any) -> tuple[int, int]:
+    """(bytes of a teacher's weights, what it makes of them for its forward: at most, at once).
+
+    Spread weights are gathered: those outside its blocks, a block, and the next one meanwhile.
+    Weights of eight bits become a Linear's of bf16, or stay where what they multiply has eight too.
+    """
+    blocks = tower.blocks()
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+    whole = sum(p.nbytes for p in tower.parameters())
+    if row.quantised:
+        eight, largest = precision.nbytes(blocks)
+        linears = sum(linear.weight.nbytes for linear in precision.linears(blocks))
+        expands = 0 if row.precision.endswith("_dynamic") else torch.bfloat16.itemsize
+        return whole - linears + eight, expands * largest
+    if row.placement == "replicate":
+        return whole, 0
+    return whole, whole - sum(sizes) + 2 * max(sizes, default=0)
 
 
 def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
@@ -254,7 +283,8 @@ def step(
     def begin(_: Tensor) -> None:
         again.append(flops_now())
 
-    with flop_counter() as counter, Live() as live:
+    given = (*student.parameters(), *(x for tokens in targets.values() for x in tokens))
+    with flop_counter() as counter, Live(given) as live:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             for block in student.recomputed:  # whose input is kept where no hook for it is called
                 block.register_forward_pre_hook(lambda _, given: begin(pack(given[0])))

@@ -10,11 +10,12 @@ from typing import Literal
 
 from unic_ds.config.images import Data
 from unic_ds.config.knob import check, knob
-from unic_ds.config.models import TEACHER_NAME, Ladder, Student, Teacher
+from unic_ds.config.models import EIGHT_BITS, TEACHER_NAME, Ladder, Student, Teacher
 from unic_ds.config.objective import Balance, Distance, Drop, Loss, Standardise
 from unic_ds.config.schedule import Eval, Optim, Run
 
 __all__ = [
+    "EIGHT_BITS",
     "TEACHER_NAME",
     "Balance",
     "Config",

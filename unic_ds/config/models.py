@@ -11,6 +11,7 @@ from unic_ds.config.knob import check, check_checkpoint, check_rungs, knob
 from unic_ds.config.objective import Loss
 
 TEACHER_NAME = re.compile(r"[a-z][a-z0-9_]*")
+EIGHT_BITS = ("int8", "fp8", "int8_dynamic", "fp8_dynamic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,19 @@ class Teacher:
     cls_loss: str = knob("", "distance of its CLS tokens, or none; empty: loss.cls")
     patch_loss: str = knob("", "distance of its patch tokens, or none; empty: loss.patch")
     rungs: str = knob("", "student blocks that learn it, as ladder.rungs; empty: ladder.rungs")
-    precision: Literal["bf16", "fp32"] = knob("bf16", "weights and activations of its forward")
+    precision: Literal["bf16", "fp32", "int8", "fp8", "int8_dynamic", "fp8_dynamic"] = knob(
+        "bf16",
+        "of its forward; int8 and fp8 quantise the weights of its blocks' Linears, *_dynamic what"
+        " they multiply too (docs/teachers.md)",
+    )
+    placement: Literal["replicate", "shard", "offload"] = knob(
+        "replicate",
+        "its weights: whole on each rank, spread over a node's ranks, or so in their CPUs' memory",
+        machinery=True,
+    )
+    micro: int = knob(
+        0, "images that it takes at once; 0: all of the student's micro batch", machinery=True
+    )
     channels_last: bool = knob(False, "NHWC memory format, faster for CNNs")
 
     def __post_init__(self) -> None:
@@ -67,10 +80,20 @@ class Teacher:
             check_rungs(self.rungs, f"{at}.rungs")
         check(self.size >= 0, f"{at}.size", ">= 0", self.size)
         check(self.patch >= 0, f"{at}.patch", ">= 0", self.patch)
+        check(self.micro >= 0, f"{at}.micro", ">= 0", self.micro)
+        whole = not self.quantised or self.placement == "replicate"
+        check(whole, f"{at}.placement", f"replicate with {self.precision} weights", self.placement)
+        plain = not self.channels_last or self.placement == "replicate"
+        check(plain, f"{at}.placement", "replicate with channels_last", self.placement)
         for key in ("mean", "std"):
             value = getattr(self, key)
             check(len(value) in (0, 3), f"{at}.{key}", "three numbers (or empty)", value)
         check(all(s > 0 for s in self.std), f"{at}.std", "positive", self.std)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights of its blocks have eight bits."""
+        return self.precision in EIGHT_BITS
 
 
 @dataclass(frozen=True, kw_only=True)

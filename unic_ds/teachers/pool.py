@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unic_ds import config, dist
 from unic_ds.ops import FUSED, Ops
-from unic_ds.teachers import sources, weights
+from unic_ds.teachers import precision, sources, weights
 from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.phi_s import PhiS
 from unic_ds.teachers.standardise import Standardiser
@@ -40,18 +40,26 @@ class Teachers:
         device: torch.device,
         ops: Ops = FUSED,
         cache: FeatureCache | None = None,
+        sample: precision.Sample | None = None,
     ):
-        """Teachers that `cache` has are not run: their tokens come with each batch."""
+        """Teachers that `cache` has are not run: their tokens come with each batch.
+
+        RuntimeError where a quantised teacher is not itself any more on the images of `sample`.
+        """
         if not rows:
             raise ValueError("no teachers; name some with --teachers NAME=SOURCE,...")
         self.device, self.stored = device, cache.facts if cache else {}
         online = [row for row in rows if row.name not in self.stored]
         for row in online:
             weights.locate(row)
-        with dist.in_turn():
-            self.teachers = {
-                row.name: sources.load(row, grid=grid, device=device) for row in online
-            }
+            precision.check_device(row, device)
+        self.teachers = {}
+        for row in online:
+            with dist.in_turn():
+                source = sources.read(row, grid)
+            teacher = sources.Teacher(row, source, grid=grid, device=device, sample=sample)
+            precision.refuse_unlike(row.name, row.precision, teacher.fidelity)
+            self.teachers[row.name] = teacher
         self.widths = {  # channels of each teacher, in config order
             row.name: int(self.stored[row.name]["width"])
             if row.name in self.stored
@@ -163,6 +171,29 @@ def blaming(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"teacher {name!r}: {error}") from None
+
+
+def fidelities(
+    rows: tuple[config.Teacher, ...],
+    *,
+    grid: int,
+    device: torch.device,
+    sample: precision.Sample,
+) -> list[dict[str, Any]]:
+    """How near each quantised teacher stays to itself in bf16, on the images of `sample`.
+
+    A teacher with nothing to quantise says so by `linears` 0.
+    """
+    found = []
+    for row in rows:
+        precision.check_device(row, device)
+        source = sources.read(row, grid)
+        said: dict[str, Any] = {"name": row.name, "precision": row.precision}
+        said["linears"] = len(precision.linears(source.tower.blocks()))
+        if said["linears"]:
+            said |= sources.Teacher(row, source, grid=grid, device=device, sample=sample).fidelity
+        found.append(said)
+    return found
 
 
 def describe(

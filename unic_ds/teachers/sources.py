@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from unic_ds import config
+from unic_ds import config, dist
 from unic_ds.override import nearest
-from unic_ds.teachers import towers, weights
+from unic_ds.teachers import precision, towers, weights
 from unic_ds.tokens import Normalise, Tokens, to_grid
 
 # What reading a damaged or foreign file raises.
@@ -24,7 +24,11 @@ UNREADABLE = (
     *(RuntimeError, ValueError, TypeError, AttributeError, EOFError, OSError),
     *(pickle.UnpicklingError, SafetensorError),
 )
-DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPE = {
+    "fp32": torch.float32,
+    **dict.fromkeys(("bf16", "int8", "fp8", "int8_dynamic", "fp8_dynamic"), torch.bfloat16),
+}
+"""What a teacher computes in by its precision."""
 
 
 class Source(NamedTuple):
@@ -42,21 +46,42 @@ class Teacher(nn.Module):
     """A frozen model that turns uint8 images of side `size` into raw Tokens on the student's grid.
 
     The tower is probed once with a black image, which sets `width` and `own_grid`; ValueError where
-    it does not give tokens on a square grid.
+    it does not give tokens on a square grid. A quantised one's `fidelity` to itself in bf16 is
+    measured on the images of `sample`, if given. One that is not replicated is built, and called,
+    by all ranks together.
     """
 
-    def __init__(self, row: config.Teacher, source: Source, *, grid: int, device: torch.device):
+    def __init__(
+        self,
+        row: config.Teacher,
+        source: Source,
+        *,
+        grid: int,
+        device: torch.device,
+        sample: precision.Sample | None = None,
+    ):
         super().__init__()
+        precision.check_device(row, device)
         self.row, self.name, self.licence = row, row.name, source.licence
         self.size, self.grid, self.has_cls = source.size, grid, bool(source.tower.has_cls)
         self.mean, self.std = row.mean or source.mean, row.std or source.std
         self.dtype = DTYPE[row.precision]
         layout = torch.channels_last if row.channels_last else torch.contiguous_format
         self.layout = layout
-        self.tower = source.tower.to(device=device, dtype=self.dtype, memory_format=layout)
+        # What will be spread goes to the device block by block.
+        home = device if row.placement == "replicate" else torch.device("cpu")
+        self.tower = source.tower.to(device=home, dtype=self.dtype, memory_format=layout)
         self.normalise = Normalise(self.mean, self.std).to(device)
         self.requires_grad_(False).train(False)
+        self.parameter_count = sum(p.numel() for p in self.tower.parameters())
+        changes = row.quantised or row.placement != "replicate"
+        of_python = row.source.startswith("python:")
+        self.digest = weights.digest(self.tower) if changes and of_python else ""
+        if row.placement != "replicate":
+            offload = row.placement == "offload"
+            dist.spread(self.tower, self.tower.blocks(), offload=offload)
         self.width, self.own_grid = self.probe(device)
+        self.fidelity = self.quantise(device, sample) if row.quantised else {}
         self.patch = source.patch or self.size // self.own_grid
 
     def train(self, mode: bool = True) -> Teacher:
@@ -68,8 +93,22 @@ class Teacher(nn.Module):
     def forward(self, image_B3HW: Tensor) -> Tokens:
         """Raw tokens of uint8 images [B, 3, size, size] in its precision, on the student's grid."""
         assert image_B3HW.shape[1:] == (3, self.size, self.size), (self.name, image_B3HW.shape)
+        parts = [self.see(part) for part in image_B3HW.split(self.row.micro or len(image_B3HW))]
+        return parts[0] if len(parts) == 1 else Tokens(*map(torch.cat, zip(*parts, strict=True)))
+
+    def see(self, image_B3HW: Tensor) -> Tokens:
+        """Tokens of as many images as it takes at once."""
         image_B3HW = self.normalise(image_B3HW, self.dtype).contiguous(memory_format=self.layout)
         return to_grid(self.tower(image_B3HW), self.grid)
+
+    def quantise(self, device: torch.device, sample: precision.Sample | None) -> dict[str, float]:
+        """Quantise its blocks; cosines of its tokens to those before, of a sample's images."""
+        blocks = self.tower.blocks()
+        precision.check_tower(self.row, blocks)
+        image_B3HW = sample(self.size).to(device) if sample else None
+        exact = self(image_B3HW) if image_B3HW is not None else None
+        precision.quantise(self.row, self.tower, blocks)
+        return precision.agreement(self(image_B3HW), exact) if exact else {}
 
     @torch.no_grad()
     def probe(self, device: torch.device) -> tuple[int, int]:
@@ -97,7 +136,7 @@ class Teacher(nn.Module):
         path = weights.locate(self.row)
         return {
             "source": self.row.source,
-            "sha256": weights.sha256(path) if path else weights.digest(self.tower),
+            "sha256": weights.sha256(path) if path else self.digest or weights.digest(self.tower),
             "size": self.size,
             "patch": self.patch,
             "mean": list(self.mean),
@@ -108,19 +147,35 @@ class Teacher(nn.Module):
             "width": self.width,
             "grid": self.grid,
             "precision": self.row.precision,
-            "parameters": sum(p.numel() for p in self.tower.parameters()),
+            "parameters": self.parameter_count,
             "licence": self.licence,
         }
 
 
-def load(row: config.Teacher, *, grid: int, device: torch.device) -> Teacher:
+def load(
+    row: config.Teacher,
+    *,
+    grid: int,
+    device: torch.device,
+    sample: precision.Sample | None = None,
+) -> Teacher:
     """The frozen teacher of a recipe's row for a student whose patch grid is `grid` x `grid`.
 
     ValueError for what a user can cause: an unknown name, missing or foreign weights, a size that
     does not fit.
     """
-    kind = row.source.partition(":")[0]
-    return Teacher(row, BUILD[kind](row, grid), grid=grid, device=device)
+    return Teacher(row, read(row, grid), grid=grid, device=device, sample=sample)
+
+
+def read(row: config.Teacher, grid: int) -> Source:
+    """A recipe's row with its weights, on the CPU; ValueError as `load`."""
+    fuse_attention()
+    return BUILD[row.source.partition(":")[0]](row, grid)
+
+
+def fuse_attention() -> None:
+    """Have timm use scaled_dot_product_attention also where it asks to be told: Swin's windows."""
+    timm.layers.set_fused_attn(enable=True, experimental=True)
 
 
 def outline(row: config.Teacher, *, grid: int) -> Source:
@@ -128,6 +183,7 @@ def outline(row: config.Teacher, *, grid: int) -> Source:
 
     A python: source is called as it is, weights and all.
     """
+    fuse_attention()
     kind, _, rest = row.source.partition(":")
     if kind == "python":
         return from_python(row, grid)

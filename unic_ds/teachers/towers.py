@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,33 @@ from torch import Tensor, nn
 from unic_ds.tokens import Tokens, from_map, split_prefix
 
 
-class TimmViT(nn.Module):
+class Tower(nn.Module):
+    """What all towers say of themselves."""
+
+    has_cls = False
+
+    def blocks(self) -> list[nn.Module]:
+        """The modules that repeat, in order: most of the weights, used one after another.
+
+        What stands in a list and holds no such list itself; of CNNs those are small.
+        """
+        return list(repeated(self))
+
+
+def repeated(module: nn.Module) -> Iterator[nn.Module]:
+    """The innermost entries of a module's lists of blocks."""
+    for name, part in module.named_children():
+        listed = isinstance(part, (nn.Sequential, nn.ModuleList)) and name in LISTS
+        for inner in part.children() if listed else (part,):
+            below = list(repeated(inner))
+            yield from below or ([inner] if listed else [])
+
+
+LISTS = ("blocks", "resblocks", "stages", "layers")
+"""What timm, open_clip and most others call the lists that hold a tower's blocks."""
+
+
+class TimmViT(Tower):
     """A timm ViT: its output tokens, or those after `block` without the final norm.
 
     Unnormed, because the final norm is fitted to the last block and the targets are standardised
@@ -42,10 +69,8 @@ class TimmViT(nn.Module):
         return split_prefix(tokens_BNC, prefix, has_cls=self.has_cls)
 
 
-class TimmMap(nn.Module):
+class TimmMap(Tower):
     """A timm model whose features are a map (CNNs, Swin): the last, or that of stage `block`."""
-
-    has_cls = False
 
     def __init__(self, model: Any, block: int):
         super().__init__()
@@ -70,7 +95,7 @@ class TimmMap(nn.Module):
         return from_map(features.permute(0, 3, 1, 2) if self.channels_last else features)
 
 
-class ClipViT(nn.Module):
+class ClipViT(Tower):
     """open_clip's own ViT: tokens after `ln_post` and before the projection to the text space."""
 
     has_cls = True
@@ -82,6 +107,9 @@ class ClipViT(nn.Module):
                 "open_clip towers that pool by attention (CoCa) have no tokens after ln_post"
             )
         self.block = block
+        # MultiheadAttention's own shortcut writes out its attention matrix on a CPU, and FLOP
+        # counters do not know it; without, it is scaled_dot_product_attention.
+        torch.backends.mha.set_fastpath_enabled(False)
         if block >= 0:
             visual.prune_intermediate_layers([block])
         visual.proj = None
@@ -99,10 +127,8 @@ class ClipViT(nn.Module):
         return Tokens(found["image_intermediates_prefix"][0][:, 0], found["image_intermediates"][0])
 
 
-class ClipMap(nn.Module):
+class ClipMap(Tower):
     """open_clip's ModifiedResNet: the last stage's map, before attention pooling."""
-
-    has_cls = False
 
     def __init__(self, visual: Any):
         super().__init__()
@@ -114,7 +140,7 @@ class ClipMap(nn.Module):
         return from_map(found["image_intermediates"][0])
 
 
-class PythonTower(nn.Module):
+class PythonTower(Tower):
     """A user's module: its (cls [B, C], patch [B, N, C]) as Tokens."""
 
     has_cls = True
