@@ -27,6 +27,9 @@ class Optim:
     beta2: float = knob(0.99, "AdamW")
     eps: float = knob(1e-8, "AdamW")
     weight_decay: float = knob(0.03, "AdamW; never on biases and 1-D tensors")
+    layer_decay: float = knob(
+        1.0, "the rate of each encoder layer by that of the next above it; 1: the same for all"
+    )
     clip: float = knob(0.0, "largest gradient norm; 0: off")
     ema: float = knob(
         0.0,
@@ -44,6 +47,7 @@ class Optim:
         check(self.warmup_epochs >= 0, "optim.warmup_epochs", ">= 0", self.warmup_epochs)
         for key in ("beta1", "beta2", "ema"):
             check(0 <= getattr(self, key) < 1, f"optim.{key}", "in [0, 1)", getattr(self, key))
+        check(0 < self.layer_decay <= 1, "optim.layer_decay", "in (0, 1]", self.layer_decay)
         for key in ("eps", "weight_decay", "clip"):
             check(getattr(self, key) >= 0, f"optim.{key}", ">= 0", getattr(self, key))
 
@@ -91,6 +95,9 @@ class Run:
         1000, "steps between checkpoints; the last step always saves", machinery=True
     )
     keep_last: int = knob(2, "checkpoints kept", machinery=True)
+    compile: Literal["none", "student", "teachers", "all"] = knob(
+        "none", "whose transformer blocks run through torch.compile", machinery=True
+    )
     stop_at: int = knob(
         0, "save and stop after this step, to be resumed; 0: at the end", machinery=True
     )
@@ -102,3 +109,7 @@ class Run:
         for key in ("log_every", "save_every", "keep_last"):
             check(getattr(self, key) > 0, f"run.{key}", "positive", getattr(self, key))
         check(self.stop_at >= 0, "run.stop_at", ">= 0", self.stop_at)
+
+    def compiles(self, what: str) -> bool:
+        """Whether the blocks of `student` or `teachers` are compiled."""
+        return self.compile in (what, "all")
