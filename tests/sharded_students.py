@@ -4,6 +4,7 @@ For each row of the plan (settings of a student, of a ladder, and what else): wh
 most while the student was made, and whether its weights are bitwise those of one made whole.
 """
 
+import gc
 import json
 import sys
 import threading
@@ -30,6 +31,7 @@ def resident() -> int:
 @contextmanager
 def peak(found: dict[str, Any]):
     """Notes how far the process grows at most while the body runs, and how long that takes."""
+    gc.collect()  # of the row before
     start, since, over = resident(), time.monotonic(), threading.Event()
     tops = [0]
 
