@@ -19,7 +19,7 @@ FLOORS = (
     {"formula", "chance", "home", "named", "pulse"},
     {"config"},
     {"override", "methods"},
-    {"tokens", "ops", "optim", "average", "dist", "ds_config", "entry", "gpus"},
+    {"tokens", "ops", "compiled", "optim", "average", "dist", "ds_config", "entry", "gpus"},
     {"balance", "ladder", "log", "guard"},
     {"data", "teachers", "student", "loss", "engine", "evaluate", "recipes", "quickstart"},
     {"checkpoint", "job", "initial", "tracing", "events"},

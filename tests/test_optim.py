@@ -4,10 +4,14 @@ from pathlib import Path
 
 import parity
 import pytest
+from timm.optim import param_groups_layer_decay
 from torch import nn
+from torch.optim import AdamW
 
-from unic_ds import optim
+from unic_ds import config, optim
 from unic_ds.config import Optim, Standardise
+from unic_ds.ladder import Head
+from unic_ds.student import Student
 
 VECTORS = Path(__file__).parent / "data" / "schedules.json"
 
@@ -36,3 +40,37 @@ def test_biases_and_norms_are_not_decayed():
     groups = {g["weight_decay"]: g["params"] for g in optim.groups(module, 0.03)}
     assert [p.shape for p in groups[0.03]] == [(4, 3)]
     assert sorted(tuple(p.shape) for p in groups[0.0]) == [(4,), (4,)]
+
+
+def test_each_layer_has_its_scale_and_one_is_the_same_for_all():
+    student = Student(
+        config.Student(model="vit_tiny_patch16_224", size=32),
+        config.Ladder(rungs="11", width=8),
+        {"a": Head(6)},
+        seed=0,
+    )
+    plain = optim.groups(student, 0.03)
+    assert [(g["weight_decay"], g["lr_scale"]) for g in plain] == [(0.0, 1.0), (0.03, 1.0)]
+    groups = optim.groups(student, 0.03, layer_decay=0.5)
+    scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    encoder = student.encoder
+    assert scale[id(encoder.pos_embed)] == scale[id(encoder.patch_embed.proj.weight)] == 0.5**12
+    for i, block in enumerate(encoder.blocks):
+        assert {scale[id(p)] for p in block.parameters()} == {0.5 ** (11 - i)}
+    assert {scale[id(p)] for p in student.ladder.parameters()} == {1.0}
+    assert scale.keys() == {id(p) for g in plain for p in g["params"]}
+    # timm's own grouping of the bare encoder, its head's place taken by the ladder
+    theirs = param_groups_layer_decay(encoder, 0.03, layer_decay=0.5)
+    assert all(scale[id(p)] == g["lr_scale"] for g in theirs for p in g["params"])
+    assert all(
+        g["weight_decay"] == (0.03 if p.ndim > 1 else 0) for g in groups for p in g["params"]
+    )
+    optimizer = AdamW(groups)
+    optim.apply(optimizer, 0.2)
+    assert all(g["lr"] == pytest.approx(0.2 * g["lr_scale"]) for g in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("value", [0, 1.5])
+def test_a_layer_decay_is_checked(value):
+    with pytest.raises(ValueError, match="layer_decay must be in"):
+        Optim(layer_decay=value)

@@ -80,6 +80,11 @@ def merge(settings: dict[str, Any], cfg: Config, world: int) -> dict[str, Any]:
             f"optim.batch_size {cfg.optim.batch_size} is not a multiple of {world} ranks; change it"
             " or the number of ranks"
         )
+    if stage(settings) == 3 and cfg.run.compiles("student"):
+        raise ValueError(
+            f"run.compile {cfg.run.compile!r} does not go with ZeRO-3: a compiled block would keep"
+            " its gathered weights until backward; use teachers or none, or ZeRO-1 or 2"
+        )
     most = settings["train_micro_batch_size_per_gpu"]
     micro = next(n for n in range(min(most, share), 0, -1) if share % n == 0)
     merged = settings | {

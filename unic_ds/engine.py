@@ -10,20 +10,72 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unic_ds import config, optim
+from unic_ds import config, dist, ds_config, optim
 from unic_ds.average import KEY, AveragedAdamW, in_place_of_weights
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def create(make: Callable[[], Module], settings: dict[str, Any]) -> Module:
+    """What `make` makes; under ZeRO-3 no rank ever holds all of it.
+
+    Each parameter is partitioned at the end of its module's constructor, in the precision of the
+    settings; what else is computed there stays in fp32, as under the other stages. Values written
+    later are written through `whole`.
+    """
+    if ds_config.stage(settings) < 3:
+        return make()
+    init: Any = load_deepspeed().zero.Init
+
+    class Birth(init):
+        def _post_init_method(self, module: nn.Module) -> None:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(self.dtype)
+            super()._post_init_method(module)
+
+    own = settings["zero_optimization"] | {"override_module_apply": False}
+    linear = F.linear
+    try:
+        with Birth(config_dict_or_path=settings | {"zero_optimization": own}, tensor_overrides=[]):
+            student = make()
+        if F.linear is not linear:
+            confine(student, F.linear)
+    finally:
+        F.linear = linear
+    return student
+
+
+@contextmanager
+def whole(parameter: nn.Parameter) -> Iterator[bool]:
+    """All of a parameter while the body runs, and whether what this rank writes there counts.
+
+    Of one that ZeRO-3 has partitioned rank 0's values go to all; every rank must enter.
+    """
+    if not hasattr(parameter, "ds_id"):
+        yield True
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter], modifier_rank=0):
+        yield dist.rank() == 0
+
+
+def shape(value: Tensor) -> torch.Size:
+    """What a tensor's shape is where it is whole."""
+    return getattr(value, "ds_shape", value.shape)
 
 
 def build(student: nn.Module, cfg: config.Optim, settings: dict[str, Any]) -> Any:
     """A DeepSpeed engine around `student` with AdamW on its trained parameters."""
     deepspeed = load_deepspeed()
-    optimizer = adamw(optim.groups(student, cfg.weight_decay), cfg)
+    groups = optim.groups(student, cfg.weight_decay, layer_decay=cfg.layer_decay)
+    optimizer = adamw(groups, cfg)
     linear = F.linear
     engine, *_ = deepspeed.initialize(
         model=student, optimizer=optimizer, config=settings, dist_init_required=False
@@ -81,17 +133,19 @@ def load_deepspeed() -> Any:
 
 
 def weights(engine: Any, prefix: str) -> dict[str, Tensor]:
-    """What is exported: fp32 weights under `prefix` (cut off), gathered on the CPU.
+    """What is exported: fp32 weights under `prefix` (cut off), on the CPU of rank 0; others: none.
 
-    Their average where the run keeps one. Every rank must call it.
+    Their average where the run keeps one. Every rank must call it: weights are gathered one by one.
     """
-    masters = whole_masters(engine.optimizer)
+    masters, found = whole_masters(engine.optimizer), {}
     with in_place_of_weights(engine.basic_optimizer):
-        return {
-            name.removeprefix(prefix): gather(parameter, masters).float().cpu().clone()
-            for name, parameter in engine.module.named_parameters()
-            if name.startswith(prefix)
-        }
+        for name, parameter in engine.module.named_parameters():
+            if name.startswith(prefix):
+                full = gather(parameter, masters)
+                if dist.rank() == 0:
+                    found[name.removeprefix(prefix)] = full.float().cpu().clone()
+                del full
+    return found
 
 
 def gather(parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]) -> Tensor:

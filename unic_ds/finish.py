@@ -23,17 +23,19 @@ def finish(task: job.Job, parts: Any) -> None:
     """
     state = engine.weights(parts.engine, "encoder.")
     ladder = parts.engine.module.ladder
-    beside = {
-        export.LADDER: ladder.published(engine.weights(parts.engine, "ladder.")),
-        export.STATISTICS: parts.teachers.state_dict(),
-    }
+    own = engine.weights(parts.engine, "ladder.")
     source = parts.val or parts.train
     if dist.rank() == 0:
+        beside = {
+            export.LADDER: ladder.published(own),
+            export.STATISTICS: parts.teachers.state_dict(),
+        }
         images, out = sample(source, task.cfg, 8), task.out / "student"
         path = export.export(state, task.cfg, images, out, teachers=parts.manifest, beside=beside)
         log.say(f"exported encoder: {path}")
     dist.barrier()
-    rows = measure(task, parts, state) if measurable(task, parts) else {}
+    del state, own
+    rows = measure(task, parts) if measurable(task, parts) else {}
     if dist.rank() == 0:
         table.write(rows, task.out, log.read(task.out / "log.jsonl"))
         if rows:
@@ -61,7 +63,7 @@ def sample(source: Any, cfg: config.Config, count: int) -> Tensor:
     return next(iter(batches)).images[size]
 
 
-def measure(task: job.Job, parts: Any, state: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+def measure(task: job.Job, parts: Any) -> dict[str, dict[str, float]]:
     """kNN and linear accuracy (%) of pixels, each teacher, the student before and after."""
     cfg, device = task.cfg, dist.device()
     before, after = (
@@ -69,7 +71,7 @@ def measure(task: job.Job, parts: Any, state: dict[str, Tensor]) -> dict[str, di
     )
     if task.init:
         initial.start_encoder(task.init, before.encoder)
-    after.encoder.load_state_dict(state)
+    initial.start_encoder(str(task.out / "student"), after.encoder)
     widths: dict[str, int] = {}
     if parts.teachers.stored:
         log.say(f"not measured, since not run: {', '.join(parts.teachers.stored)}")

@@ -9,16 +9,18 @@ are taken whole, or start anew and a line says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from unic_ds import dist, log
+from unic_ds import dist, engine, log
 from unic_ds.teachers.weights import sha256
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, LADDER = "model.safetensors", "ladder.safetensors"
 STATISTICS = "statistics.safetensors"
+NONE = "there are none"
 
 
 def start(path: str, student: Student, teachers: Teachers) -> dict[str, str]:
@@ -37,20 +40,16 @@ def start(path: str, student: Student, teachers: Teachers) -> dict[str, str]:
     files = files_of(path)
     start_encoder(path, student.encoder)
     taken = ["encoder"]
-    ladder = student.ladder
-    parts = (
-        (LADDER, ladder.published(), ladder.load_published),
-        (STATISTICS, teachers.state_dict(), teachers.load_state_dict),
-    )
-    for name, want, load in parts:
-        what = name.partition(".")[0]
-        state = read(files[name]) if name in files else {}
-        wrong = misfit(state, want) if state else f"{path} has none"
-        if wrong:
-            log.say(f"the {what} start{'s' * (what == 'ladder')} anew: {wrong}")
-            continue
-        load(state)
-        taken.append(what)
+    if wrong := start_ladder(files.get(LADDER), student.ladder):
+        log.say(f"the ladder starts anew: {wrong}")
+    else:
+        taken.append("ladder")
+    state = read(files[STATISTICS]) if STATISTICS in files else {}
+    if wrong := misfit(state, teachers.state_dict()) if state else NONE:
+        log.say(f"the statistics start anew: {wrong}")
+    else:
+        teachers.load_state_dict(state)
+        taken.append("statistics")
     log.say(f"starts from {path}: {', '.join(taken)}")
     hashes = {name: sha256(file) for name, file in files.items()} if dist.rank() == 0 else None
     return dist.share(hashes)
@@ -65,18 +64,64 @@ def files_of(path: str) -> dict[str, Path]:
     return {name: given / name for name in names if (given / name).is_file()}
 
 
+@torch.no_grad()
 def start_encoder(path: str, encoder: Any) -> None:
     """Give a timm ViT the encoder weights at `path`; ValueError unless all fit.
 
-    A classifier is left behind: supervised weights of timm have one, an encoder has not.
+    A classifier is left behind: supervised weights of timm have one, an encoder has not. Weights
+    are read one at a time, under ZeRO-3 by rank 0 alone.
     """
-    state = {k: v for k, v in read(files_of(path)[WEIGHTS]).items() if not k.startswith("head.")}
-    if "pos_embed" in state and getattr(encoder, "pos_embed", None) is not None:
-        state["pos_embed"] = resized(state["pos_embed"], encoder, path)
-    if wrong := misfit(state, encoder.state_dict()):
-        model = encoder.pretrained_cfg.get("architecture", "the student")
-        raise ValueError(f"student.init {path!r} does not fit {model}: {wrong}")
-    encoder.load_state_dict(state)
+    own = encoder.state_dict(keep_vars=True)
+    with stored(files_of(path)[WEIGHTS]) as file:
+        found = {k: v for k, v in outlines(file).items() if not k.startswith("head.")}
+        changed = {}
+        if "pos_embed" in found and getattr(encoder, "pos_embed", None) is not None:
+            changed["pos_embed"] = resized(file.get_tensor("pos_embed"), encoder, path)
+        if wrong := misfit(found | changed, own):
+            model = encoder.pretrained_cfg.get("architecture", "the student")
+            raise ValueError(f"student.init {path!r} does not fit {model}: {wrong}")
+        for name, value in own.items():
+            with engine.whole(value) as ours:
+                if ours:
+                    value.copy_(changed[name] if name in changed else file.get_tensor(name))
+
+
+@torch.no_grad()
+def start_ladder(path: Path | None, ladder: Any) -> str:
+    """Give a ladder the weights at `path`, all of them; or how they do not fit, in words."""
+    if path is None:
+        return NONE
+    own = dict(ladder.named_parameters())
+    want = ladder.published({k: outline(engine.shape(v)) for k, v in own.items()})
+    with stored(path) as file:
+        if wrong := misfit(outlines(file), want):
+            return wrong
+        for name, regions in ladder.parts().items():
+            with engine.whole(own[name]) as ours:
+                for published, at in regions.items() if ours else ():
+                    own[name][at].copy_(file.get_tensor(published))
+    return ""
+
+
+def outline(shape: Any) -> Tensor:
+    """A tensor of that shape, and nothing in it."""
+    return torch.empty(tuple(shape), device="meta")
+
+
+def outlines(file: Any) -> dict[str, Tensor]:
+    """Names and shapes of the tensors in an open file."""
+    return {name: outline(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def stored(file: Path) -> Iterator[Any]:
+    """A safetensors file whose tensors are read when asked for; ValueError where it is damaged."""
+    try:
+        opened = safe_open(file, "pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{str(file)!r} cannot be read as safetensors ({error})") from None
+    with opened as tensors:
+        yield tensors
 
 
 def resized(pos_1ND: Tensor, encoder: Any, path: str) -> Tensor:
@@ -108,9 +153,9 @@ def misfit(state: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> str:
     Of every kind of difference the first is named.
     """
     shapes = [
-        f"{k} is {tuple(v.shape)}, not {tuple(want[k].shape)}"
+        f"{k} is {tuple(v.shape)}, not {tuple(engine.shape(want[k]))}"
         for k, v in state.items()
-        if k in want and v.shape != want[k].shape
+        if k in want and v.shape != engine.shape(want[k])
     ]
     kinds = (
         [f"{name} is missing" for name in sorted(want.keys() - state.keys())],

@@ -260,6 +260,15 @@ class Ladder(nn.Module):
         for name, value in ours.items():
             value.copy_(weights[name])
 
+    def parts(self) -> dict[str, dict[str, tuple[slice, ...]]]:
+        """Parameter -> where in it the published weights are that it holds."""
+        found: dict[str, dict[str, tuple[slice, ...]]] = {
+            name: {name: ()} for name, _ in self.heads.named_parameters(prefix="heads")
+        }
+        for name, (parameter, region) in self.places().items():
+            found.setdefault(parameter, {})[name] = region
+        return found
+
     def places(self) -> dict[str, Part]:
         """Published name -> place, of every weight that lives concatenated."""
         places = {}

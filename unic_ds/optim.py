@@ -41,14 +41,39 @@ def momentum(step: int, cfg: config.Standardise, steps: int) -> float:
     return warmup_cosine(step - 1, steps=horizon, peak=1.0, end=cfg.momentum_end)
 
 
-def groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters in two groups: decayed, and (biases and 1-D tensors) not; timm's rule."""
-    from timm.optim import param_groups_weight_decay
+def groups(
+    module: nn.Module, weight_decay: float, *, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Trained parameters in groups: decayed, and (biases and 1-D tensors) not; timm's rule.
 
-    return [g for g in param_groups_weight_decay(module, weight_decay) if g["params"]]
+    With a `layer_decay` below 1 each layer of `module.encoder` has two of its own, and its scale.
+    timm's own functions would take what ZeRO-3 has partitioned for 1-D tensors.
+    """
+    scales = layer_scales(module.encoder, layer_decay) if layer_decay < 1 else {}
+    found: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decayed = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            found.setdefault((scales.get(name, 1.0), decayed), []).append(parameter)
+    return [
+        {"params": found[key], "weight_decay": weight_decay * key[1], "lr_scale": key[0]}
+        for key in sorted(found)
+    ]
+
+
+def layer_scales(encoder: Any, decay: float) -> dict[str, float]:
+    """Scale of the rate by parameter of `encoder.`: 1 in the last block, `decay` a layer deeper.
+
+    Layers are timm's: the embeddings, then each block (after BEiT, arXiv 2106.08254).
+    """
+    from timm.models import group_parameters
+
+    layer = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)
+    top = max(layer.values())
+    return {f"encoder.{name}": decay ** (top - i) for name, i in layer.items()}
 
 
 def apply(optimizer: Any, rate: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of every group, by its scale."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_scale"]

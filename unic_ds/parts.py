@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -66,9 +67,14 @@ def build(task: job.Job) -> Parts:
             near = ", ".join(f"{kind} {value:.4f}" for kind, value in teacher.fidelity.items())
             log.say(f"teacher {teacher.name} in {teacher.row.precision}: cosine to bf16 {near}")
     heads = heads_of(cfg, teachers.widths)
-    student = Student(cfg.student, cfg.ladder, heads, seed=cfg.seed, ops=ops).to(device)
+    make = partial(Student, cfg.student, cfg.ladder, heads, seed=cfg.seed, ops=ops)
+    if cfg.run.compiles("student"):
+        make = partial(make, compiled=True)
+    student = engine.create(partial(make, whole=engine.whole), task.settings).to(device)
     init = initial.start(task.init, student, teachers) if task.init else None
-    flops = count_flops(student, teachers, cfg.student.size, device)
+    flops = count_flops(cfg, teachers, device)
+    if cfg.run.compiles("teachers"):
+        teachers.compile()
     cost = f"{flops / 1e9:.1f} GFLOP an image for the whole step"
     log.say(f"student {cfg.student.model}, {cfg.student.size} px; {cost}")
     made = engine.build(student, cfg.optim, task.settings)
@@ -182,22 +188,19 @@ def agree(fingerprint: str) -> None:
         raise RuntimeError("the ranks see different images; wait until the folder is complete")
 
 
-def count_flops(student: Any, teachers: Any, size: int, device: Any) -> float:
-    """FLOPs of one image's step, counted: teachers forward, student forward, (twice) backward."""
+def count_flops(cfg: config.Config, teachers: Any, device: Any) -> float:
+    """FLOPs of one image's step, counted: teachers forward, student forward, (twice) backward.
+
+    The student's on tensors without contents: ZeRO-3 has not got it whole.
+    """
     import torch
 
-    from unic_ds.tracing import flop_counter
+    from unic_ds.tracing import flop_counter, forward_flops
 
-    images = {
-        s: torch.zeros(1, 3, s, s, dtype=torch.uint8, device=device)
-        for s in {size, *teachers.sizes}
-    }
-    totals = []
-    for forward in (lambda: teachers.raw(images), lambda: student(images[size])):
-        with torch.no_grad(), flop_counter() as counter:
-            forward()
-        totals.append(counter.get_total_flops())
-    return totals[0] + 3 * totals[1]
+    images = {s: torch.zeros(1, 3, s, s, dtype=torch.uint8, device=device) for s in teachers.sizes}
+    with torch.no_grad(), flop_counter() as counter:
+        teachers.raw(images)
+    return counter.get_total_flops() + 3 * forward_flops(cfg, teachers.widths)
 
 
 def fit_statistics(task: job.Job, parts: Parts) -> None:

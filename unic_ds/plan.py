@@ -90,9 +90,14 @@ def kinds(settings: dict[str, Any], traced: Trace, world: int, *, ema: bool) -> 
     moments = (3 if ema else 2) * FP32 * trained
     return {
         "weights": (trained + frozen) * b / (world if stage == 3 else 1),
-        "gradients": trained * b / (world if stage >= 2 else 1),
+        "gradients": trained * (FP32 if sums_fp32(settings) else b) / (world if stage >= 2 else 1),
         "optimiser": (masters + moments) / (world if stage else 1),
     }
+
+
+def sums_fp32(settings: dict[str, Any]) -> bool:
+    """Whether gradients are kept and accumulated in fp32 where weights are bf16."""
+    return (settings.get("data_types") or {}).get("grad_accum_dtype") == "fp32"
 
 
 def buffers(settings: dict[str, Any], traced: Trace) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unic_ds import chance, config, override
+from unic_ds.compiled import compile_each
 from unic_ds.ladder import Head, Ladder
 from unic_ds.ops import FUSED, Ops
 from unic_ds.tokens import Normalise, Tokens, split_prefix
@@ -20,6 +22,10 @@ from unic_ds.tokens import Normalise, Tokens, split_prefix
 NO_REGISTERS = (
     "student.registers {} cannot be had of {!r}; leave it -1, or choose a plain vit_ model"
 )
+
+
+Whole = Callable[[nn.Parameter], AbstractContextManager[bool]]
+"""Makes all of a parameter be there for a body, and says whether what is written then counts."""
 
 
 class DropPath(nn.Module):
@@ -51,23 +57,38 @@ class Student(nn.Module):
         *,
         seed: int,
         ops: Ops = FUSED,
+        whole: Whole = lambda _: nullcontext(True),
+        compiled: bool = False,
     ):
-        """`heads` is keyed by teacher; weights are a function of (seed, published name)."""
+        """`heads` is keyed by teacher; weights are a function of (seed, published name).
+
+        `compiled`: blocks run through torch.compile.
+        """
         super().__init__()
         self.encoder = build_encoder(cfg)
         self.normalise = Normalise(cfg.mean, cfg.std)
         self.ladder = ladder_on(self.encoder, ladder, heads, ops)
         self.paths = give_drop_paths(self.encoder)
-        initialise(self.weights(), seed)
+        for parameter, regions in self.parts():
+            with whole(parameter) as ours:
+                if ours:
+                    initialise({name: parameter[at] for name, at in regions.items()}, seed)
         freeze_after_blocks(self.encoder)
+        if compiled:
+            compile_each(self.encoder.blocks)
         self.recomputed = recompute(self.encoder.blocks, cfg.checkpoint)
+
+    def parts(self) -> Iterator[tuple[nn.Parameter, dict[str, tuple[slice, ...]]]]:
+        """Every parameter with the published names of what it holds, and where."""
+        for name, parameter in self.encoder.named_parameters():
+            yield parameter, {f"encoder.{name}": ()}
+        for name, regions in self.ladder.parts().items():
+            at = {f"ladder.{published}": region for published, region in regions.items()}
+            yield self.ladder.get_parameter(name), at
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter by its published name; the ladder's are views."""
-        own = dict(self.ladder.named_parameters())
-        parts = {"encoder": dict(self.encoder.named_parameters()), "ladder": own}
-        parts["ladder"] = self.ladder.published(own)
-        return {f"{part}.{k}": w for part, weights in parts.items() for k, w in weights.items()}
+        return {name: p[at] for p, regions in self.parts() for name, at in regions.items()}
 
     @property
     def dtype(self) -> torch.dtype:

@@ -202,14 +202,7 @@ def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
     grid, dtype = grid_of(cfg.student), torch.bfloat16 if bf16 else torch.float32
     runs = {row.name: run_of(row, grid, images) for row in cfg.teachers}
     widths = {name: run.width for name, run in runs.items()}
-    with torch.device("meta"), Unfilled():
-        student = Student(
-            cfg.student,
-            cfg.ladder,
-            heads_of(cfg, widths),
-            seed=cfg.seed,
-            ops=KERNELS[cfg.kernels],
-        ).to(dtype)
+    student = outline(cfg, widths).to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         student.to_empty(device="cpu")
         targets = {
@@ -245,6 +238,27 @@ def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
         widths=widths,
         tokens=grid * grid,
     )
+
+
+def outline(cfg: config.Config, widths: dict[str, int]) -> Student:
+    """A run's student on the meta device."""
+    with torch.device("meta"), Unfilled():
+        return Student(
+            cfg.student,
+            cfg.ladder,
+            heads_of(cfg, widths),
+            seed=cfg.seed,
+            ops=KERNELS[cfg.kernels],
+        )
+
+
+def forward_flops(cfg: config.Config, widths: dict[str, int]) -> float:
+    """FLOPs of the student's forward on one image; `widths` are the teachers' channels."""
+    student, side = outline(cfg, widths), cfg.student.size
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), flop_counter() as counter:
+        student.to_empty(device="cpu")
+        student(torch.empty(1, 3, side, side, dtype=torch.uint8))
+    return float(counter.get_total_flops())
 
 
 def step(

@@ -27,6 +27,9 @@ class Optim:
     beta2: float = knob(0.99, "AdamW")
     eps: float = knob(1e-8, "AdamW")
     weight_decay: float = knob(0.03, "AdamW; never on biases and 1-D tensors")
+    layer_decay: float = knob(
+        1.0, "the rate of each encoder layer by that of the next above it; 1: the same for all"
+    )
     clip: float = knob(0.0, "largest gradient norm; 0: off")
     ema: float = knob(
         0.0,
@@ -44,6 +47,7 @@ class Optim:
         check(self.warmup_epochs >= 0, "optim.warmup_epochs", ">= 0", self.warmup_epochs)
         for key in ("beta1", "beta2", "ema"):
             check(0 <= getattr(self, key) < 1, f"optim.{key}", "in [0, 1)", getattr(self, key))
+        check(0 < self.layer_decay <= 1, "optim.layer_decay", "in (0, 1]", self.layer_decay)
         for key in ("eps", "weight_decay", "clip"):
             check(getattr(self, key) >= 0, f"optim.{key}", ">= 0", getattr(self, key))
 
@@ -97,6 +101,9 @@ class Run:
     keep_best: int = knob(
         0, "keep so many checkpoints of the lowest training loss; 0: off", machinery=True
     )
+    compile: Literal["none", "student", "teachers", "all"] = knob(
+        "none", "whose transformer blocks run through torch.compile", machinery=True
+    )
     stop_at: int = knob(
         0, "save and stop after this step, to be resumed; 0: at the end", machinery=True
     )
@@ -135,3 +142,7 @@ class Run:
         optional = ("stop_at", "keep_every", "keep_best", "spike", "max_rollbacks")
         for key in (*optional, "hang_timeout", "stall_timeout"):
             check(getattr(self, key) >= 0, f"run.{key}", ">= 0", getattr(self, key))
+
+    def compiles(self, what: str) -> bool:
+        """Whether the blocks of `student` or `teachers` are compiled."""
+        return self.compile in (what, "all")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unic_ds import config, dist
+from unic_ds import config, dist, log
+from unic_ds.compiled import compile_each, repeated
 from unic_ds.ops import FUSED, Ops
 from unic_ds.teachers import precision, sources, weights
 from unic_ds.teachers.cache import FeatureCache
@@ -101,6 +102,14 @@ class Teachers:
         }
         found |= {name: teacher(images[teacher.size]) for name, teacher in self.teachers.items()}
         return {name: found[name] for name in self.widths if name in found}
+
+    def compile(self) -> None:
+        """Run the teachers' blocks through torch.compile, saying of which there are none."""
+        for name, teacher in self.teachers.items():
+            blocks = repeated(teacher.tower)
+            compile_each(blocks)
+            if not blocks:
+                log.say(f"teacher {name} is not compiled: it has no row of equal blocks")
 
     @torch.no_grad()
     def fit(self, batches: Iterable[dict[str, Tokens]]) -> None:

@@ -1,0 +1,128 @@
+"""Students born in parts under ZeRO-3, for tests/test_big.py: `sharded_students.py PLAN.json`.
+
+For each row of the plan (settings of a student, of a ladder, and what else): what each rank held at
+most while the student was made, and whether its weights are bitwise those of one made whole.
+"""
+
+import gc
+import json
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unic_ds import config, dist, engine, initial
+from unic_ds.ladder import Head
+from unic_ds.student import Student
+
+
+def resident() -> int:
+    """Bytes of this process's own memory."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon")
+
+
+@contextmanager
+def peak(found: dict[str, Any]):
+    """Notes how far the process grows at most while the body runs, and how long that takes."""
+    gc.collect()  # of the row before
+    start, since, over = resident(), time.monotonic(), threading.Event()
+    tops = [0]
+
+    def sample() -> None:
+        while not over.wait(0.01):
+            tops[0] = max(tops[0], resident() - start)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    found["seconds"] = round(time.monotonic() - since, 1)
+    found["peak"] = max(dist.gather_objects(tops[0]))
+    found["kept"] = max(dist.gather_objects(resident() - start))
+
+
+def settings(*, bf16: bool, offload: bool = False) -> dict[str, Any]:
+    """A ds_config of ZeRO-3."""
+    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    if offload:
+        zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": dist.world(),
+        "bf16": {"enabled": bf16},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+    }
+
+
+def whole_bytes(student: Student) -> int:
+    """Bytes of the student where a rank has all of it."""
+    return sum(engine.shape(p).numel() * p.element_size() for p in student.parameters())
+
+
+def differing(one: Student, other: Student) -> list[str]:
+    """Names of the parameters of `one`, in parts, that are not bitwise those of `other`."""
+    found, there = [], dict(other.named_parameters())
+    for name, parameter in one.named_parameters():
+        with engine.whole(parameter):
+            want = there[name].detach().to(parameter.dtype)
+            if not torch.equal(parameter.detach(), want):
+                found.append(name)
+    here, others = dict(one.named_buffers()), dict(other.named_buffers())
+    return found + [name for name in here if not torch.equal(here[name], others[name])]
+
+
+def measure(row: dict[str, Any]) -> dict[str, Any]:
+    """One row's figures."""
+    cfg = config.Student(**row["student"])
+    ladder, heads = config.Ladder(**row["ladder"]), {n: Head(w) for n, w in row["heads"].items()}
+    found: dict[str, Any] = {}
+
+    def make(whole: Any = None) -> Student:
+        more = {} if whole is None else {"whole": whole}
+        return Student(cfg, ladder, heads, seed=3, **more)
+
+    def begin(student: Student) -> None:
+        if path := row.get("init"):
+            initial.start_encoder(path, student.encoder)
+            assert not initial.start_ladder(Path(path) / initial.LADDER, student.ladder)
+
+    with peak(found):
+        student = engine.create(lambda: make(engine.whole), settings(bf16=row["bf16"]))
+        begin(student)
+    found["whole"] = whole_bytes(student)
+    found["parameters"] = sum(engine.shape(p).numel() for p in student.parameters())
+    found["partitioned"] = all(p.numel() == 0 for p in student.parameters())
+    if row.get("built"):
+        given = settings(bf16=row["bf16"], offload=bool(row.get("offload")))
+        with peak(built := {}):
+            engine.build(student, config.Optim(), given)
+        found["built"] = built
+    if row.get("compare"):
+        other = make()
+        begin(other)
+        found["differing"] = differing(student, other)
+    return found
+
+
+if __name__ == "__main__":
+    plan = next(word for word in sys.argv[1:] if not word.startswith("--"))
+    dist.start()
+    rows = []
+    for asked in json.loads(Path(plan).read_text()):
+        rows.append(measure(asked))
+        if dist.rank() == 0:
+            print(asked["student"]["model"], json.dumps(rows[-1]), flush=True)
+    if dist.rank() == 0:
+        Path(plan).with_suffix(".measured").write_text(json.dumps(rows))
