@@ -171,6 +171,10 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(args, sentence, tmp_path):
         ),
         ('{"train_micro_batch_size_per_gpu": 1, "bf16": true}', "'bf16' must be an object"),
         (
+            '{"train_micro_batch_size_per_gpu": 1, "data_types": {"grad_accum_dtype": "fp32"}}',
+            "goes with ZeRO-2 and 3, not 0",
+        ),
+        (
             '{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": "3"}}',
             "the ZeRO stage must be 0 to 3, got '3'",
         ),

@@ -188,6 +188,8 @@ def settings(file: Path, stage: int, **bf16: bool) -> Path:
     """A ds_config of that stage."""
     zero2 = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
     zero2["bf16"] |= bf16
+    if stage < 2:
+        zero2.pop("data_types")
     file.write_text(json.dumps(zero2 | {"zero_optimization": {"stage": stage}}))
     return file
 

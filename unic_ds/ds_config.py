@@ -38,12 +38,18 @@ def read(path: str) -> dict[str, Any]:
         raise ValueError(f"--ds_config {path!r} is no JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"--ds_config {path!r} must hold a JSON object")
+    check(path, settings)
+    return settings
+
+
+def check(path: str, settings: dict[str, Any]) -> None:
+    """ValueError where a file sets science, or what this trainer cannot do."""
     for key in sorted(SCIENCE.keys() & settings.keys()):
         raise ValueError(
             f"--ds_config {path!r} sets {key!r}, which the run owns; remove it and use"
             f" {SCIENCE[key]}"
         )
-    for key in ("fp16", "bf16", "zero_optimization"):
+    for key in ("fp16", "bf16", "zero_optimization", "data_types"):
         if not isinstance(settings.get(key, {}), dict):
             raise ValueError(
                 f"--ds_config {path!r}: {key!r} must be an object, got {settings[key]!r}"
@@ -66,7 +72,11 @@ def read(path: str) -> dict[str, Any]:
         raise ValueError(
             f"--ds_config {path!r} needs a whole train_micro_batch_size_per_gpu >= 1, got {micro!r}"
         )
-    return settings
+    if "grad_accum_dtype" in settings.get("data_types", {}) and stage(settings) < 2:
+        raise ValueError(
+            f"--ds_config {path!r} sets data_types.grad_accum_dtype, which goes with ZeRO-2 and 3,"
+            f" not {stage(settings)}; remove it"
+        )
 
 
 def merge(settings: dict[str, Any], cfg: Config, world: int) -> dict[str, Any]:
