@@ -19,7 +19,7 @@ from unic_ds import config, dist, ds_config, optim
 from unic_ds.average import KEY, AveragedAdamW, in_place_of_weights
 
 
-def create(make: Callable[[], nn.Module], settings: dict[str, Any]) -> nn.Module:
+def create(make: Callable[[], Any], settings: dict[str, Any]) -> Any:
     """What `make` makes; under ZeRO-3 no rank ever holds all of it.
 
     Each parameter is partitioned at the end of its module's constructor, in the precision of the
@@ -28,9 +28,9 @@ def create(make: Callable[[], nn.Module], settings: dict[str, Any]) -> nn.Module
     """
     if ds_config.stage(settings) < 3:
         return make()
-    zero = load_deepspeed().zero
+    init: Any = load_deepspeed().zero.Init
 
-    class Birth(zero.Init):
+    class Birth(init):
         def _post_init_method(self, module: nn.Module) -> None:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(self.dtype)
