@@ -13,13 +13,20 @@ def compile_each(blocks: nn.Module | list[nn.Module]) -> None:
 
 
 def repeated(module: nn.Module) -> list[nn.Module]:
-    """The longest row of equal blocks inside a model; none where nothing repeats, as in a CNN."""
+    """The row of equal blocks that most of a model's weights are in; none where there is none."""
+    whole = size(module)
     rows = [
         list(part.children())
         for part in module.modules()
         if isinstance(part, nn.Sequential | nn.ModuleList)
     ]
-    return max((row for row in rows if len(row) > 1 and alike(row)), key=len, default=[])
+    own = (row for row in rows if len(row) > 1 and alike(row) and 2 * sum(map(size, row)) > whole)
+    return next(own, [])
+
+
+def size(module: nn.Module) -> int:
+    """How many weights a module has."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def alike(blocks: list[nn.Module]) -> bool:
