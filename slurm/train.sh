@@ -106,7 +106,7 @@ again() {
 # Whether a failed job should try again: not after two failures with the same newest checkpoint.
 hopeful() {
   local here
-  here=$(cat "$OUT"/stage*/checkpoints/latest "$OUT"/checkpoints/latest 2>/dev/null | tr '\n' ' ')
+  here=$(grep -hs '' "$OUT"/stage*/checkpoints/latest "$OUT"/checkpoints/latest | paste -sd ' ')
   if [ -f "$OUT/slurm.failed" ] && [ "$(cat "$OUT/slurm.failed")" = "$here" ]; then
     say "failed twice without a newer checkpoint (${here:-none yet}); not requeued"
     return 1

@@ -93,15 +93,16 @@ class Lab:
         subprocess.run(["bash", SCRIPT, "crash", str(self.folder), node], check=True)
 
     def submit(self, *words: str, **more: str) -> "Batch":
-        """A job of a template on two nodes, each of two ranks."""
+        """A job of a template."""
         log = self.folder / f"job-{time.monotonic_ns()}.log"
-        size = ["--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2", f"--output={log}"]
-        number = self.run("sbatch", "--parsable", *size, *words, **more)
+        number = self.run("sbatch", "--parsable", f"--output={log}", *words, **more)
         return Batch(self, number, log)
 
     def train(self, out: Path, *words: str, **more: str) -> "Batch":
+        """The user's own way in, on two nodes of two ranks and a small recipe."""
+        size = ["--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2"]
         quick = ["--recipe", "quickstart", *options(out, **RUN), *words]
-        return self.submit("slurm/unic_l_64gpu.sh", *quick, **more)
+        return self.submit(*size, "slurm/unic_l_64gpu.sh", *quick, **more)
 
 
 class Batch:
@@ -255,6 +256,7 @@ class Journey:
             job.ended()
         else:
             job.waits(lambda: job.restarts == restarts, "it is requeued")
+            job.waits(lambda: job.state == "PENDING", "its last ranks are gone")
         printed, facts = job.printed(), job.facts()
         leg = Leg(
             nodes=nodes,
@@ -338,7 +340,7 @@ def test_a_job_that_fails_twice_at_the_same_place_is_not_requeued_again(lab, who
     job = lab.train(out, PET_LOG_DIR="/proc/none")  # torchrun can make no log folder
     job.started(1)
     assert job.ended() == "FAILED" and job.restarts == 1
-    assert f"failed twice without a newer checkpoint (step_{STEPS:07d} )" in job.printed()
+    assert f"failed twice without a newer checkpoint (step_{STEPS:07d})" in job.printed()
     assert curve(out) == curve(whole)
 
 
