@@ -199,5 +199,11 @@ def assert_close(found: dict[Spread, Answer]) -> None:
 
 @pytest.mark.dist
 @pytest.mark.soak
+def test_eight_ranks_give_the_curve_of_one(tmp_path):
+    assert_same(answers(tmp_path, [Spread(1, 2, 1), Spread(8, 2, 1), Spread(8, 3, 1)]))
+
+
+@pytest.mark.dist
+@pytest.mark.soak
 def test_every_spread_gives_one_answer(tmp_path):
     assert_same(answers(tmp_path, EVERY))
