@@ -18,7 +18,7 @@ TEXT = (ROOT / "README.md").read_text()
 @pytest.mark.parametrize("file", ["README.md", *(f"docs/{name}.md" for name in DOCS)])
 def test_every_option_named_is_one(file):
     known = {*job.DOOR, *override.option_names(), "run", "logdir"}
-    others = {"num_gpus", "json", "help", "seed", "views", "dtype"}
+    others = {"num_gpus", "json", "help", "seed", "views", "dtype", "hash"}
     others |= {"shard_mb", "max_side", "images", "rounds", *planner.OWN}
     for name in re.findall(r"--([a-z_]+(?:\.[A-Za-z_]+)*)", (ROOT / file).read_text()):
         general = re.sub(r"^teachers\.NAME\.", "teachers.NAME.", name)
