@@ -39,6 +39,7 @@ def losses(*, compiled: bool) -> tuple[list[float], list[int]]:
     return found, graphs
 
 
+@pytest.mark.slow
 def test_a_compiled_student_with_recomputed_blocks_has_the_same_curve() -> None:
     """To 1e-4: a fused kernel adds in another order, which AdamW's first steps amplify."""
     torch._dynamo.reset()
@@ -61,6 +62,7 @@ def test_the_blocks_of_a_teacher_are_found(name: str, count: int) -> None:
         assert len(repeated(nn.ModuleDict({"net": timm.create_model(name)}))) == count
 
 
+@pytest.mark.slow
 def test_compiled_teachers_give_the_same_features() -> None:
     net = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval()
     image = torch.randn(2, 3, 32, 32)

@@ -57,6 +57,7 @@ def stopped_by(ask, out: Path) -> str:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_stop_file_or_a_signal_to_one_rank_saves_and_ends_the_run(whole, tmp_path):
     out = tmp_path / "run"
     printed = stopped_by((out / "STOP").touch, out)
