@@ -46,11 +46,14 @@ def main(out: Path, argv: list[str]) -> None:
             everyone=dist.gather_batch,
             ops=KERNELS[cfg.kernels],
         )
+        parts.guard.see(loss)
         parts.engine.backward(loss)
         parts.engine.step()
-        parts.teachers.track(0.1)
-        parts.balance.track()
+        taken = parts.guard.close()
+        parts.teachers.track(0.1, taken)
+        parts.balance.track(taken)
         if step % EVERY == 0:
+            parts.guard.verdicts()  # as at a log line
             with torch.no_grad():
                 parts.engine(batch.images[cfg.student.size], path_BK)
             del batch, target, pred, loss, drop_TB, path_BK
