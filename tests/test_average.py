@@ -124,7 +124,7 @@ RUN = {
     "optim__ema": DECAY,
     "optim__steps": STEPS,
     "optim__warmup_epochs": 0,
-    "optim__lr": 5e-4,
+    "optim__lr": 2e-3,  # 5e-4 at a batch of 16
     "run__save_every": 1,
     "run__keep_last": STEPS,
     "eval__on": "false",
