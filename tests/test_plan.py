@@ -14,8 +14,9 @@ from unic_ds.tracing import AGAIN, AGAIN_ZERO3, trace
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.usefixtures("demonstration")]
 
-SIZE = {"student.size": "64"}
+SIZE = {"student.size": "64", "precision": ""}
 PATCHES = SIZE | {"teachers.effnet.size": "64", "teachers.dinov2.size": "56"}
+PATCHES |= {f"teachers.{name}.precision": "bf16" for name in ("effnet", "dinov2")}
 CONFIGS = [
     (PATCHES, stage, bf16, micro)
     for stage in (0, 1, 2, 3)

@@ -112,7 +112,8 @@ def answer(out: Path) -> Answer:
     rows = curve(out)
     assert list(rows) == list(range(1, STEPS + 1))
     (weights,) = json.loads((out / "weights.json").read_text())
-    statistics = load_file(out / "checkpoints" / f"step_{STEPS:07d}" / "statistics.safetensors")
+    saved = load_file(out / "checkpoints" / f"step_{STEPS:07d}" / "statistics.safetensors")
+    statistics = {name: v for name, v in saved.items() if not name.startswith("guard/")}
     return Answer([row["loss"] for row in rows.values()], rows, weights, statistics)
 
 
