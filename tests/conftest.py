@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from runs import FINISHED, PARTIAL, alone, launched, run
+
+from unic_ds import quickstart
 
 HEAD = "| fault | what the run does | proven |", "|---|---|---|"
 PROVEN = pytest.StashKey[dict[str, tuple[str, str, str]]]()
@@ -59,3 +62,26 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(line)
     if file := config.getoption("--faults-table"):
         file.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="session")
+def demonstration():
+    """The quickstart's teachers and images, made once."""
+    if quickstart.missing_packages():
+        pytest.skip("the quickstart's packages are not installed (make test does)")
+    quickstart.prepare()
+
+
+@pytest.fixture(scope="session")
+def finished(demonstration, tmp_path_factory):
+    """A finished run of two ranks under the launcher, and what it printed."""
+    out = tmp_path_factory.mktemp("finished") / "run#1,a"
+    return out, run(launched(out, **FINISHED))
+
+
+@pytest.fixture(scope="session")
+def stopped(demonstration, tmp_path_factory):
+    """A run that stopped after 4 of 6 steps, with checkpoints at 2 and 4."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    run(alone(out, **PARTIAL, run__stop_at=4))
+    return out

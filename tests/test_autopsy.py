@@ -7,14 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from test_train import (  # noqa: F401  (fixtures)
-    demonstration,
-    finished,
-    pytestmark,
-    stopped,
-)
+from runs import DEMONSTRATION
 
 from unic_ds import autopsy, cli
+
+pytestmark = DEMONSTRATION
 
 BEATING = """
 import os, signal, sys, time
@@ -31,12 +28,12 @@ with Heart(Path(sys.argv[1]), Run(hang_timeout=6), start="b", rank=0, world=1) a
 
 
 @pytest.fixture
-def copy(stopped, tmp_path):  # noqa: F811
+def copy(stopped, tmp_path):
     """A run that stopped after 4 of 6 steps."""
     return shutil.copytree(stopped, tmp_path / "run")
 
 
-def test_a_finished_run_needs_nothing(finished, capsys):  # noqa: F811
+def test_a_finished_run_needs_nothing(finished, capsys):
     out, _ = finished
     assert cli.verb(["doctor", str(out)]) == 0
     printed = capsys.readouterr().out

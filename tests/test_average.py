@@ -1,15 +1,13 @@
 """The average of the weights: its arithmetic, and in real runs at every ZeRO stage."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from runs import ROOT, options, run, together
 from safetensors.torch import load_file
-from test_train import ROOT, options, ranks_and_port, run
 
-from unic_ds import config, ds_config, engine, optim, quickstart, recipes
+from unic_ds import config, ds_config, engine, optim, recipes
 from unic_ds.average import KEY, AveragedAdamW, in_place_of_weights
 from unic_ds.ladder import Head
 from unic_ds.student import Student
@@ -134,11 +132,8 @@ BF16 = RUN | {"precision": ""}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(demonstration, tmp_path_factory):
     """Runs of two ranks in one launch, by name; `zeroN_resumed` begin at step 2 of another."""
-    if quickstart.missing_packages():
-        pytest.skip("the quickstart's packages are not installed (make test does)")
-    quickstart.prepare()
     out = tmp_path_factory.mktemp("averages")
     settings = json.loads((ROOT / "ds_configs" / "zero1.json").read_text())
     (out / "zero0.json").write_text(json.dumps(settings | {"zero_optimization": {"stage": 0}}))
@@ -151,9 +146,7 @@ def folders(tmp_path_factory):
     plan.append(options(out / "zero2_bf16", zero="zero2", **BF16))
     plan.append(options(out / "zero3_offload", zero="zero3_offload", **BF16))
     (out / "plan.json").write_text(json.dumps(plan))
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    many = str(ROOT / "tests" / "many_runs.py")
-    run([launcher, *ranks_and_port(2), many, str(out / "plan.json")])
+    run(together(out / "plan.json"))
     return out
 
 

@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadOptimizerConfig,
     DeepSpeedZeroOffloadParamConfig,
 )
-from test_train import ROOT, environment, ranks_and_port
+from runs import ROOT, environment, ranks_and_port
 
 from unic_ds import config, initial
 from unic_ds.export import export

@@ -11,23 +11,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import (  # noqa: F401  (a fixture)
+from runs import (
     AS_SHIPPED,
+    DEMONSTRATION,
     SMALL,
     TEACHERS,
     alone,
     curve,
-    demonstration,
     kill_group,
-    pytestmark,
     ranks_and_port,
     run,
     start,
+    verb,
 )
 
 from unic_ds import quickstart
 from unic_ds.teachers import cache
 from unic_ds.tokens import Tokens
+
+pytestmark = DEMONSTRATION
 
 IMAGES = 40
 COMMON = {k: v for k, v in SMALL.items() if k.startswith(("student.size", "teachers."))}
@@ -51,7 +53,7 @@ def store(images, out, *more, ranks=1):
     pairs = COMMON | {"data.train": str(images), "data.val_share": "0"}
     words = [str(out), *(w for k, v in pairs.items() for w in (f"--{k}", v)), *more]
     if ranks == 1:
-        return [sys.executable, "-m", "unic_ds.cli", "cache", *words]
+        return verb("cache", *words)
     port = ranks_and_port(ranks)[3]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     return [*launch, "--master_port", port, "-m", "unic_ds.cli", "cache", *words]

@@ -5,23 +5,14 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_stop import ranks_of
-from test_train import (  # noqa: F401  (a fixture)
-    ROOT,
-    curve,
-    demonstration,
-    ranks_and_port,
-    run,
-    start,
-)
+from runs import curve, run, start, together
 
-from unic_ds import checkpoint, config, engine, quickstart
+from unic_ds import checkpoint, config, engine
 
 STEPS = 6
 RUN = {
@@ -66,13 +57,10 @@ def words(folder, name, stage, **more):
 
 
 def command(folder, ranks, plan, script="many_runs.py"):
-    """One launch of so many ranks that makes the planned runs one after another."""
+    """One start of so many ranks that makes the planned runs one after another."""
     file = folder / f"plan_{time.monotonic_ns()}.json"
     file.write_text(json.dumps(plan))
-    how = [sys.executable]
-    if ranks > 1:
-        how = [str(Path(sys.executable).parent / "deepspeed"), *ranks_and_port(ranks)]
-    return [*how, str(ROOT / "tests" / script), str(file)]
+    return together(file, ranks, script)
 
 
 def after(folder, name, step):
@@ -80,10 +68,8 @@ def after(folder, name, step):
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory):
+def sources(demonstration, tmp_path_factory):
     """Two ranks: unharmed runs in fp32 and bf16, and runs of the other stages that stop early."""
-    if quickstart.missing_packages():
-        pytest.skip("the quickstart's packages are not installed (make test does)")
     folder = tmp_path_factory.mktemp("checkpoints")
     plan = [words(folder, "whole", 2), words(folder, "bf16_whole", 1)]
     plan += [words(folder, f"2_zero{z}", z, run__stop_at=2) for z in (0, 1, 3)]
@@ -111,15 +97,11 @@ def harmed(sources):
 
 def kill_while_saving(folder):
     """SIGKILL one of two ranks once the save has begun to write."""
-    plan = command(folder, 2, [words(folder, "killed", 2)])
-    process = start(plan)
-    while len(ranks := ranks_of(Path(plan[-1]))) < 2:
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        time.sleep(0.1)
+    process = start(command(folder, 2, [words(folder, "killed", 2)]))
     writing = folder / "killed" / "checkpoints" / f".saving_{NEXT}" / "zero"
     while not writing.exists():  # without a pause: a save of this size takes a tenth of a second
         assert process.poll() is None, process.communicate()[0][-3000:]
-    os.kill(max(ranks), signal.SIGKILL)
+    os.kill(max(process.ranks()), signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
     assert names_in(folder, "killed") == {"step_0000002", NEWEST}

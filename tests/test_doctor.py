@@ -5,9 +5,11 @@ import os
 import sys
 
 import pytest
-from test_train import demonstration, pytestmark, ranks_and_port, run  # noqa: F401  (a fixture)
+from runs import DEMONSTRATION, ranks_and_port, run
 
 from unic_ds import cli, doctor
+
+pytestmark = DEMONSTRATION
 
 CHECKS = {*doctor.CHECKS, "all-reduce"}
 

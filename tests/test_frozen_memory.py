@@ -6,9 +6,9 @@ import json
 import sys
 
 import pytest
-from test_train import ROOT, demonstration, options, run  # noqa: F401
+from runs import DEMONSTRATION, ROOT, options, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("demonstration")]
+pytestmark = [DEMONSTRATION, pytest.mark.slow]
 
 
 def test_steps_under_zero3_hold_no_more_than_the_first(tmp_path):

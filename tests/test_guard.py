@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -14,24 +13,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
-from test_train import (  # noqa: F401
+from runs import (
+    DEMONSTRATION,
     ROOT,
-    SMALL,
     alone,
     curve,
-    demonstration,
     kill_group,
-    launched,
     options,
-    pytestmark,
-    ranks_and_port,
     run,
     start,
+    together,
+    two,
 )
+from safetensors.torch import load_file
 
 from unic_ds import guard
 from unic_ds.data import order
+
+pytestmark = DEMONSTRATION
 
 
 def judged(one: guard.Guard, loss: float, norm: float = 1.0) -> bool:
@@ -215,9 +214,7 @@ def folders(tmp_path_factory):
     plan.append(options(out / "gradient", data__train=steep, **TINY | more))
     plan.append(options(out / "back", data__train=sick, **TINY | BACK))
     (out / "plan.json").write_text(json.dumps(plan))
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    many = str(ROOT / "tests" / "many_runs.py")
-    run([launcher, *ranks_and_port(2), many, str(out / "plan.json")], timeout=590)
+    run(together(out / "plan.json"), timeout=590)
     return out
 
 
@@ -319,13 +316,13 @@ def test_a_run_goes_back_and_on_past_what_made_it_sick(folders):
 def test_a_kill_after_a_roll_back_forgets_nothing(folders, tmp_path):
     out = tmp_path / "run"
     command = {"data__train": folders / "sick"} | TINY | BACK
-    process = start(launched(out, **command))
+    process = start(two(out, **command))
     while not (out / "rollbacks.json").exists():
         assert process.poll() is None, process.communicate()[0][-3000:]
         time.sleep(0.002)
     kill_group(process)
     assert max(p.name for p in (out / "checkpoints").glob("step*")) <= "step_0000006"
-    printed = run(launched(out, **command))
+    printed = run(two(out, **command))
     assert "resumed after step 4" in printed
     assert curve(out) == curve(folders / "back")
     assert [row["event"] for row in events(out)].count("rolled back") <= 1

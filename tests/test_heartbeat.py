@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from test_train import (  # noqa: F401  (a fixture)
+from runs import (
+    DEMONSTRATION,
     LOST,
     ROOT,
     TRAIN,
     curve,
-    demonstration,
     environment,
     kill_group,
     launched,
     options,
-    pytestmark,
     ranks_and_port,
     run,
 )
@@ -120,7 +119,7 @@ def check(end: End, event: str, text: str) -> None:
     assert end.event["ranks"][0]["rank"] == end.rank
 
 
-pytestmark = [pytestmark, pytest.mark.slow, pytest.mark.dist]
+pytestmark = [DEMONSTRATION, pytest.mark.slow, pytest.mark.dist]
 
 
 @pytest.mark.fault("a rank sleeps in a teacher", "ends, naming it and its phase")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,13 +9,9 @@ import numpy as np
 import pytest
 import torch
 from host_reads import HostReads
-from test_train import (  # noqa: F401
-    ROOT,
-    SMALL,
-    demonstration,
-    pytestmark,
-    run,
-)
+from runs import DEMONSTRATION, SMALL, run, together
+
+pytestmark = DEMONSTRATION
 
 HERE = {"here": Path(__file__).parent}
 X, S, TWO = torch.tensor([1.0, 2.0, 0.0]), torch.tensor(2.0), torch.tensor(2)
@@ -134,7 +129,7 @@ def counted(tmp_path_factory):
     """What was counted in steps 2, 3 and 4 of each run, made in a process of their own."""
     folder = tmp_path_factory.mktemp("counted")
     (folder / "plan.json").write_text(json.dumps([arguments(folder, name) for name in RUNS]))
-    run([sys.executable, str(ROOT / "tests" / "counted_runs.py"), str(folder / "plan.json")])
+    run(together(folder / "plan.json", 1, "counted_runs.py"))
     rows = {name: json.loads((folder / name / "reads.json").read_text()) for name in RUNS}
     return {name: dict(zip((2, 3, 4), steps, strict=True)) for name, steps in rows.items()}
 

@@ -5,13 +5,11 @@ import random
 import time
 
 import pytest
-from test_train import curve, kill_group, launched, ranks_and_port, run, start
+from runs import DEMONSTRATION, curve, kill_group, launched, ranks_and_port, run, start, two
 
 from unic_ds import quickstart
 
-pytestmark = pytest.mark.skipif(
-    bool(quickstart.missing_packages()), reason="the quickstart's packages are not installed"
-)
+pytestmark = DEMONSTRATION
 MAIN = ["unic_ds/train.py", "--ds_config", "ds_configs/zero2.json"]
 
 
@@ -43,7 +41,7 @@ def test_three_seeds_reach_what_the_project_promises(tmp_path):
 def test_two_ranks_killed_at_a_random_moment_give_the_same_curve(tmp_path, zero):
     more = {"zero": zero, "precision": "bf16", "optim__batch_size": 8, "ladder__rungs": "11"}
     more |= {"optim__steps": 10, "run__save_every": 3, "eval__on": "false"}
-    run(launched(tmp_path / "whole", **more))
+    run(two(tmp_path / "whole", **more))
     process = start(launched(tmp_path / "killed", **more))
     latest = tmp_path / "killed" / "checkpoints" / "latest"
     while not latest.exists():
@@ -51,5 +49,5 @@ def test_two_ranks_killed_at_a_random_moment_give_the_same_curve(tmp_path, zero)
         time.sleep(0.01)
     time.sleep(random.uniform(0, 1.5))
     kill_group(process)
-    assert "resumed after step" in run(launched(tmp_path / "killed", **more))
+    assert "resumed after step" in run(two(tmp_path / "killed", **more))
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")

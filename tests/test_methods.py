@@ -1,13 +1,11 @@
 """The other methods as recipes: what each changes, and each trained for real."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-from test_train import ROOT, curve, options, ranks_and_port, run
+from runs import DEMONSTRATION, curve, options, run, together
 
-from unic_ds import job, methods, quickstart, recipes
+from unic_ds import job, methods, recipes
 from unic_ds.override import science
 
 TEACHERS = "a=timm:resnet50,b=timm:vit_small_patch16_224"
@@ -91,9 +89,7 @@ def test_a_recipe_that_is_not_there_is_named(name, sentence):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    bool(quickstart.missing_packages()), reason="the quickstart's packages are not installed"
-)
+@DEMONSTRATION
 def test_every_method_trains_on_two_ranks_with_any_balancer(tmp_path):
     """One launch: each method for three steps under ZeRO-2, the balancers spread over them."""
     kinds = {"fitnet": "adaloss", "crd": "dropping", "dune": "fixed"}
@@ -109,9 +105,7 @@ def test_every_method_trains_on_two_ranks_with_any_balancer(tmp_path):
             more["teachers__dinov2_hint__size"] = "28"
         plan.append(options(tmp_path / name, **more))
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    script = str(ROOT / "tests" / "many_runs.py")
-    run([launcher, *ranks_and_port(2), script, str(tmp_path / "plan.json")])
+    run(together(tmp_path / "plan.json"))
     curves = {name: curve(tmp_path / name) for name in methods.METHODS}
     assert all(row["grad_norm"] > 0 for rows in curves.values() for row in rows.values())
     assert len({rows[1]["loss"] for rows in curves.values()}) == len(curves)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from runs import DEMONSTRATION, ROOT, curve, ranks_and_port, run, two
 from safetensors.torch import load_file, save_file
 from scipy import linalg
-from test_train import ROOT, curve, launched, ranks_and_port, run
 from torch import Tensor
 
-from unic_ds import config, quickstart
+from unic_ds import config
 from unic_ds.override import override_all
 from unic_ds.teachers.phi_s import PhiS, hadamard
 from unic_ds.teachers.pool import Teachers
@@ -359,17 +359,14 @@ def test_two_ranks_fit_as_one(rows_of_teachers, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.skipif(
-    bool(quickstart.missing_packages()), reason="no quickstart packages (make test)"
-)
+@DEMONSTRATION
 def test_a_run_fits_first_and_its_rotation_survives_a_stop(tmp_path):
-    quickstart.prepare()
     phi_s = {"standardise__kind": "phi_s", "standardise__fit_steps": 2, "eval__on": "false"}
     phi_s |= {"optim__steps": 3, "run__save_every": 2}
     saved = tmp_path / "whole" / "checkpoints"
-    printed = run(launched(tmp_path / "whole", **phi_s))
+    printed = run(two(tmp_path / "whole", **phi_s))
     assert printed.count("fitting the teachers' statistics to 32 images (2 batches)") == 1
-    printed = run(launched(tmp_path / "resumed", **phi_s, resume=saved / "step_0000002"))
+    printed = run(two(tmp_path / "resumed", **phi_s, resume=saved / "step_0000002"))
     assert "resumed after step 2" in printed
     assert "fitting" not in printed
     assert curve(tmp_path / "resumed") == {3: curve(tmp_path / "whole")[3]}

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from runs import DEMONSTRATION, ROOT, alone, curve, options, run, together
 from safetensors.torch import save_file
-from test_train import ROOT, alone, curve, demonstration, options, ranks_and_port, run  # noqa: F401
 
 from unic_ds import config, ds_config, plan, recipes
 from unic_ds.override import override_all
 from unic_ds.teachers import precision
 from unic_ds.tracing import run_of, trace
 
-pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.usefixtures("demonstration")]
+pytestmark = [DEMONSTRATION, pytest.mark.slow, pytest.mark.dist]
 
 ARCHS = ("test_vit", "test_convnext", "test_efficientnet")
 # shares of an evaluation that differ by a batch
@@ -45,9 +43,7 @@ def launch(tmp_path_factory):
         options(folder / "int8", **RUN | INT8),
     ]
     (folder / "plan.json").write_text(json.dumps([rows, runs]))
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    script = str(ROOT / "tests" / "placed_teachers.py")
-    printed = run([launcher, *ranks_and_port(2), script, str(folder / "plan.json")])
+    printed = run(together(folder / "plan.json", script="placed_teachers.py"))
     return folder, rows, printed
 
 

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import ROOT, demonstration, ranks_and_port, run  # noqa: F401
+from runs import DEMONSTRATION, ROOT, ranks_and_port, run
 
 from unic_ds import ds_config, override, plan, recipes
 from unic_ds.tracing import AGAIN, AGAIN_ZERO3, trace
 
-pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.usefixtures("demonstration")]
+pytestmark = [DEMONSTRATION, pytest.mark.slow, pytest.mark.dist]
 
 SIZE = {"student.size": "64", "precision": ""}
 PATCHES = SIZE | {"teachers.effnet.size": "64", "teachers.dinov2.size": "56"}

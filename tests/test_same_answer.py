@@ -4,23 +4,15 @@ What was measured stands in docs/faithfulness.md.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from runs import DEMONSTRATION, SMALL, curve, kill_group, start, together
 from safetensors.torch import load_file
-from test_train import (  # noqa: F401  (a fixture)
-    ROOT,
-    SMALL,
-    curve,
-    demonstration,
-    kill_group,
-    pytestmark,
-    ranks_and_port,
-    start,
-)
+
+pytestmark = DEMONSTRATION
 
 BATCH, STEPS = 8, 20
 SCIENCE = SMALL | {
@@ -88,9 +80,7 @@ def launch(folder: Path, ranks: int, spreads: list[Spread]):
     """One launch of so many ranks, which makes its runs one after another."""
     plan = folder / f"plan_{ranks}.json"
     plan.write_text(json.dumps([arguments(folder, s) for s in spreads if s.ranks == ranks]))
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    script = str(ROOT / "tests" / "noted_runs.py")
-    return start([launcher, *ranks_and_port(ranks), script, str(plan)])
+    return start(together(plan, ranks, "noted_runs.py"))
 
 
 def answers(folder: Path, spreads: list[Spread]) -> dict[Spread, Answer]:

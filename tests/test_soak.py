@@ -7,16 +7,9 @@ import signal
 import time
 
 import pytest
-from test_stop import ranks_of
-from test_train import (  # noqa: F401  (a fixture)
-    curve,
-    demonstration,
-    kill_group,
-    launched,
-    pytestmark,
-    run,
-    start,
-)
+from runs import DEMONSTRATION, curve, kill_group, run, start, two
+
+pytestmark = DEMONSTRATION
 
 KILLS = 50
 RUN = {
@@ -42,7 +35,7 @@ def step_of_newest(out):
 
 def live_for_a_while(out, chance):
     """One life of the run, killed while it starts, trains or saves; what was killed, and when."""
-    process, before = start(launched(out, **RUN)), lines(out)
+    process, before = start(two(out, **RUN)), lines(out)
     if chance.random() < 0.2:  # while it starts
         time.sleep(chance.uniform(0, 12))
     else:
@@ -52,7 +45,7 @@ def live_for_a_while(out, chance):
     assert process.poll() is None, (
         f"too short for {KILLS} kills: {process.communicate()[0][-2000:]}"
     )
-    ranks = ranks_of(out)
+    ranks = process.ranks()
     if ranks and chance.random() < 0.5:
         os.kill(chance.choice(ranks), signal.SIGKILL)
         try:
@@ -71,12 +64,12 @@ def live_for_a_while(out, chance):
 def test_fifty_random_kills_leave_the_curve_as_it_is(tmp_path):
     seed = int(os.environ.get("SOAK_SEED", "0"))
     chance, begun = random.Random(seed), time.monotonic()
-    run(launched(tmp_path / "whole", **RUN), timeout=1800)
+    run(two(tmp_path / "whole", **RUN), timeout=1800)
     out = tmp_path / "killed"
     for kill in range(1, KILLS + 1):
         what, step = live_for_a_while(out, chance)
         print(f"kill {kill}: {what} at step {step}, checkpoint {step_of_newest(out)}", flush=True)
-    run(launched(out, **RUN), timeout=1800)
+    run(two(out, **RUN), timeout=1800)
     assert curve(out) == curve(tmp_path / "whole")
     assert len(curve(out)) == int(RUN["optim__steps"])
     took = time.monotonic() - begun

@@ -4,8 +4,8 @@ import random
 import time
 
 import pytest
+from runs import DEMONSTRATION, curve, kill_group, run, start, two
 from safetensors.torch import load_file
-from test_train import curve, kill_group, launched, run, start
 
 from unic_ds import job, quickstart, recipes
 
@@ -65,7 +65,7 @@ def test_unic_l_has_the_paper_s_stages(tmp_path):
     assert (last.student.size, last.optim.epochs) == (336, 100)
 
 
-@NEEDS
+@DEMONSTRATION
 @pytest.mark.slow
 def test_two_stages_killed_in_the_second_give_the_same_curve(tmp_path):
     more = {
@@ -77,7 +77,7 @@ def test_two_stages_killed_in_the_second_give_the_same_curve(tmp_path):
         "eval__on": "false",
     }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    printed = run(launched(whole, **more))
+    printed = run(two(whole, **more))
     assert "stage 1 of 2: vit_tiny_patch16_224 at 32 px" in printed
     assert "position embeddings resized from 2 x 2 to 3 x 3" in printed
     assert "encoder, ladder, statistics" in printed
@@ -85,15 +85,15 @@ def test_two_stages_killed_in_the_second_give_the_same_curve(tmp_path):
     encoder = load_file(whole / "student" / "model.safetensors")
     assert encoder["pos_embed"].shape[1] == 1 + 9
 
-    process = start(launched(killed, **more))
+    process = start(two(killed, **more))
     while not (killed / "checkpoints" / "latest").exists():
         assert process.poll() is None, process.communicate()[0][-3000:]
         time.sleep(0.01)
     time.sleep(random.uniform(0, 0.5))
     kill_group(process)
-    printed = run(launched(killed, **more))
+    printed = run(two(killed, **more))
     assert "stage 2 of 2" in printed
     assert "stage 1 of 2" not in printed
     for part in (".", "stage1"):
         assert curve(killed / part) == curve(whole / part)
-    assert "is finished" in run(launched(whole, **more))
+    assert "is finished" in run(two(whole, **more))

@@ -6,16 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train import (  # noqa: F401  (a fixture)
-    curve,
-    demonstration,
-    launched,
-    pytestmark,
-    run,
-    start,
-)
+from runs import DEMONSTRATION, curve, launched, run, start, two
 
 from unic_ds import dist
+
+pytestmark = DEMONSTRATION
 
 MORE = {"optim__steps": "24", "run__save_every": "100", "eval__on": "false"}
 
@@ -24,7 +19,7 @@ MORE = {"optim__steps": "24", "run__save_every": "100", "eval__on": "false"}
 def whole(tmp_path_factory):
     """A run that nobody stopped."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    run(launched(out, **MORE))
+    run(two(out, **MORE))
     return out
 
 

@@ -4,12 +4,8 @@
 
 import hashlib
 import json
-import os
 import random
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,113 +15,27 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from runs import (
+    DEMONSTRATION,
+    FINISHED,
+    LOST,
+    PARTIAL,
+    ROOT,
+    TRAIN,
+    alone,
+    curve,
+    kill_group,
+    options,
+    ranks_and_port,
+    run,
+    start,
+    verb,
+)
 from safetensors.torch import load_file
 
 from unic_ds import quickstart
 
-ROOT = Path(__file__).resolve().parent.parent
-TRAIN = str(ROOT / "unic_ds" / "train.py")
-SMALL = {
-    "student.size": "32",
-    "teachers.dinov2.size": "28",
-    "teachers.effnet.size": "64",
-    "student.drop_path": "0.1",
-    "optim.warmup_epochs": "0.1",
-    "eval.max_train": "160",
-    "eval.max_val": "80",
-    "run.log_every": "1",
-}
-TEACHERS = ("teachers.effnet.precision", "teachers.dinov2.precision")
-QUICK = dict.fromkeys(("precision", *TEACHERS), "fp32") | {"optim.batch_size": "16"}
-"""What runs take here that do not ask otherwise: some CPUs compute bf16 ten times slower."""
-AS_SHIPPED = {key.replace(".", "__"): "bf16" for key in ("precision", *TEACHERS)}
-
-pytestmark = pytest.mark.skipif(
-    bool(quickstart.missing_packages()),
-    reason="the quickstart's packages are not installed (make test does)",
-)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def demonstration():
-    """The quickstart's teachers and images, made once."""
-    quickstart.prepare()
-
-
-def options(out, zero="zero2", **more):
-    pairs = (
-        {"ds_config": str(ROOT / "ds_configs" / f"{zero}.json"), "out": str(out)} | SMALL | QUICK
-    )
-    pairs |= {key.replace("__", "."): str(value) for key, value in more.items()}
-    kept = {key: value for key, value in pairs.items() if value != "None"}
-    return [word for key, value in kept.items() for word in (f"--{key}", value)]
-
-
-def environment():
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE")
-    }
-    return env | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "OMP_NUM_THREADS": "1"}
-
-
-def start(command):
-    return subprocess.Popen(
-        command,
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def run(command, code=0, timeout=400):
-    process = start(command)
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        kill_group(process)
-        raise
-    assert process.returncode == code, output[-4000:]
-    return output
-
-
-def alone(out, **more):
-    return [sys.executable, TRAIN, *options(out, **more)]
-
-
-def launched(out, ranks=2, **more):
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    return [launcher, *ranks_and_port(ranks), TRAIN, *options(out, **more)]
-
-
-def ranks_and_port(ranks):
-    """The launcher's own options: another job may hold its usual port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return ["--num_gpus", str(ranks), "--master_port", str(port)]
-
-
-def curve(out):
-    """Step -> every logged value that time does not touch."""
-    timed = {"images_per_s", "data_wait_share", "mem_gb", "tflops", "mfu"}
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == sorted({r["step"] for r in rows})
-    return {r["step"]: {k: v for k, v in r.items() if k not in timed} for r in rows}
-
-
-FINISHED = AS_SHIPPED | {"optim__steps": 4, "run__save_every": 2}
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A finished run of two ranks under the launcher, and what it printed."""
-    out = tmp_path_factory.mktemp("finished") / "run#1,a"
-    return out, run(launched(out, **FINISHED))
+pytestmark = DEMONSTRATION
 
 
 def test_the_main_command_trains_evaluates_and_exports(finished):
@@ -179,18 +89,7 @@ def test_the_exported_encoder_is_timm_s(finished):
 
 def test_the_export_verb_gives_the_same_folder_from_the_shards(finished, tmp_path):
     out, _ = finished
-    run(
-        [
-            sys.executable,
-            "-m",
-            "unic_ds.cli",
-            "export",
-            "--run",
-            str(out),
-            "--out",
-            str(tmp_path / "again"),
-        ]
-    )
+    run(verb("export", "--run", out, "--out", tmp_path / "again"))
     for name in MODEL:
         files = (out / "student" / name, tmp_path / "again" / name)
         assert files[0].read_bytes() == files[1].read_bytes(), name
@@ -237,15 +136,10 @@ def test_a_folder_of_another_run_is_refused_naming_the_keys(finished):
     assert "holds a run already" in printed
 
 
-def kill_group(process):
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
 def test_kill_9_and_the_same_command_give_the_same_curve(few_images, tmp_path):
     """On a mixture of a folder and shards, over the end of an epoch."""
-    pack = [sys.executable, "-m", "unic_ds.cli", "pack", str(few_images), str(tmp_path / "pack")]
-    assert "480 images in" in run([*pack, "--shard_mb", "1"])
+    pack = verb("pack", few_images, tmp_path / "pack", "--shard_mb", 1)
+    assert "480 images in" in run(pack)
     more = {"data__train": f"{few_images}=0.5,{tmp_path / 'pack'}"}
     more |= {"optim__batch_size": 64, "optim__steps": 12, "run__save_every": 3, "eval__on": "false"}
     run(alone(tmp_path / "whole", **more))
@@ -261,17 +155,6 @@ def test_kill_9_and_the_same_command_give_the_same_curve(few_images, tmp_path):
     printed = run(alone(tmp_path / "killed", **more))
     assert "resumed after step" in printed, reached
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
-
-
-@pytest.fixture(scope="session")
-def stopped(tmp_path_factory):
-    """A run that stopped after 4 of 6 steps, with checkpoints at 2 and 4."""
-    out = tmp_path_factory.mktemp("stopped") / "run"
-    run(alone(out, **PARTIAL, run__stop_at=4))
-    return out
-
-
-PARTIAL = {"optim__steps": 6, "run__save_every": 2, "eval__on": "false"}
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped, tmp_path):
@@ -295,7 +178,7 @@ def test_no_room_to_save_leaves_the_last_good_checkpoint(stopped, tmp_path):
         "-c",
         'ulimit -f 20000; exec "$@"',
         "_",
-        *alone(out, **PARTIAL),
+        *(sys.executable, TRAIN, *options(out, **PARTIAL)),
     ]  # 20 MB a file
     printed = run(limited, code=1)
     assert "cannot save step_0000006" in printed
@@ -400,17 +283,17 @@ def test_broken_images_cost_themselves_and_too_many_stop_the_run(few_images, tmp
 
 
 def test_teachers_check_tells_what_each_teacher_gives():
-    verb = [sys.executable, "-m", "unic_ds.cli", "teachers", "check", "--recipe", "quickstart"]
-    printed = run(verb)
+    check = verb("teachers", "check", "--recipe", "quickstart")
+    printed = run(check)
     for word in ("effnet", "dinov2", "sha256", "Apache-2.0", "1280"):
         assert word in printed
-    rows = json.loads(run([*verb, "--json"]).splitlines()[-1])
+    check = verb("teachers", "check", "--recipe", "quickstart", "--json")
+    rows = json.loads(run(check).splitlines()[-1])
     assert rows["dinov2"]["patch_shape"] == [1, 49, 384]
 
 
 def test_teachers_fetch_tells_sizes_and_hashes():
-    verb = [sys.executable, "-m", "unic_ds.cli", "teachers", "fetch", "--json"]
-    rows = json.loads(run(verb).splitlines()[-1])
+    rows = json.loads(run(verb("teachers", "fetch", "--json")).splitlines()[-1])
     for row in rows.values():
         file = Path(row["path"])
         assert row["bytes"] == file.stat().st_size
@@ -425,10 +308,3 @@ def test_missing_weights_name_the_fetch_command(tmp_path):
     printed = run(alone(tmp_path / "run", teachers="hub=timm:vit_tiny_patch16_224", **LOST), code=2)
     assert "teachers fetch" in printed
     assert not (tmp_path / "run").exists()
-
-
-LOST = {
-    f"teachers__{name}__{key}": None
-    for name in ("dinov2", "effnet")
-    for key in ("size", "precision")
-}

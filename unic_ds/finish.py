@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unic_ds import chance, config, data, dist, engine, export, initial, job, log
-from unic_ds.evaluate import features, knn, linear, table
+from unic_ds.evaluate import features, table
 from unic_ds.student import Student
 
 
@@ -65,6 +65,8 @@ def sample(source: Any, cfg: config.Config, count: int) -> Tensor:
 
 def measure(task: job.Job, parts: Any) -> dict[str, dict[str, float]]:
     """kNN and linear accuracy (%) of pixels, each teacher, the student before and after."""
+    from unic_ds.evaluate import knn, linear  # scikit-learn takes seconds, and few starts get here
+
     cfg, device = task.cfg, dist.device()
     before, after = (
         Student(cfg.student, cfg.ladder, {}, seed=cfg.seed).to(device).eval() for _ in range(2)

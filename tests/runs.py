@@ -1,0 +1,136 @@
+"""Real runs of the demonstration, made as small as they can be: what starts and reads them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from forked import Forked, Ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = str(ROOT / "unic_ds" / "train.py")
+SMALL = {
+    "student.size": "32",
+    "teachers.dinov2.size": "28",
+    "teachers.effnet.size": "64",
+    "student.drop_path": "0.1",
+    "optim.warmup_epochs": "0.1",
+    "eval.max_train": "160",
+    "eval.max_val": "80",
+    "run.log_every": "1",
+}
+TEACHERS = ("teachers.effnet.precision", "teachers.dinov2.precision")
+QUICK = dict.fromkeys(("precision", *TEACHERS), "fp32") | {"optim.batch_size": "16"}
+"""What runs take here that do not ask otherwise: some CPUs compute bf16 ten times slower."""
+AS_SHIPPED = {key.replace(".", "__"): "bf16" for key in ("precision", *TEACHERS)}
+
+FINISHED = AS_SHIPPED | {"optim__steps": 4, "run__save_every": 2}
+"""The run of two ranks that the fixture `finished` makes."""
+PARTIAL = {"optim__steps": 6, "run__save_every": 2, "eval__on": "false"}
+"""The run that the fixture `stopped` stops after four steps."""
+
+LOST = {
+    f"teachers__{name}__{key}": None
+    for name in ("dinov2", "effnet")
+    for key in ("size", "precision")
+}
+"""Gives a run other teachers than the demonstration's."""
+
+DEMONSTRATION = pytest.mark.usefixtures("demonstration")
+"""Marks what trains on the quickstart's teachers and images."""
+
+
+def options(out, zero="zero2", **more):
+    pairs = (
+        {"ds_config": str(ROOT / "ds_configs" / f"{zero}.json"), "out": str(out)} | SMALL | QUICK
+    )
+    pairs |= {key.replace("__", "."): str(value) for key, value in more.items()}
+    kept = {key: value for key, value in pairs.items() if value != "None"}
+    return [word for key, value in kept.items() for word in (f"--{key}", value)]
+
+
+def environment():
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE")
+    }
+    return env | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def start(command):
+    """A process group of its own that runs a command line, or forked ranks that run a script."""
+    if isinstance(command, Forked):
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ranks_and_port(2)[-1]}
+        return Ranks(command, environment() | (meet if command.ranks > 1 else {}), ROOT)
+    return subprocess.Popen(
+        command,
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(command, code=0, timeout=400):
+    process = start(command)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill_group(process)
+        raise
+    assert process.returncode == code, output[-4000:]
+    return output
+
+
+def alone(out, **more):
+    """One process without a launcher."""
+    return Forked(1, [TRAIN, *options(out, **more)])
+
+
+def two(out, **more):
+    """Two ranks, where it does not matter what started them."""
+    return Forked(2, [TRAIN, *options(out, **more)])
+
+
+def verb(*words):
+    """`unic-ds VERB ...` in one process."""
+    return Forked(1, [str(ROOT / "unic_ds" / "cli.py"), *map(str, words)])
+
+
+def together(plan, ranks=2, script="many_runs.py"):
+    """One start of ranks for several runs: a script of this folder that reads them from a file."""
+    return Forked(ranks, [str(ROOT / "tests" / script), str(plan)])
+
+
+def launched(out, ranks=2, **more):
+    """The main command."""
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    return [launcher, *ranks_and_port(ranks), TRAIN, *options(out, **more)]
+
+
+def ranks_and_port(ranks):
+    """The launcher's own options: another job may hold its usual port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ["--num_gpus", str(ranks), "--master_port", str(port)]
+
+
+def curve(out):
+    """Step -> every logged value that time does not touch."""
+    timed = {"images_per_s", "data_wait_share", "mem_gb", "tflops", "mfu"}
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == sorted({r["step"] for r in rows})
+    return {r["step"]: {k: v for k, v in r.items() if k not in timed} for r in rows}
+
+
+def kill_group(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
