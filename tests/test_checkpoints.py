@@ -30,6 +30,7 @@ RUN = {
     "optim.warmup_epochs": "0.02",
     "optim.clip": 0.3,
     "optim.ema": 0.9,
+    "optim.layer_decay": 0.8,
     "optim.steps": STEPS + 1,
     "run.stop_at": STEPS,  # nothing is exported
     "run.log_every": 1,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from runs import DEMONSTRATION, curve, options, run, together
 from torch import nn
 
 from unic_ds import config, ds_config
@@ -70,6 +73,20 @@ def test_compiled_teachers_give_the_same_features() -> None:
         want = net(image)
         compile_each(repeated(net))
         torch.testing.assert_close(net(image), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@DEMONSTRATION
+def test_a_compiled_run_is_the_run(tmp_path: Path) -> None:
+    """Two ranks under ZeRO-2, student and teachers compiled, and neither; bounds as above."""
+    more = {"optim__steps": 4, "eval__on": "false", "optim__lr": 1e-4}
+    which = ("none", "all")
+    plan = [options(tmp_path / name, run__compile=name, **more) for name in which]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    run(together(tmp_path / "plan.json"))
+    eager, ours = ([row["loss"] for row in curve(tmp_path / name).values()] for name in which)
+    assert ours == pytest.approx(eager, rel=1e-4)
 
 
 def test_a_compiled_student_under_zero3_is_refused_and_its_teachers_are_not() -> None:

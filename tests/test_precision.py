@@ -16,6 +16,7 @@ from test_zoo import CPU, GRID, clip_model
 
 from unic_ds import cli, config, entry, override, recipes
 from unic_ds.teachers import pool, precision, sources, towers
+from unic_ds.teachers.teacher import Teacher, load
 from unic_ds.tracing import run_of
 
 ON_CPU = ("int8", "fp8", "int8_dynamic")
@@ -48,14 +49,12 @@ def clip(folder):
 
 def clip_teacher(model, **keys):
     row = config.Teacher(name="c", source="open_clip:zoo-vit/random", **keys)
-    return sources.Teacher(
-        row, sources.clip_source(row, 64, model), grid=GRID, device=CPU, sample=noise
-    )
+    return Teacher(row, sources.clip_source(row, 64, model), grid=GRID, device=CPU, sample=noise)
 
 
 @pytest.mark.parametrize("kind", ON_CPU)
 def test_quantised_blocks_say_what_they_said(vit, clip, kind):
-    teacher = sources.load(replace(vit, precision=kind), grid=GRID, device=CPU, sample=noise)
+    teacher = load(replace(vit, precision=kind), grid=GRID, device=CPU, sample=noise)
     quantised = {
         name
         for name, part in teacher.tower.named_modules()
@@ -74,7 +73,7 @@ def test_quantised_blocks_say_what_they_said(vit, clip, kind):
 @pytest.mark.parametrize("kind", ON_CPU)
 def test_quantised_weights_are_written_without_pickle(vit, tmp_path, kind):
     rows = (replace(vit, precision=kind), replace(vit, precision=kind, block="3"))
-    teacher, other = (sources.load(row, grid=GRID, device=CPU) for row in rows)
+    teacher, other = (load(row, grid=GRID, device=CPU) for row in rows)
     precision.write(teacher.tower, tmp_path / "t.safetensors")
     before = teacher(noise(64))
     with safe_open(tmp_path / "t.safetensors", "pt") as file:
@@ -84,7 +83,7 @@ def test_quantised_weights_are_written_without_pickle(vit, tmp_path, kind):
         for value in teacher.tower.parameters():
             if type(value) is torch.nn.Parameter:
                 value.zero_()
-    fresh = sources.load(replace(vit, precision="bf16"), grid=GRID, device=CPU)
+    fresh = load(replace(vit, precision="bf16"), grid=GRID, device=CPU)
     for read_into in (teacher, fresh):
         precision.read(read_into.tower, tmp_path / "t.safetensors")
         assert all(torch.equal(x, y) for x, y in zip(before, read_into(noise(64)), strict=True))
@@ -120,7 +119,7 @@ def test_a_teacher_that_changes_is_refused_with_its_figure(folder):
 def test_what_cannot_be_is_refused_before_weights_are_read(vit, folder):
     gone = replace(vit, source=vit.source.replace("vit.safe", "gone.safe"))
     with pytest.raises(ValueError, match=r"fp8_dynamic needs a GPU .* this is a CPU; take fp8"):
-        sources.load(replace(vit, precision="fp8_dynamic"), grid=GRID, device=CPU)
+        load(replace(vit, precision="fp8_dynamic"), grid=GRID, device=CPU)
     with pytest.raises(ValueError, match="fp8_dynamic needs a GPU"):
         pool.fidelities(
             (replace(gone, precision="fp8_dynamic"),), grid=GRID, device=CPU, sample=noise
@@ -133,7 +132,7 @@ def test_what_cannot_be_is_refused_before_weights_are_read(vit, folder):
     source = f"file:{folder}/cnn.safetensors#arch=test_efficientnet"
     cnn = config.Teacher(name="cnn", source=source, precision="int8")
     with pytest.raises(ValueError, match="have no Linears to quantise"):
-        sources.load(cnn, grid=GRID, device=CPU)
+        load(cnn, grid=GRID, device=CPU)
     with pytest.raises(ValueError, match="have no Linears to quantise"):
         run_of(cnn, GRID, 1)
 
@@ -171,8 +170,7 @@ def test_precision_is_science_and_placement_is_not(vit):
 def test_images_taken_apart_give_the_same_tokens(vit):
     row = replace(vit, precision="fp32")
     whole, parts = (
-        sources.load(replace(row, micro=micro), grid=GRID, device=CPU)(noise(64))
-        for micro in (0, 3)
+        load(replace(row, micro=micro), grid=GRID, device=CPU)(noise(64)) for micro in (0, 3)
     )
     for x, y in zip(whole, parts, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
@@ -242,7 +240,7 @@ def real_bytes(module):
 @pytest.mark.parametrize("kind", ["fp32", "bf16", *ON_CPU])
 def test_the_planner_knows_what_a_teacher_holds(vit, kind):
     row = replace(vit, precision=kind)
-    teacher = sources.load(row, grid=GRID, device=CPU)
+    teacher = load(row, grid=GRID, device=CPU)
     assert run_of(row, GRID, 2).nbytes == pytest.approx(real_bytes(teacher.tower), rel=0.01)
 
 
@@ -259,5 +257,5 @@ def test_quantised_teachers_on_a_gpu(vit, kind):
     if kind == "fp8_dynamic" and torch.cuda.get_device_capability() < precision.FP8_CAPABILITY:
         pytest.skip("this GPU has no fp8 units")
     device = torch.device("cuda")
-    teacher = sources.load(replace(vit, precision=kind), grid=GRID, device=device, sample=noise)
+    teacher = load(replace(vit, precision=kind), grid=GRID, device=device, sample=noise)
     precision.refuse_unlike("t", kind, teacher.fidelity)

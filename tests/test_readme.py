@@ -8,7 +8,7 @@ import torch
 
 from unic_ds import job, override, planner
 from unic_ds.config import Teacher
-from unic_ds.teachers import sources
+from unic_ds.teachers.teacher import load
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ("data", "scaling", "reliability", "checkpoints", "teachers")
@@ -44,7 +44,7 @@ def test_a_teacher_of_your_own_works(tmp_path, monkeypatch):
     (tmp_path / "my_teacher.py").write_text(re.search(r"```python\n(.*?)```", TEXT, re.S).group(1))
     monkeypatch.syspath_prepend(tmp_path)
     row = Teacher(name="mine", source="python:my_teacher:build", precision="fp32")
-    teacher = sources.load(row, grid=14, device=torch.device("cpu"))
+    teacher = load(row, grid=14, device=torch.device("cpu"))
     tokens = teacher(torch.zeros(2, 3, teacher.size, teacher.size, dtype=torch.uint8))
     assert tokens.cls_BC.shape == (2, 64)
     assert tokens.patch_BNC.shape == (2, 196, 64)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from unic_ds import config, quickstart
 from unic_ds.teachers import pool, sources, weights
-from unic_ds.tokens import Tokens
+from unic_ds.teachers.teacher import Teacher, load
+from unic_ds.tokens import Normalise, Tokens
 
 CPU = torch.device("cpu")
 GRID = 4
@@ -65,7 +66,7 @@ def expected(model: torch.nn.Module, image_B3HW: Tensor) -> Tensor:
 
 def test_file_vit_gives_timms_features(vit):
     model, row = vit
-    teacher = sources.load(row, grid=10, device=CPU)
+    teacher = load(row, grid=10, device=CPU)
     features_BNC = expected(model, images(160))
     tokens = teacher(images(160))
     assert (teacher.patch, teacher.width, teacher.own_grid, teacher.has_cls) == (16, 64, 10, True)
@@ -74,7 +75,7 @@ def test_file_vit_gives_timms_features(vit):
 
 
 def test_teacher_is_frozen_and_its_tokens_can_be_a_loss_target(vit):
-    teacher = sources.load(vit[1], grid=GRID, device=CPU)
+    teacher = load(vit[1], grid=GRID, device=CPU)
     assert not any(p.requires_grad for p in teacher.parameters())
     assert not any(m.training for m in teacher.train().modules())
     tokens = teacher(images(160))
@@ -85,15 +86,15 @@ def test_teacher_is_frozen_and_its_tokens_can_be_a_loss_target(vit):
 
 
 def test_vit_size_makes_the_grids_agree(vit):
-    teacher = sources.load(replace(vit[1], size=0), grid=GRID, device=CPU)
+    teacher = load(replace(vit[1], size=0), grid=GRID, device=CPU)
     assert (teacher.size, teacher.own_grid) == (16 * GRID, GRID)
-    other = sources.load(replace(vit[1], size=0, patch=8), grid=GRID, device=CPU)
+    other = load(replace(vit[1], size=0, patch=8), grid=GRID, device=CPU)
     assert (other.size, other.patch, other.own_grid) == (8 * GRID, 8, GRID)
 
 
 def test_block_reads_the_residual_stream(vit):
     model, row = vit
-    teacher = sources.load(replace(row, block="2"), grid=10, device=CPU)
+    teacher = load(replace(row, block="2"), grid=10, device=CPU)
     seen: list[Tensor] = []
     hook = model.blocks[2].register_forward_hook(lambda _, __, out: seen.append(out))
     expected(model, images(160))
@@ -105,14 +106,14 @@ def test_block_reads_the_residual_stream(vit):
 
 
 def test_bf16_stays_close(vit):
-    exact = sources.load(vit[1], grid=10, device=CPU)(images(160))
-    half = sources.load(replace(vit[1], precision="bf16"), grid=10, device=CPU)(images(160))
+    exact = load(vit[1], grid=10, device=CPU)(images(160))
+    half = load(replace(vit[1], precision="bf16"), grid=10, device=CPU)(images(160))
     assert half.cls_BC.dtype == torch.bfloat16
     assert torch.cosine_similarity(half.patch_BNC.float(), exact.patch_BNC, dim=-1).min() > 0.99
 
 
 def test_overrides_go_before_the_sources_config(vit):
-    teacher = sources.load(
+    teacher = load(
         replace(vit[1], mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)), grid=GRID, device=CPU
     )
     facts = teacher.facts()
@@ -128,9 +129,7 @@ def test_cnn_map_is_resized(arch, tmp_path):
         {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}},
         tmp_path / "cnn.pth",
     )
-    teacher = sources.load(
-        row_of(tmp_path / "cnn.pth", arch, channels_last=True), grid=GRID, device=CPU
-    )
+    teacher = load(row_of(tmp_path / "cnn.pth", arch, channels_last=True), grid=GRID, device=CPU)
     assert (teacher.size, teacher.own_grid, teacher.patch, teacher.has_cls) == (160, 5, 32, False)
     map_BCHW = expected(model, images(160))
     tokens = teacher(images(160))
@@ -141,13 +140,13 @@ def test_cnn_map_is_resized(arch, tmp_path):
 def test_weights_without_a_head_load(vit, tmp_path):
     state = {k: v for k, v in vit[0].state_dict().items() if not k.startswith("head.")}
     save_file(state, tmp_path / "bare.safetensors")
-    teacher = sources.load(row_of(tmp_path / "bare.safetensors", "test_vit"), grid=GRID, device=CPU)
+    teacher = load(row_of(tmp_path / "bare.safetensors", "test_vit"), grid=GRID, device=CPU)
     assert teacher.width == 64
 
 
 def refused(row: config.Teacher, *words: str) -> None:
     with pytest.raises(ValueError) as error:
-        sources.load(row, grid=GRID, device=CPU)
+        load(row, grid=GRID, device=CPU)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -238,7 +237,7 @@ def user_row(folder: Path, monkeypatch, name: str, attributes: str, result: str)
 def test_python_teacher(tmp_path, monkeypatch):
     said = "patch_size, mean, std, licence = 8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 'CC0'"
     row = user_row(tmp_path, monkeypatch, "edges_a", said, "tokens.mean(1), tokens")
-    teacher = sources.load(row, grid=GRID, device=CPU)
+    teacher = load(row, grid=GRID, device=CPU)
     assert (teacher.size, teacher.width, teacher.own_grid) == (8 * GRID, 8, GRID)
     tokens = teacher(images(8 * GRID))
     truth = teacher.tower.model((images(8 * GRID) / 255 - 0.5) / 0.5)
@@ -281,12 +280,12 @@ def test_open_clip_towers(name, tmp_path):
     size = sources.clip_size(row, GRID, TOWERS[name])
     model = open_clip.create_model(name, force_image_size=size).eval()
     visual = model.visual
-    normal = sources.Normalise(*(tuple(visual.preprocess_cfg[k]) for k in ("mean", "std")))
+    normal = Normalise(*(tuple(visual.preprocess_cfg[k]) for k in ("mean", "std")))
     image_B3HW = normal(images(size), torch.float32)
     with torch.no_grad():
         truth_BC = visual(image_B3HW)
     projection = getattr(visual, "proj", None)
-    teacher = sources.Teacher(row, sources.clip_source(row, size, model), grid=GRID, device=CPU)
+    teacher = Teacher(row, sources.clip_source(row, size, model), grid=GRID, device=CPU)
     tokens = teacher(images(size))
     assert tokens.patch_BNC.shape == (3, GRID * GRID, teacher.width)
     if name == "tiny-vit":
@@ -301,12 +300,13 @@ def test_open_clip_towers(name, tmp_path):
 OFFLINE = """
 import json, sys, torch
 from unic_ds import config
-from unic_ds.teachers import sources, weights
+from unic_ds.teachers import weights
+from unic_ds.teachers.teacher import load
 found = {}
 for source in sys.argv[1:]:
     row = config.Teacher(name="t", source=source, precision="fp32")
     try:
-        teacher = sources.load(row, grid=4, device=torch.device("cpu"))
+        teacher = load(row, grid=4, device=torch.device("cpu"))
     except ValueError as exc:
         found[source] = str(exc)
         continue

@@ -31,6 +31,7 @@ from unic_ds.loss import distill_loss
 from unic_ds.ops import KERNELS
 from unic_ds.student import Student, grid_of
 from unic_ds.teachers import precision, sources
+from unic_ds.teachers.teacher import DTYPE, Teacher
 from unic_ds.tokens import Target, Tokens
 
 AGAIN, AGAIN_ZERO3 = "recomputed", "recomputed under ZeRO-3"
@@ -175,7 +176,7 @@ def run_of(row: config.Teacher, grid: int, images: int) -> Run:
         precision.check_tower(row, source.tower.blocks())
         plain["precision"] = "bf16"
     whole = replace(row, **plain)
-    teacher = sources.Teacher(whole, source, grid=grid, device=torch.device("meta"))
+    teacher = Teacher(whole, source, grid=grid, device=torch.device("meta"))
     with FakeTensorMode(allow_non_fake_inputs=True):
         teacher.to_empty(device="cpu")
         at_once = min(images, row.micro or images)
@@ -225,10 +226,8 @@ def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
         student.to_empty(device="cpu")
         targets = {
             row.name: Tokens(
-                torch.empty(images, widths[row.name], dtype=sources.DTYPE[row.precision]),
-                torch.empty(
-                    images, grid * grid, widths[row.name], dtype=sources.DTYPE[row.precision]
-                ),
+                torch.empty(images, widths[row.name], dtype=DTYPE[row.precision]),
+                torch.empty(images, grid * grid, widths[row.name], dtype=DTYPE[row.precision]),
             )
             for row in cfg.teachers
         }

@@ -17,6 +17,7 @@ from unic_ds.teachers import precision, sources, weights
 from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.phi_s import PhiS
 from unic_ds.teachers.standardise import Standardiser
+from unic_ds.teachers.teacher import Teacher, load
 from unic_ds.tokens import Target, Tokens
 
 Stored = Mapping[str, Tokens] | None
@@ -58,7 +59,7 @@ class Teachers:
         for row in online:
             with dist.in_turn():
                 source = sources.read(row, grid)
-            teacher = sources.Teacher(row, source, grid=grid, device=device, sample=sample)
+            teacher = Teacher(row, source, grid=grid, device=device, sample=sample)
             precision.refuse_unlike(row.name, row.precision, teacher.fidelity)
             self.teachers[row.name] = teacher
         self.widths = {  # channels of each teacher, in config order
@@ -200,7 +201,7 @@ def fidelities(
         said: dict[str, Any] = {"name": row.name, "precision": row.precision}
         said["linears"] = len(precision.linears(source.tower.blocks()))
         if said["linears"]:
-            said |= sources.Teacher(row, source, grid=grid, device=device, sample=sample).fidelity
+            said |= Teacher(row, source, grid=grid, device=device, sample=sample).fidelity
         found.append(said)
     return found
 
@@ -211,7 +212,7 @@ def describe(
     """Run an image through each teacher, one at a time; a row per teacher says what came out."""
     found = []
     for row in rows:
-        teacher = sources.load(row, grid=grid, device=device)
+        teacher = load(row, grid=grid, device=device)
         ramp_H = torch.linspace(0, 255, teacher.size, device=device).to(torch.uint8)
         image_B3HW = ramp_H.expand(1, 3, teacher.size, teacher.size)
         start = time.perf_counter()

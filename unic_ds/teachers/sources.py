@@ -1,4 +1,4 @@
-"""Builds a teacher of each kind of source and freezes it; all end in the same `Teacher` module."""
+"""Reads a teacher of each kind of source: its tower, with weights, and how it wants its images."""
 
 from __future__ import annotations
 
@@ -12,23 +12,17 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.models import load_state_dict
-from torch import Tensor, nn
+from torch import nn
 
-from unic_ds import config, dist
+from unic_ds import config
 from unic_ds.override import nearest
-from unic_ds.teachers import precision, towers, weights
-from unic_ds.tokens import Normalise, Tokens, to_grid
+from unic_ds.teachers import towers, weights
 
 # What reading a damaged or foreign file raises.
 UNREADABLE = (
     *(RuntimeError, ValueError, TypeError, AttributeError, EOFError, OSError),
     *(pickle.UnpicklingError, SafetensorError),
 )
-DTYPE = {
-    "fp32": torch.float32,
-    **dict.fromkeys(("bf16", "int8", "fp8", "int8_dynamic", "fp8_dynamic"), torch.bfloat16),
-}
-"""What a teacher computes in by its precision."""
 
 
 class Source(NamedTuple):
@@ -42,133 +36,12 @@ class Source(NamedTuple):
     licence: str = ""
 
 
-class Teacher(nn.Module):
-    """A frozen model that turns uint8 images of side `size` into raw Tokens on the student's grid.
-
-    The tower is probed once with a black image, which sets `width` and `own_grid`; ValueError where
-    it does not give tokens on a square grid. A quantised one's `fidelity` to itself in bf16 is
-    measured on the images of `sample`, if given. One that is not replicated is built, and called,
-    by all ranks together.
-    """
-
-    def __init__(
-        self,
-        row: config.Teacher,
-        source: Source,
-        *,
-        grid: int,
-        device: torch.device,
-        sample: precision.Sample | None = None,
-    ):
-        super().__init__()
-        precision.check_device(row, device)
-        self.row, self.name, self.licence = row, row.name, source.licence
-        self.size, self.grid, self.has_cls = source.size, grid, bool(source.tower.has_cls)
-        self.mean, self.std = row.mean or source.mean, row.std or source.std
-        self.dtype = DTYPE[row.precision]
-        layout = torch.channels_last if row.channels_last else torch.contiguous_format
-        self.layout = layout
-        # What will be spread goes to the device block by block.
-        home = device if row.placement == "replicate" else torch.device("cpu")
-        self.tower = source.tower.to(device=home, dtype=self.dtype, memory_format=layout)
-        self.normalise = Normalise(self.mean, self.std).to(device)
-        self.requires_grad_(False).train(False)
-        self.parameter_count = sum(p.numel() for p in self.tower.parameters())
-        changes = row.quantised or row.placement != "replicate"
-        of_python = row.source.startswith("python:")
-        self.digest = weights.digest(self.tower) if changes and of_python else ""
-        if row.placement != "replicate":
-            offload = row.placement == "offload"
-            dist.spread(self.tower, self.tower.blocks(), offload=offload)
-        self.width, self.own_grid = self.probe(device)
-        self.fidelity = self.quantise(device, sample) if row.quantised else {}
-        self.patch = source.patch or self.size // self.own_grid
-
-    def train(self, mode: bool = True) -> Teacher:
-        """Stay in evaluation mode, whatever is asked."""
-        return super().train(False)
-
-    # Not inference_mode: its tensors cannot be saved for the loss's backward.
-    @torch.no_grad()
-    def forward(self, image_B3HW: Tensor) -> Tokens:
-        """Raw tokens of uint8 images [B, 3, size, size] in its precision, on the student's grid."""
-        assert image_B3HW.shape[1:] == (3, self.size, self.size), (self.name, image_B3HW.shape)
-        parts = [self.see(part) for part in image_B3HW.split(self.row.micro or len(image_B3HW))]
-        return parts[0] if len(parts) == 1 else Tokens(*map(torch.cat, zip(*parts, strict=True)))
-
-    def see(self, image_B3HW: Tensor) -> Tokens:
-        """Tokens of as many images as it takes at once."""
-        image_B3HW = self.normalise(image_B3HW, self.dtype).contiguous(memory_format=self.layout)
-        return to_grid(self.tower(image_B3HW), self.grid)
-
-    def quantise(self, device: torch.device, sample: precision.Sample | None) -> dict[str, float]:
-        """Quantise its blocks; cosines of its tokens to those before, of a sample's images."""
-        blocks = self.tower.blocks()
-        precision.check_tower(self.row, blocks)
-        image_B3HW = sample(self.size).to(device) if sample else None
-        exact = self(image_B3HW) if image_B3HW is not None else None
-        precision.quantise(self.row, self.tower, blocks)
-        return precision.agreement(self(image_B3HW), exact) if exact else {}
-
-    @torch.no_grad()
-    def probe(self, device: torch.device) -> tuple[int, int]:
-        """(width, side of the tower's own grid), found with one image."""
-        black_B3HW = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device)
-        image_B3HW = self.normalise(black_B3HW, self.dtype).contiguous(memory_format=self.layout)
-        try:
-            cls_BC, patch_BNC = self.tower(image_B3HW)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as exc:  # foreign code may fail in any way; say whose it is
-            raise ValueError(
-                f"teacher {self.name!r} fails on an image of {self.size} px: {exc}"
-            ) from exc
-        side = round(patch_BNC.shape[1] ** 0.5) if patch_BNC.ndim == 3 else 0
-        if patch_BNC.shape != (1, side * side, cls_BC.shape[-1]) or cls_BC.ndim != 2:
-            got = f"cls {tuple(cls_BC.shape)} and patch {tuple(patch_BNC.shape)}"
-            raise ValueError(
-                f"teacher {self.name!r} gives {got}; it must be [B, C] and [B, N, C], N a square"
-            )
-        return patch_BNC.shape[2], side
-
-    def facts(self) -> dict[str, Any]:
-        """What identifies the teacher, as plain values; hashes its weight file."""
-        path = weights.locate(self.row)
-        return {
-            "source": self.row.source,
-            "sha256": weights.sha256(path) if path else self.digest or weights.digest(self.tower),
-            "size": self.size,
-            "patch": self.patch,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "block": self.row.block,
-            "tokens": self.own_grid**2,
-            "cls": "token" if self.has_cls else "mean of patches",
-            "width": self.width,
-            "grid": self.grid,
-            "precision": self.row.precision,
-            "parameters": self.parameter_count,
-            "licence": self.licence,
-        }
-
-
-def load(
-    row: config.Teacher,
-    *,
-    grid: int,
-    device: torch.device,
-    sample: precision.Sample | None = None,
-) -> Teacher:
-    """The frozen teacher of a recipe's row for a student whose patch grid is `grid` x `grid`.
+def read(row: config.Teacher, grid: int) -> Source:
+    """A row of a recipe, with weights, on the CPU; the student's patch grid is `grid` x `grid`.
 
     ValueError for what a user can cause: an unknown name, missing or foreign weights, a size that
     does not fit.
     """
-    return Teacher(row, read(row, grid), grid=grid, device=device, sample=sample)
-
-
-def read(row: config.Teacher, grid: int) -> Source:
-    """A recipe's row with its weights, on the CPU; ValueError as `load`."""
     fuse_attention()
     return BUILD[row.source.partition(":")[0]](row, grid)
 
@@ -179,7 +52,7 @@ def fuse_attention() -> None:
 
 
 def outline(row: config.Teacher, *, grid: int) -> Source:
-    """A teacher without its weights, on meta: what there is to plan with. ValueError as `load`.
+    """A teacher without its weights, on meta: what there is to plan with. ValueError as `read`.
 
     A python: source is called as it is, weights and all.
     """

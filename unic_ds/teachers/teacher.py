@@ -1,0 +1,139 @@
+"""A frozen teacher: uint8 images in, raw tokens on the student's grid out, whatever its source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unic_ds import config, dist
+from unic_ds.teachers import precision, sources, weights
+from unic_ds.tokens import Normalise, Tokens, to_grid
+
+DTYPE = {
+    "fp32": torch.float32,
+    **dict.fromkeys(("bf16", "int8", "fp8", "int8_dynamic", "fp8_dynamic"), torch.bfloat16),
+}
+"""What a teacher computes in by its precision."""
+
+
+class Teacher(nn.Module):
+    """A frozen model that turns uint8 images of side `size` into raw Tokens on the student's grid.
+
+    The tower is probed once with a black image, which sets `width` and `own_grid`; ValueError where
+    it does not give tokens on a square grid. A quantised one's `fidelity` to itself in bf16 is
+    measured on the images of `sample`, if given. One that is not replicated is built, and called,
+    by all ranks together.
+    """
+
+    def __init__(
+        self,
+        row: config.Teacher,
+        source: sources.Source,
+        *,
+        grid: int,
+        device: torch.device,
+        sample: precision.Sample | None = None,
+    ):
+        super().__init__()
+        precision.check_device(row, device)
+        self.row, self.name, self.licence = row, row.name, source.licence
+        self.size, self.grid, self.has_cls = source.size, grid, bool(source.tower.has_cls)
+        self.mean, self.std = row.mean or source.mean, row.std or source.std
+        self.dtype = DTYPE[row.precision]
+        layout = torch.channels_last if row.channels_last else torch.contiguous_format
+        self.layout = layout
+        # What will be spread goes to the device block by block.
+        home = device if row.placement == "replicate" else torch.device("cpu")
+        self.tower = source.tower.to(device=home, dtype=self.dtype, memory_format=layout)
+        self.normalise = Normalise(self.mean, self.std).to(device)
+        self.requires_grad_(False).train(False)
+        self.parameter_count = sum(p.numel() for p in self.tower.parameters())
+        changes = row.quantised or row.placement != "replicate"
+        of_python = row.source.startswith("python:")
+        self.digest = weights.digest(self.tower) if changes and of_python else ""
+        if row.placement != "replicate":
+            offload = row.placement == "offload"
+            dist.spread(self.tower, self.tower.blocks(), offload=offload)
+        self.width, self.own_grid = self.probe(device)
+        self.fidelity = self.quantise(device, sample) if row.quantised else {}
+        self.patch = source.patch or self.size // self.own_grid
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in evaluation mode, whatever is asked."""
+        return super().train(False)
+
+    # Not inference_mode: its tensors cannot be saved for the loss's backward.
+    @torch.no_grad()
+    def forward(self, image_B3HW: Tensor) -> Tokens:
+        """Raw tokens of uint8 images [B, 3, size, size] in its precision, on the student's grid."""
+        assert image_B3HW.shape[1:] == (3, self.size, self.size), (self.name, image_B3HW.shape)
+        parts = [self.see(part) for part in image_B3HW.split(self.row.micro or len(image_B3HW))]
+        return parts[0] if len(parts) == 1 else Tokens(*map(torch.cat, zip(*parts, strict=True)))
+
+    def see(self, image_B3HW: Tensor) -> Tokens:
+        """Tokens of as many images as it takes at once."""
+        image_B3HW = self.normalise(image_B3HW, self.dtype).contiguous(memory_format=self.layout)
+        return to_grid(self.tower(image_B3HW), self.grid)
+
+    def quantise(self, device: torch.device, sample: precision.Sample | None) -> dict[str, float]:
+        """Quantise its blocks; cosines of its tokens to those before, of a sample's images."""
+        blocks = self.tower.blocks()
+        precision.check_tower(self.row, blocks)
+        image_B3HW = sample(self.size).to(device) if sample else None
+        exact = self(image_B3HW) if image_B3HW is not None else None
+        precision.quantise(self.row, self.tower, blocks)
+        return precision.agreement(self(image_B3HW), exact) if exact else {}
+
+    @torch.no_grad()
+    def probe(self, device: torch.device) -> tuple[int, int]:
+        """(width, side of the tower's own grid), found with one image."""
+        black_B3HW = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device)
+        image_B3HW = self.normalise(black_B3HW, self.dtype).contiguous(memory_format=self.layout)
+        try:
+            cls_BC, patch_BNC = self.tower(image_B3HW)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as exc:  # foreign code may fail in any way; say whose it is
+            raise ValueError(
+                f"teacher {self.name!r} fails on an image of {self.size} px: {exc}"
+            ) from exc
+        side = round(patch_BNC.shape[1] ** 0.5) if patch_BNC.ndim == 3 else 0
+        if patch_BNC.shape != (1, side * side, cls_BC.shape[-1]) or cls_BC.ndim != 2:
+            got = f"cls {tuple(cls_BC.shape)} and patch {tuple(patch_BNC.shape)}"
+            raise ValueError(
+                f"teacher {self.name!r} gives {got}; it must be [B, C] and [B, N, C], N a square"
+            )
+        return patch_BNC.shape[2], side
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies the teacher, as plain values; hashes its weight file."""
+        path = weights.locate(self.row)
+        return {
+            "source": self.row.source,
+            "sha256": weights.sha256(path) if path else self.digest or weights.digest(self.tower),
+            "size": self.size,
+            "patch": self.patch,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "block": self.row.block,
+            "tokens": self.own_grid**2,
+            "cls": "token" if self.has_cls else "mean of patches",
+            "width": self.width,
+            "grid": self.grid,
+            "precision": self.row.precision,
+            "parameters": self.parameter_count,
+            "licence": self.licence,
+        }
+
+
+def load(
+    row: config.Teacher,
+    *,
+    grid: int,
+    device: torch.device,
+    sample: precision.Sample | None = None,
+) -> Teacher:
+    """The frozen teacher of a recipe's row; ValueError as `sources.read` and Teacher."""
+    return Teacher(row, sources.read(row, grid), grid=grid, device=device, sample=sample)
