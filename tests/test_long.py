@@ -15,14 +15,18 @@ MAIN = ["unic_ds/train.py", "--ds_config", "ds_configs/zero2.json"]
 
 def quickstart_rows(out, *more):
     """The table of the main command in a folder of its own."""
-    run(["deepspeed", *ranks_and_port(1), *MAIN, "--out", str(out), *more], timeout=1800)
+    every_core = ["env", "-u", "OMP_NUM_THREADS"]
+    run(
+        [*every_core, "deepspeed", *ranks_and_port(1), *MAIN, "--out", str(out), *more],
+        timeout=1800,
+    )
     return json.loads((out / "results.json").read_text())
 
 
 @pytest.mark.slow
 def test_the_quickstart_teaches_its_student(tmp_path):
     slow = quickstart.precision() == "fp32"  # a CPU that takes twice as long learns a third of it
-    rows = quickstart_rows(tmp_path / "run", *(("--optim.epochs", "1.3") if slow else ()))
+    rows = quickstart_rows(tmp_path / "run", *(("--optim.epochs", "1") if slow else ()))
     assert rows["student after"]["knn"] > rows["student before"]["knn"]
     assert rows["student after"]["linear"] > 0
 

@@ -31,7 +31,11 @@ def create(make: Callable[[], Module], settings: dict[str, Any]) -> Module:
     """
     if ds_config.stage(settings) < 3:
         return make()
-    init: Any = load_deepspeed().zero.Init
+    deepspeed = load_deepspeed()
+    # Before DeepSpeed knows of the ranks, zero.Init takes the settings to be one rank's.
+    backend = deepspeed.accelerator.get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(backend, dist_init_required=False)
+    init: Any = deepspeed.zero.Init
 
     class Birth(init):
         def _post_init_method(self, module: nn.Module) -> None:
