@@ -220,11 +220,8 @@ def test_every_zero_stage_trains_and_agrees(tmp_path):
     """
     script = str(ROOT / "tests" / "many_runs.py")
     plan = []
-    for zero in (
-        "zero3",
-        "zero1",
-        "zero2",
-    ):  # ZeRO-3 in a fresh process: it is born before the engine
+    # ZeRO-3 comes first: in a fresh process its student is born before there is an engine.
+    for zero in ("zero3", "zero1", "zero2"):
         plan.append(options(tmp_path / zero, zero=zero, optim__steps=3, eval__on="false"))
     plan.append(
         options(
