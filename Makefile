@@ -16,9 +16,6 @@ ifeq ($(wildcard /dev/nvidia[0-9]* /dev/dxg),)
 unexport CUDA_VISIBLE_DEVICES
 endif
 
-# Files of tests side by side; the long tests take all cores themselves.
-SPREAD := -n logical --maxprocesses 4 --dist loadfile
-
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-long test-faults soak test-gpu test-all bench-data lint types clean
 
@@ -54,7 +51,7 @@ quickstart: $(VENV)/.demo
 	$(BIN)/deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json
 
 test: $(VENV)/.demo $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not soak and not gpu" $(SPREAD)
+	$(BIN)/python -m pytest -m "not slow and not soak and not gpu"
 
 test-long: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow and not soak and not gpu"
