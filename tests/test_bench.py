@@ -50,7 +50,7 @@ def test_writes_what_it_measured(tmp_path: Path) -> None:
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in pictures.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # five minutes
 def test_ladder_and_loss_are_timed_beside_plain() -> None:
     done = bench("--op", "step", *SMALL)
     assert done.returncode == 0, done.stderr
