@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from forked import Forked, Ranks
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = str(ROOT / "unic_ds" / "train.py")
@@ -111,8 +112,13 @@ def together(plan, ranks=2, script="many_runs.py"):
 
 def launched(out, ranks=2, **more):
     """The main command."""
+    return launch(TRAIN, *options(out, **more), ranks=ranks)
+
+
+def launch(script, *words, ranks=2):
+    """A script under the deepspeed launcher."""
     launcher = str(Path(sys.executable).parent / "deepspeed")
-    return [launcher, *ranks_and_port(ranks), TRAIN, *options(out, **more)]
+    return [launcher, *ranks_and_port(ranks), str(script), *map(str, words)]
 
 
 def ranks_and_port(ranks):
@@ -129,6 +135,12 @@ def curve(out):
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == sorted({r["step"] for r in rows})
     return {r["step"]: {k: v for k, v in r.items() if k not in timed} for r in rows}
+
+
+def statistics(checkpoint):
+    """What a checkpoint holds of the teachers; its file has the guard's memory of losses beside."""
+    state = load_file(checkpoint / "statistics.safetensors")
+    return {name: value for name, value in state.items() if not name.startswith("guard/")}
 
 
 def kill_group(process):

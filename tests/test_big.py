@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadOptimizerConfig,
     DeepSpeedZeroOffloadParamConfig,
 )
-from runs import ROOT, environment, ranks_and_port
+from runs import ROOT, environment, launch
 
 from unic_ds import config, initial
 from unic_ds.export import export
@@ -30,8 +29,7 @@ def measured(script: str, folder: Path, plan: list[Any], timeout: int = 900) -> 
     """What two ranks found out about each row of a plan."""
     file = folder / f"{script}.json"
     file.write_text(json.dumps(plan))
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    command = [launcher, *ranks_and_port(2), str(ROOT / "tests" / f"{script}.py"), str(file)]
+    command = launch(ROOT / "tests" / f"{script}.py", file)
     # freed tensors go back to the system, so that what is resident is what is held
     env = environment() | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(

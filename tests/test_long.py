@@ -5,7 +5,7 @@ import random
 import time
 
 import pytest
-from runs import DEMONSTRATION, curve, kill_group, launched, ranks_and_port, run, start, two
+from runs import DEMONSTRATION, curve, kill_group, launch, launched, run, start, two
 
 from unic_ds import quickstart
 
@@ -16,10 +16,7 @@ MAIN = ["unic_ds/train.py", "--ds_config", "ds_configs/zero2.json"]
 def quickstart_rows(out, *more):
     """The table of the main command in a folder of its own."""
     every_core = ["env", "-u", "OMP_NUM_THREADS"]
-    run(
-        [*every_core, "deepspeed", *ranks_and_port(1), *MAIN, "--out", str(out), *more],
-        timeout=1800,
-    )
+    run([*every_core, *launch(*MAIN, "--out", out, *more, ranks=1)], timeout=1800)
     return json.loads((out / "results.json").read_text())
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-from runs import DEMONSTRATION, ROOT, ranks_and_port, run
+from runs import DEMONSTRATION, ROOT, launch, run
 
 from unic_ds import ds_config, override, plan, recipes
 from unic_ds.tracing import AGAIN, AGAIN_ZERO3, trace
@@ -53,9 +51,7 @@ def measured(tmp_path_factory):
         for options, stage, bf16, micro in CONFIGS
     ]
     file.write_text(json.dumps(rows))
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    script = str(ROOT / "tests" / "held_memory.py")
-    run([launcher, *ranks_and_port(2), script, str(file)])
+    run(launch(ROOT / "tests" / "held_memory.py", file))
     return json.loads(file.with_suffix(".measured").read_text())
 
 

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from runs import DEMONSTRATION, SMALL, curve, kill_group, start, together
-from safetensors.torch import load_file
+from runs import DEMONSTRATION, SMALL, curve, kill_group, start, statistics, together
 
 pytestmark = DEMONSTRATION
 
@@ -102,9 +101,8 @@ def answer(out: Path) -> Answer:
     rows = curve(out)
     assert list(rows) == list(range(1, STEPS + 1))
     (weights,) = json.loads((out / "weights.json").read_text())
-    saved = load_file(out / "checkpoints" / f"step_{STEPS:07d}" / "statistics.safetensors")
-    statistics = {name: v for name, v in saved.items() if not name.startswith("guard/")}
-    return Answer([row["loss"] for row in rows.values()], rows, weights, statistics)
+    saved = statistics(out / "checkpoints" / f"step_{STEPS:07d}")
+    return Answer([row["loss"] for row in rows.values()], rows, weights, saved)
 
 
 def gaps(a: Answer, b: Answer) -> list[float]:

@@ -25,8 +25,8 @@ from runs import (
     alone,
     curve,
     kill_group,
+    launch,
     options,
-    ranks_and_port,
     run,
     start,
     verb,
@@ -218,7 +218,6 @@ def test_every_zero_stage_trains_and_agrees(tmp_path):
     """fp32, drop path on: one loss curve whatever the stage; bf16 offload trains too. One launch of
     two ranks.
     """
-    script = str(ROOT / "tests" / "many_runs.py")
     plan = []
     # ZeRO-3 comes first: in a fresh process its student is born before there is an engine.
     for zero in ("zero3", "zero1", "zero2"):
@@ -233,8 +232,7 @@ def test_every_zero_stage_trains_and_agrees(tmp_path):
         )
     )
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    run([launcher, *ranks_and_port(2), script, str(tmp_path / "plan.json")])
+    run(launch(ROOT / "tests" / "many_runs.py", tmp_path / "plan.json"))
     curves = [curve(tmp_path / zero) for zero in ("zero1", "zero2", "zero3")]
     for step in (1, 2, 3):
         losses = [c[step]["loss"] for c in curves]

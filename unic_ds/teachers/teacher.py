@@ -74,8 +74,12 @@ class Teacher(nn.Module):
 
     def see(self, image_B3HW: Tensor) -> Tokens:
         """Tokens of as many images as it takes at once."""
+        return to_grid(self.on_own_grid(image_B3HW), self.grid)
+
+    def on_own_grid(self, image_B3HW: Tensor) -> Tokens:
+        """The tower's tokens of uint8 images."""
         image_B3HW = self.normalise(image_B3HW, self.dtype).contiguous(memory_format=self.layout)
-        return to_grid(self.tower(image_B3HW), self.grid)
+        return self.tower(image_B3HW)
 
     def quantise(self, device: torch.device, sample: precision.Sample | None) -> dict[str, float]:
         """Quantise its blocks; cosines of its tokens to those before, of a sample's images."""
@@ -90,14 +94,14 @@ class Teacher(nn.Module):
     def probe(self, device: torch.device) -> tuple[int, int]:
         """(width, side of the tower's own grid), found with one image."""
         black_B3HW = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device)
-        image_B3HW = self.normalise(black_B3HW, self.dtype).contiguous(memory_format=self.layout)
         try:
-            cls_BC, patch_BNC = self.tower(image_B3HW)
+            cls_BC, patch_BNC = self.on_own_grid(black_B3HW)
         except torch.OutOfMemoryError:
             raise
         except Exception as exc:  # foreign code may fail in any way; say whose it is
+            why = sources.first_line(exc)
             raise ValueError(
-                f"teacher {self.name!r} fails on an image of {self.size} px: {exc}"
+                f"teacher {self.name!r} fails on an image of {self.size} px: {why}"
             ) from exc
         side = round(patch_BNC.shape[1] ** 0.5) if patch_BNC.ndim == 3 else 0
         if patch_BNC.shape != (1, side * side, cls_BC.shape[-1]) or cls_BC.ndim != 2:
