@@ -23,7 +23,7 @@ help:
 	@echo "make quickstart   install, fetch the demonstration, train it (minutes on two CPU cores)"
 	@echo "make test         install and run the tests; test-long the long ones, test-all every one"
 	@echo "make test-faults  kill, stall and starve real runs; a table says what came of each"
-	@echo "make soak         a run killed fifty times at random moments (an hour)"
+	@echo "make soak         a run killed fifty times at random moments (20 minutes)"
 	@echo "make bench-data   images per second of the data path beside torchvision's own loader"
 	@echo "make lint types   ruff; mypy"
 	@echo "make clean        remove .venv and caches; runs/ stays"

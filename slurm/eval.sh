@@ -4,9 +4,8 @@
 # The table of a finished run; of one that still trains, the encoder of its newest checkpoint:
 #   sbatch slurm/eval.sh runs/unic_l
 
-cd "${UNIC_DS_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || exit 2
 if [ ! -f slurm/env.sh ]; then
-  echo "unic_ds: error: no slurm/env.sh in $PWD; submit from the repository or set UNIC_DS_ROOT" >&2
+  echo "unic_ds: error: no slurm/env.sh in $PWD; submit there, or with --chdir=REPOSITORY" >&2
   exit 2
 fi
 source slurm/env.sh
@@ -19,5 +18,4 @@ if [ -f "$run/student/model.safetensors" ] && [ -f "$run/results.json" ]; then
   exec "${CONTAINER[@]}" unic-ds train --recipe "$run/config.yaml" --out "$run" \
     --ds_config ds_configs/zero2.json
 fi
-newest=$(cat "$run/checkpoints/latest") || exit 2
-exec "${CONTAINER[@]}" unic-ds export --run "$run" --out "$run/encoders/$newest"
+exec "${CONTAINER[@]}" unic-ds export --run "$run"

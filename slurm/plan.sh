@@ -4,9 +4,8 @@
 # Whether a run fits and how long it takes, without a GPU; a login node may run it as well:
 #   sbatch slurm/plan.sh --recipe unic_l --gpus 64 --ds_config ds_configs/zero2.json [--search]
 
-cd "${UNIC_DS_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || exit 2
 if [ ! -f slurm/env.sh ]; then
-  echo "unic_ds: error: no slurm/env.sh in $PWD; submit from the repository or set UNIC_DS_ROOT" >&2
+  echo "unic_ds: error: no slurm/env.sh in $PWD; submit there, or with --chdir=REPOSITORY" >&2
   exit 2
 fi
 source slurm/env.sh

@@ -13,6 +13,9 @@ main() {
   default recipe "$RECIPE"
   default ds_config "$DS_CONFIG"
   default data.train "$DATA"
+  case ${OUT:-$(given out || given recipe)} in
+    *.yaml | *.yml) say "refused: a recipe from a file needs --out, or UNIC_DS_OUT" && exit 2 ;;
+  esac
   default out "${OUT:-$RUNS/$(basename "$(given recipe)")}"
   OUT=$(given out)
   asked= # to stop: by the time limit or by a preemption
@@ -32,14 +35,15 @@ main() {
 
 say() { echo "unic_ds: job $SLURM_JOB_ID: $*" >&2; }
 
-# The value of an option that the command line gives; else fails.
+# The value of an option that the command line gives; else fails. `-` in a name reads as `_`.
 given() {
   local -i i
+  local name
   for ((i = 0; i < ${#OPTIONS[@]}; i++)); do
-    case ${OPTIONS[i]} in
-      "--$1") echo "${OPTIONS[i + 1]-}" && return ;;
-      "--$1="*) echo "${OPTIONS[i]#*=}" && return ;;
-    esac
+    name=${OPTIONS[i]%%=*}
+    if [ "${name//-/_}" != "__$1" ]; then continue; fi
+    if [ "$name" = "${OPTIONS[i]}" ]; then echo "${OPTIONS[i + 1]-}"; else echo "${OPTIONS[i]#*=}"; fi
+    return
   done
   return 1
 }
@@ -51,11 +55,11 @@ default() { if [ -n "$2" ] && ! given "$1" >/dev/null; then OPTIONS+=("--$1" "$2
 refuse() {
   local ranks=$1 why
   if ! once check --ranks "$ranks" "${OPTIONS[@]}"; then
-    why="the command above is wrong"
+    why="unic-ds check says why above"
   elif finished || once plan --gpus "$ranks" --gpu "$GPU" "${OPTIONS[@]}"; then
     return
   else
-    why="$ranks x $GPU cannot hold it, see the plan above"
+    why="unic-ds plan found no room on $ranks x $GPU, or failed, see above"
   fi
   if asked_to_stop; then
     again 1
@@ -95,12 +99,19 @@ asked_to_stop() {
 again() {
   # Cancelled, or already requeued by Slurm: nothing of ours to add.
   if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" != RUNNING ]; then return "$1"; fi
-  if ! asked_to_stop && ! hopeful; then return "$1"; fi
+  if ! asked_to_stop && { decided || ! hopeful; }; then return "$1"; fi
   if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
     say "requeued $MAX_REQUEUES times (MAX_REQUEUES); submit it again to go on"
     return 1
   fi
   scontrol requeue "$SLURM_JOB_ID"
+}
+
+# Whether this start ended for a reason that the next would meet again.
+decided() {
+  local name=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} # as node.sh tells torchrun
+  grep -qsF "\"job\": \"$name\"" "$OUT"/stage*/events.jsonl "$OUT"/events.jsonl || return 1
+  say "it would end so again; not requeued"
 }
 
 # Whether a failed job should try again: not after two failures with the same newest checkpoint.

@@ -4,9 +4,8 @@
 #SBATCH --time=24:00:00 --signal=B:USR1@300 --requeue
 # UNIC ViT-B/16 on 8 GPUs, from the repository's root: sbatch slurm/unic_b_8gpu.sh [--option value ...]
 
-cd "${UNIC_DS_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || exit 2
 if [ ! -f slurm/train.sh ]; then
-  echo "unic_ds: error: no slurm/train.sh in $PWD; submit from the repository or set UNIC_DS_ROOT" >&2
+  echo "unic_ds: error: no slurm/train.sh in $PWD; submit there, or with --chdir=REPOSITORY" >&2
   exit 2
 fi
 RECIPE=unic_b DS_CONFIG=ds_configs/zero2.json exec bash slurm/train.sh "$@"

@@ -42,7 +42,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """Note what came of a test that injects a fault."""
     report = yield
     mark = item.get_closest_marker("fault")
-    if mark and (report.when == "call" or report.failed):
+    if mark and (report.when == "call" or not report.passed):
         fault, outcome = mark.args
         item.config.stash[PROVEN][item.nodeid] = (fault, outcome, report.outcome)
     return report
@@ -54,9 +54,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     rows = list(config.stash[PROVEN].values())
     if not rows:
         return
-    held = sum(result == "passed" for *_, result in rows)
+    held, skipped = (sum(row[2] == result for row in rows) for result in ("passed", "skipped"))
     lines = [*HEAD, *(f"| {' | '.join(row)} |" for row in rows)]
-    lines += ["", f"{held} of {len(rows)} faults end as they should."]
+    rest = f"; {skipped} were not injected here" if skipped else ""
+    lines += ["", f"{held} of {len(rows)} faults end as they should{rest}."]
     terminalreporter.section("faults")
     for line in lines:
         terminalreporter.write_line(line)

@@ -16,7 +16,6 @@ from PIL import Image
 from runs import (
     DEMONSTRATION,
     ROOT,
-    alone,
     curve,
     kill_group,
     options,
@@ -27,7 +26,7 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-from unic_ds import guard
+from unic_ds import guard, rollback
 from unic_ds.data import order
 
 pytestmark = DEMONSTRATION
@@ -333,7 +332,7 @@ def test_a_kill_after_a_roll_back_forgets_nothing(folders, tmp_path):
 def test_a_run_that_went_back_often_enough_stops_and_may_be_allowed_more(tmp_path):
     images = pictures(tmp_path / "images", dict.fromkeys(range(6, 15), (0, RED)))
     out, more = tmp_path / "run", TINY | BACK | {"data__train": tmp_path / "images"}
-    printed = run(alone(out, **more, run__max_rollbacks=2), code=1)
+    printed = run(two(out, **more, run__max_rollbacks=2), code=1)
     assert "steps 5 to 7 were all skipped, and it went back 2 times already" in printed
     assert "events.jsonl" in printed and "--run.max_rollbacks" in printed
     rows = json.loads((out / "rollbacks.json").read_text())
@@ -342,9 +341,11 @@ def test_a_run_that_went_back_often_enough_stops_and_may_be_allowed_more(tmp_pat
         (8, 4, [5, 11]),  # the same checkpoint again: all that was read since
     ]
     told = events(out)
-    assert told[-1] == {"event": "stopped", "first": 5, "last": 7}
+    says = told[-1].pop("says")
+    assert told[-1] == {"event": "stopped", "job": "", "first": 5, "last": 7}
+    assert says in printed
     assert [row["data_step"] for row in told if row["event"] == "skipped"] == list(range(6, 15))
-    assert "resumed after step 4" in run(alone(out, **more, run__max_rollbacks=3))
+    assert "resumed after step 4" in run(two(out, **more, run__max_rollbacks=3))
     assert list(curve(out)) == list(range(1, 11))
     assert json.loads((out / "rollbacks.json").read_text())[2]["left_out"] == [12, 14]
     assert images.is_dir()
@@ -354,6 +355,19 @@ def test_a_run_that_went_back_often_enough_stops_and_may_be_allowed_more(tmp_pat
 @pytest.mark.fault("a learning rate that explodes at once", "it stops: exit 1, with the reason")
 def test_a_run_with_nothing_to_go_back_to_stops(folders, tmp_path):
     more = TINY | {"data__train": folders / "sick", "optim__lr": 1e36, "run__save_every": 100}
-    printed = run(alone(tmp_path / "run", **more, optim__steps=20), code=1)
+    printed = run(two(tmp_path / "run", **more, optim__steps=20), code=1)
     assert "steps 2 to 6 were all skipped, and there is no checkpoint from before" in printed
     assert "--optim.lr" in printed
+
+
+def test_a_damaged_checkpoint_does_not_stop_a_run_that_went_back(tmp_path):
+    """What a kill while it was removed, or a disk, left of its facts is no reason to fail."""
+    (tmp_path / "rollbacks.json").write_text(json.dumps([{"at": 7, "to": 4, "left_out": [5, 7]}]))
+    for step, facts in ((4, '{"rollbacks": []}'), (5, '{"rollbacks": []}'), (6, "{"), (7, None)):
+        folder = tmp_path / "checkpoints" / f"step_{step:07d}"
+        folder.mkdir(parents=True)
+        if facts:
+            (folder / "run.json").write_text(facts)
+    assert rollback.settle(tmp_path) == [{"at": 7, "to": 4, "left_out": [5, 7]}]
+    left = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert left == ["step_0000004", "step_0000006", "step_0000007"]

@@ -11,7 +11,13 @@ from unic_ds.config import Teacher
 from unic_ds.teachers.teacher import load
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ("data", "scaling", "reliability", "checkpoints", "teachers")
+DOCS = ("data", "scaling", "reliability", "checkpoints", "teachers", "slurm", "ds_configs")
+LAUNCHERS = {
+    *("account", "chdir", "cpus", "nodes", "partition", "signal", "test", "time"),
+    *("nnodes", "nproc", "node", "master"),
+    *("hostfile", "no_ssh", "node_rank", "master_addr", "master_port", "launcher"),
+}
+"""Options of sbatch, of torchrun and of deepspeed, up to a hyphen."""
 TEXT = (ROOT / "README.md").read_text()
 
 
@@ -19,6 +25,8 @@ TEXT = (ROOT / "README.md").read_text()
 def test_every_option_named_is_one(file):
     known = {*job.DOOR, *override.option_names(), "run", "logdir"}
     others = {"num_gpus", "json", "help", "seed", "views", "dtype", "hash"}
+    if file == "docs/slurm.md":
+        others |= LAUNCHERS
     others |= {"shard_mb", "max_side", "images", "rounds", *planner.OWN}
     for name in re.findall(r"--([a-z_]+(?:\.[A-Za-z_]+)*)", (ROOT / file).read_text()):
         general = re.sub(r"^teachers\.NAME\.", "teachers.NAME.", name)

@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 from runs import ROOT, TRAIN, curve, environment, options
 
+from unic_ds import quickstart
+
 SCRIPT = str(ROOT / "tests" / "slurm_lab.sh")
 NODES = 32
+SIZE = ["--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2"]
 STEPS = 24
 RUN = {"optim__batch_size": 4, "optim__steps": STEPS, "run__save_every": 1000, "eval__on": "false"}
 ASKED_FOR = {"unic_b_8gpu.sh": 1, "unic_l_64gpu.sh": 8, "unic_g_256gpu.sh": 32}
@@ -98,9 +101,8 @@ class Lab:
 
     def train(self, out: Path, *words: str, **more: str) -> "Batch":
         """The user's own way in, on two nodes of two ranks and a small recipe."""
-        size = ["--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2"]
         quick = ["--recipe", "quickstart", *options(out, **RUN), *words]
-        return self.submit(*size, "slurm/unic_l_64gpu.sh", *quick, **more)
+        return self.submit(*SIZE, "slurm/unic_l_64gpu.sh", *quick, **more)
 
 
 class Batch:
@@ -197,10 +199,18 @@ def test_a_job_that_cannot_run_is_refused_before_it_trains(lab, tmp_path):
     assert job.ended() == "FAILED"
     assert "does NOT fit" in job.printed() and "nothing was trained" in job.printed()
     assert job.facts()["ExitCode"] == "2:0" and job.facts()["Restarts"] == "0"
-    job = lab.train(tmp_path / "run", "--optim.lrr", "1")
-    assert job.ended() == "FAILED" and job.facts()["ExitCode"] == "2:0"
-    assert "unknown option --optim.lrr (did you mean optim.lr?)" in job.printed()
+    assert "optim.lr?" in wrong(lab.train(tmp_path / "run", "--optim.lrr", "1"))
+    words = ["--ds-config", "ds_configs/zero1.json", "--optim.lrr", "1"]
+    assert "optim.lr?" in wrong(lab.submit(*SIZE, "slurm/unic_b_8gpu.sh", *words, "--data.train=x"))
+    recipe = tmp_path / "mine.yaml"
+    assert "needs --out" in wrong(lab.submit(*SIZE, "slurm/unic_b_8gpu.sh", f"--recipe={recipe}"))
     assert not list((tmp_path / "run").iterdir())
+
+
+def wrong(job: Batch) -> str:
+    """What was printed by a job that a mistake ended."""
+    assert job.ended() == "FAILED" and job.facts()["ExitCode"] == "2:0", job.printed()
+    return job.printed()
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +336,7 @@ def test_a_job_that_lost_a_node_goes_on_with_others(journey):
     assert leg.nodes[1] not in journey.ended.nodes
 
 
+@pytest.mark.fault("all of these in one run", "the curve of one that nobody stopped")
 def test_all_that_stopped_a_job_leaves_no_trace_in_its_curve(journey, whole):
     leg = journey.ended
     assert leg.state == "COMPLETED" and leg.restarts == "3" and leg.saved == STEPS
@@ -340,6 +351,21 @@ def test_a_job_that_fails_twice_at_the_same_place_is_not_requeued_again(lab, who
     assert job.ended() == "FAILED" and job.restarts == 1
     assert f"failed twice without a newer checkpoint (step_{STEPS:07d})" in job.printed()
     assert curve(out) == curve(whole)
+
+
+@pytest.mark.fault("a run that its ranks refuse", "ends after one start, with the reason")
+def test_a_job_that_would_end_so_again_is_not_tried_again(lab, tmp_path):
+    """Neither by torchrun, which starts the ranks of a failed node again, nor by a requeue."""
+    weights = quickstart.root() / "dinov2_s14_focus.safetensors"
+    other = f"file:{weights}#arch=vit_base_patch14_dinov2"
+    job = lab.train(tmp_path / "run", "--teachers.dinov2.source", other)
+    assert job.ended() == "FAILED" and job.restarts == 0
+    printed = job.printed()
+    assert "it would end so again; not requeued" in printed
+    assert printed.count("not tried again: ") == 2  # by each of torchrun's restarts
+    told = json.loads((tmp_path / "run" / "events.jsonl").read_text())
+    assert told["event"] == "refused" and told["job"] == f"{job.number}.0"
+    assert told["says"] in printed
 
 
 def test_the_table_or_the_newest_encoder_of_a_run_can_be_had(lab, whole, tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from unic_ds import checkpoint, events, log, pulse, recipes
+from unic_ds import checkpoint, events, job, log, pulse, recipes
 from unic_ds.pulse import Pulse
 
 AGAIN = "start the same command again"
@@ -58,20 +58,30 @@ def examine(out: Path, *, hashes: bool) -> Finding:
         raise ValueError(
             f"{str(out)!r} is no run folder: it has no config.yaml; give a run's --out"
         )
-    cfg = recipes.read(out / "config.yaml")
-    rows = log.read(out / "log.jsonl")
-    step = int(rows[-1]["step"]) if rows else 0
-    saved = {p.name: problem(p, hashes) for p in checkpoint.steps_in(out / "checkpoints")}
-    state, says = what_happened(out, step, int(cfg.optim.steps))
-    good = [name for name, wrong in saved.items() if not wrong]
+    whole = recipes.read(out / "config.yaml")
+    stages = job.staged(whole, out)
+    ended = [state_of(folder)[0] == "finished" for _, folder in stages[:-1]]
+    number = ended.index(False) if False in ended else len(ended)
+    cfg, folder = stages[number]
+    of = f"Stage {number + 1} of {len(stages)}: " if len(stages) > 1 else ""
+    step, saved = last_step(folder), checkpoint.steps_in(folder / "checkpoints")
+    problems = {p.name: problem(p, hashes) for p in saved}
+    state, says = state_of(folder, int(cfg.optim.steps))
+    good = [name for name, wrong in problems.items() if not wrong]
     return Finding(
         state=state,
-        says=says,
+        says=of + says,
         do=advice(state, good[-1] if good else "", STOPS.get(state, "")),
         step=step,
-        checkpoints=saved,
-        notes=notes(out, cfg.run.stop_file or str(out / "STOP")),
+        checkpoints=problems,
+        notes=notes(folder, [out / "STOP", *map(Path, filter(None, [whole.run.stop_file]))]),
     )
+
+
+def last_step(out: Path) -> int:
+    """The step of the last log line."""
+    rows = log.read(out / "log.jsonl")
+    return int(rows[-1]["step"]) if rows else 0
 
 
 STOPS = {
@@ -80,8 +90,9 @@ STOPS = {
 }
 
 
-def what_happened(out: Path, step: int, steps: int) -> tuple[str, str]:
-    """State of the run, and a sentence."""
+def state_of(out: Path, steps: int = 0) -> tuple[str, str]:
+    """State of a stage, of `steps` where they are known, and a sentence."""
+    step = last_step(out)
     of = f"{step} of {steps}" if steps else str(step)
     if (out / "student" / "model.safetensors").is_file() and (out / "results.json").is_file():
         return "finished", f"It trained {step} steps, exported and was evaluated."
@@ -135,6 +146,8 @@ def locked(out: Path) -> bool:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
+        except OSError:  # a file system without locks
+            return False
     return False
 
 
@@ -169,7 +182,7 @@ def advice(state: str, newest: str, first: str) -> str:
     return f"{first}, then {start}" if first else start
 
 
-def notes(out: Path, stop_file: str) -> list[str]:
+def notes(out: Path, stops: list[Path]) -> list[str]:
     """What else is worth knowing."""
     found = []
     skipped = [row for row in read_events(out) if row["event"] == "skipped"]
@@ -179,8 +192,9 @@ def notes(out: Path, stop_file: str) -> list[str]:
         found.append(f"{len(skipped)} steps were skipped ({why}): {out / events.FILE} names them")
     if back:
         found.append(f"it went back {len(back)} times, last to step {back[-1]['to']}")
-    if Path(stop_file).exists():
-        found.append(f"{stop_file} is there: a start would stop at once; remove it")
+    found += [
+        f"{file} is there: a start would stop at once; remove it" for file in stops if file.exists()
+    ]
     if any((out / "checkpoints").glob(".saving_*")):
         found.append("a save was cut short; the next one removes what it left")
     steps = checkpoint.steps_in(out / "checkpoints")

@@ -58,7 +58,7 @@ def save(
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(f"cannot save {final.name} ({error}); {newest_name(folder)}") from error
     dist.barrier()
-    hashes = fingerprints(part)
+    hashes = fingerprints(part, written=True)
     problem = publish(part, final, hashes) if dist.rank() == 0 else ""
     if problem := dist.share(problem):
         raise OSError(f"cannot save {final.name} ({problem}); {newest_name(folder)}")
@@ -75,7 +75,7 @@ def publish(part: Path, final: Path, hashes: dict[str, Any]) -> str:
     try:
         write_whole(part / MANIFEST, json.dumps(hashes, indent=1))
         if final.exists():
-            shutil.rmtree(final)
+            discard(final)
         part.rename(final)
         write_whole(final.parent / "latest", final.name)
     except OSError as error:
@@ -140,14 +140,19 @@ def steps_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob(f"step_{'[0-9]' * 7}") if p.is_dir())
 
 
-def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file in `folder`, the same on all ranks, which share the work."""
+def fingerprints(folder: Path, *, written: bool = False) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in `folder`, the same on all ranks, which share the work.
+
+    What was just `written` is on the disk when this returns: a power cut finds it there.
+    """
     # One rank lists, and all agree: a network file system may show each another listing.
     listed = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     files = dist.share(sorted(listed) if dist.rank() == 0 else None)
     mine = {}
     for file in files[dist.rank() :: dist.world()]:
         with file.open("rb") as stream:
+            if written:
+                os.fsync(stream.fileno())
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         mine[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": digest}
     return {k: v for part in dist.gather_objects(mine) for k, v in part.items()}
@@ -243,8 +248,15 @@ def forget(folder: Path, newest: Path, keep: config.Run) -> None:
     for rest in folder.glob(".saving_*"):
         shutil.rmtree(rest, ignore_errors=True)
     for old in set(steps) - kept:
-        with suppress(OSError):  # were we killed, it would stand half removed under its own name
-            shutil.rmtree(old.rename(old.with_name(f".saving_{old.name}")))
+        with suppress(OSError):
+            discard(old)
+
+
+def discard(step: Path) -> None:
+    """Remove a checkpoint; were we killed, nothing half removed would have its name."""
+    gone = step.with_name(f".saving_old_{step.name}")  # `forget` removes what a kill leaves of it
+    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(step.rename(gone))
 
 
 def lowest_loss(steps: list[Path], count: int) -> list[Path]:

@@ -36,7 +36,7 @@ unic-ds VERB [--option value ...]
   pack verify OUT   prove a pack whole: checksums, headers, index
   cache             store what a recipe's teachers say of drawn views: cache OUT --recipe R
   [--views V] [--dtype bf16|int8] [--batch B] [--yes]; then train with --teachers.cache OUT
-  export            bare encoder of a run's newest checkpoint: --run DIR --out DIR
+  export            bare encoder of a run's newest checkpoint: --run DIR [--out DIR]
   import-unic       a published checkpoint as a model folder: import-unic PATH OUT
   quickstart        prepare the demonstration's teachers and images
 
@@ -157,15 +157,14 @@ def teachers_fetch(options: dict[str, str]) -> int:
 
 
 def export(options: dict[str, str]) -> int:
-    """Export the bare encoder of a run's newest whole checkpoint."""
+    """Export the bare encoder of a run's newest whole checkpoint, of the stage that it is in."""
     given = take(options, "run", "out")
-    if options or len(given) != 2:
+    if options or "run" not in given:
         wrong = f"unknown option --{next(iter(options))}; " if options else ""
         raise ValueError(
-            f"{wrong}export needs --run DIR (a run folder) and --out DIR (a new folder)"
+            f"{wrong}export needs --run DIR (a run folder), and may have --out DIR (a new folder)"
         )
-    run, out = Path(given["run"]), Path(given["out"])
-    cfg = recipes.read(run / "config.yaml")
+    cfg, run = begun(Path(given["run"]))
     import torch
 
     from unic_ds import checkpoint, data, engine, finish, initial
@@ -190,8 +189,16 @@ def export(options: dict[str, str]) -> int:
         initial.LADDER: ladder.published(parts["ladder"]),
         initial.STATISTICS: {k: v for k, v in statistics.items() if k.split(".")[0] in teachers},
     }
+    out = Path(given.get("out", run / "encoders" / found.name))
     print(write(parts["encoder"], cfg, images, out, teachers=teachers, beside=beside))
     return 0
+
+
+def begun(run: Path) -> tuple[Config, Path]:
+    """(settings, folder) of a run's last stage that has a checkpoint, or else of the run."""
+    stages = job.staged(recipes.read(run / "config.yaml"), run)
+    saved = [stage for stage in stages if any((stage[1] / "checkpoints").glob("step_*"))]
+    return (saved or stages)[-1]
 
 
 def import_unic(words: list[str], options: dict[str, str]) -> int:

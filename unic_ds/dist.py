@@ -182,8 +182,8 @@ class StopRequest:
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
-    def __init__(self, file: Path):
-        self.file, self.heard = file, False
+    def __init__(self, *files: Path):
+        self.files, self.heard = files, False
         # On the CPU, and looked at through NumPy: neither device nor torch is asked.
         self.votes = torch.zeros(1)
         self.yes_1 = self.votes.numpy()
@@ -204,6 +204,6 @@ class StopRequest:
         if self.sum is not None:
             self.sum.wait()
         asked = bool(self.yes_1[0])
-        self.yes_1[0] = self.heard or (rank() == 0 and self.file.exists())
+        self.yes_1[0] = self.heard or (rank() == 0 and any(map(Path.exists, self.files)))
         self.sum = td.all_reduce(self.votes, async_op=True) if world() > 1 else None
         return asked

@@ -127,3 +127,8 @@ def refuse_what_averages_cannot(settings: dict[str, Any]) -> None:
 def stage(settings: dict[str, Any]) -> int:
     """The ZeRO stage that the settings ask for."""
     return settings.get("zero_optimization", {}).get("stage", 0)
+
+
+def bf16(settings: dict[str, Any]) -> bool:
+    """Whether the student trains in bf16."""
+    return bool(settings.get("bf16", {}).get("enabled"))

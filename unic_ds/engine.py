@@ -353,8 +353,6 @@ def setters(engine: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def part_of(value: Tensor, size: int) -> Tensor:
     """This rank's `size` numbers of a flattened value, the last of them padded by zeros."""
-    from unic_ds import dist
-
     flat = value.flatten()[dist.rank() * size :][:size]
     return F.pad(flat, (0, size - len(flat)))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +15,7 @@ from unic_ds import dist, log
 from unic_ds.guard import Trouble
 
 FILE = "events.jsonl"
+LAUNCH = "TORCHELASTIC_RUN_ID"
 WORDS = {"loss": "loss not finite", "gradient": "gradient not finite", "spike": "loss spike"}
 
 
@@ -32,6 +34,39 @@ def append(out: Path, event: str, **facts: Any) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def end(out: Path, event: str, says: str, **facts: Any) -> None:
+    """A line about an end to which the same start would come again: nobody is to try it by itself.
+
+    It bears the launch's name, by which torchrun's next try and the Slurm job know it.
+    """
+    write(out, event, job=os.environ.get(LAUNCH, ""), says=says, **facts)
+
+
+@contextmanager
+def refusals(out: Path) -> Iterator[None]:
+    """Make a line of a user's mistake that the ranks find, where torchrun would try it again."""
+    try:
+        yield
+    except ValueError as error:
+        if tries() is not None:
+            end(out, "refused", str(error))
+        raise
+
+
+def raise_last(out: Path) -> None:
+    """RuntimeError where torchrun tries again what came to its end."""
+    ends = [row for row in log.read(out / FILE) if row.get("job") == os.environ.get(LAUNCH, "")]
+    if tries() and ends:
+        raise RuntimeError(f"not tried again: {ends[-1]['says']}")
+
+
+def tries() -> int | None:
+    """How often torchrun has started these ranks again; None where it is not to."""
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return None
+    return int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
 
 def tell_skipped(out: Path, troubles: Iterable[Trouble], stream: Any) -> None:

@@ -14,14 +14,14 @@ BALANCE, GUARD = "balance/", "guard/"
 """Before the entries of others among a checkpoint's statistics; no teacher's name has a slash."""
 
 
-def record(task: job.Job, manifest: dict[str, Any]) -> IO[str]:
+def record(task: job.Job, manifest: dict[str, Any], whole: job.Job) -> IO[str]:
     """Write what the run is: config.yaml, teachers.json, ds_config.json; the folder's lock.
 
-    ValueError where another job holds the lock.
+    `whole` is the run that `task` is a stage of. ValueError where another job holds the lock.
     """
     import yaml
 
-    from unic_ds import checkpoint, dist
+    from unic_ds import checkpoint, dist, log
 
     task.out.mkdir(parents=True, exist_ok=True)
     lock = (task.out / ".lock").open("a")
@@ -33,13 +33,16 @@ def record(task: job.Job, manifest: dict[str, Any]) -> IO[str]:
         raise ValueError(
             f"another job trains in {str(task.out)!r}; end it, or choose another --out"
         ) from None
+    except OSError as error:  # Lustre without -o flock, for one
+        log.say(f"{str(task.out)!r} cannot be locked ({error.strerror}): start no second job there")
     files = {
-        "config.yaml": yaml.safe_dump(override.to_dict(task.cfg), sort_keys=False),
-        "teachers.json": json.dumps(manifest, indent=1) + "\n",
-        "ds_config.json": json.dumps(task.settings, indent=1) + "\n",
+        whole.out / "config.yaml": yaml.safe_dump(override.to_dict(whole.cfg), sort_keys=False),
+        task.out / "config.yaml": yaml.safe_dump(override.to_dict(task.cfg), sort_keys=False),
+        task.out / "teachers.json": json.dumps(manifest, indent=1) + "\n",
+        task.out / "ds_config.json": json.dumps(task.settings, indent=1) + "\n",
     }
-    for name, text in files.items():
-        checkpoint.write_whole(task.out / name, text)
+    for file, text in files.items():
+        checkpoint.write_whole(file, text)
     return lock
 
 
@@ -55,7 +58,7 @@ def identity(task: job.Job, parts: Parts) -> dict[str, Any]:
         "decoder": data.backend(task.cfg.data),
         "ranks": dist.world(),
         "zero_stage": ds_config.stage(task.settings),
-        "bf16": bool(task.settings.get("bf16", {}).get("enabled")),
+        "bf16": ds_config.bf16(task.settings),
         **{f"--{key}": value for key, value in override.science(task.cfg).items()},
     }
 

@@ -8,7 +8,6 @@ checkpoint saved after it has the same list, so a kill at any moment forgets not
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def settle(out: Path) -> list[dict[str, Any]]:
         if rest := [folder for folder in saved if folder not in gone]:
             checkpoint.write_whole(out / "checkpoints" / "latest", rest[-1].name)
         for folder in gone:
-            shutil.rmtree(folder)
+            checkpoint.discard(folder)
     dist.barrier()
     return rows
 
@@ -51,8 +50,14 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def given_up(folder: Path, rows: list[dict[str, Any]]) -> bool:
-    """Whether a checkpoint comes after one that a roll-back went to, yet knows nothing of it."""
-    known = json.loads((folder / checkpoint.FACTS).read_text())["rollbacks"]
+    """Whether a checkpoint comes after one that a roll-back went to, yet knows nothing of it.
+
+    Of a damaged one that is not known, and not needed: it is not resumed from.
+    """
+    try:
+        known = json.loads((folder / checkpoint.FACTS).read_text())["rollbacks"]
+    except (OSError, ValueError, KeyError):
+        return False
     return any(step_of(folder) > row["to"] and row not in known for row in rows)
 
 
@@ -80,8 +85,9 @@ def plan(task: job.Job, parts: Any, setback: Setback) -> None:
     steps = [step_of(p) for p in checkpoint.steps_in(task.out / "checkpoints")]
     to = dist.share(max((step for step in steps if step < setback.first), default=None))
     if to is None or len(done) >= most:
-        events.write(task.out, "stopped", first=setback.first, last=setback.last)
-        raise RuntimeError(report(task.out, setback, "" if to is None else f"{len(done)}"))
+        says = report(task.out, setback, "" if to is None else f"{len(done)}")
+        events.end(task.out, "stopped", says, first=setback.first, last=setback.last)
+        raise RuntimeError(says)
     first = to + 1 if any(row["to"] == to for row in done) else setback.first
     span = [parts.stream.data_step(first), parts.stream.data_step(setback.last)]
     row = {"at": setback.last, "to": to, "left_out": span}

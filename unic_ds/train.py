@@ -51,9 +51,8 @@ def main(argv: Sequence[str]) -> int:
     waiting = [stage for stage in (*task.before, task) if not stage.finished]
     for stage in waiting:
         announce(stage, task)
-        stop_file = Path(task.cfg.run.stop_file or task.out / "STOP")
         with heart(stage) as beat:
-            done = distil(stage, beat, stop_file=stop_file)
+            done = distil(stage, beat, whole=task)
         if not done:
             break
     return 0
@@ -96,21 +95,25 @@ def due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def distil(task: job.Job, beat: Callable[[str, int], None], *, stop_file: Path) -> bool:
+def distil(task: job.Job, beat: Callable[[str, int], None], *, whole: job.Job) -> bool:
     """Train until the last step, then export and evaluate; False where it stopped before.
 
-    `beat` is told what the rank is about to do. It saves and stops when `stop_file` is there, or
-    after SIGUSR1 or SIGTERM to any rank.
+    `task` is a stage of the run `whole`, or that itself. `beat` is told what the rank is about to
+    do. It saves and stops when the run's stop file is there, or after SIGUSR1 or SIGTERM to any
+    rank.
     """
-    from unic_ds import dist, finish, log, rollback
+    from unic_ds import dist, events, finish, log, rollback
     from unic_ds.folder import record, resume
     from unic_ds.parts import build
 
-    parts = build(task)
-    beat("resuming", 0)
-    first, last = resume(task, parts) + 1, parts.steps
-    lock = record(task, parts.manifest)
-    request = dist.StopRequest(stop_file)
+    events.raise_last(task.out)
+    with events.refusals(task.out):
+        parts = build(task)
+        beat("resuming", 0)
+        first, last = resume(task, parts) + 1, parts.steps
+        lock = record(task, parts.manifest, whole)
+    own_stop = whole.out / "STOP"
+    request = dist.StopRequest(own_stop, *map(Path, filter(None, [whole.cfg.run.stop_file])))
     step = None
     while step is None:
         try:
@@ -125,8 +128,8 @@ def distil(task: job.Job, beat: Callable[[str, int], None], *, stop_file: Path) 
         finish.finish(task, parts)
     else:
         log.say(f"stopped after step {step} of {last}; the same command goes on from there")
-        if dist.rank() == 0 and not task.cfg.run.stop_file:
-            stop_file.unlink(missing_ok=True)  # it was meant for this start alone
+        if dist.rank() == 0:
+            own_stop.unlink(missing_ok=True)  # it was meant for this start alone
     lock.close()
     return step == last
 

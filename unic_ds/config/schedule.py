@@ -108,7 +108,9 @@ class Run:
         0, "save and stop after this step, to be resumed; 0: at the end", machinery=True
     )
     stop_file: str = knob(
-        "", "save and stop, to be resumed, when this file is there; empty: OUT/STOP", machinery=True
+        "",
+        "save and stop, to be resumed, when this file is there, as for OUT/STOP",
+        machinery=True,
     )
     spike: float = knob(
         0.0,
