@@ -48,6 +48,41 @@ def test_a_search_lists_what_fits_fastest_first(capfd):
     assert needs[2, 64, "full"] < needs[2, 64, "every:2"] < needs[2, 64, "none"]
 
 
+def test_a_search_spreads_and_offloads_only_what_does_not_fit_without(capfd, tmp_path):
+    """On a GPU with room for the smallest of what it finds on this one, and on one with less."""
+    row = {"tflops": 100, "memory_gb_s": 1000, "node_gb_s": 100, "net_gb_s": 10}
+    file, room, found = tmp_path / "gpu.yaml", 80.0, []
+    for _ in range(3):
+        file.write_text(json.dumps(row | {"memory_gb": room}))
+        _, out = ask(capfd, "--gpus", "8", "--search", "--json", "--gpu", str(file))
+        found.append(json.loads(out))
+        room = min(plan["needs_gb"] for plan in found[0]) + (1e-6 if len(found) == 1 else -1e-6)
+    ways = [{(p["placement"]["t"], p["optimiser"]) for p in plans} for plans in found]
+    assert ways[0] == {("replicate", "GPU")} < ways[1]
+    assert ways[2] and ("replicate", "GPU") not in ways[2]
+    for plan in (p for plans in found for p in plans):
+        assert (plan["seconds"]["PCIe"] > 0) == (plan["optimiser"] == "CPU")
+
+
+def test_a_compiled_student_is_not_searched_under_zero3(capfd):
+    _, out = ask(capfd, "--gpus", "8", "--search", "--json", "--run.compile", "student")
+    assert {plan["zero_stage"] for plan in json.loads(out)} == {1, 2}
+
+
+def test_a_teacher_of_the_cache_costs_nothing(capfd, tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "teachers": {"t": {}}}))
+    (plain,), (stored,) = (
+        json.loads(ask(capfd, "--json", *more)[1])
+        for more in ([], ["--teachers.cache", str(tmp_path)])
+    )
+    assert stored["seconds"]["teachers"] == 0 < plain["seconds"]["teachers"]
+    assert stored["memory_gb"]["teachers"] == 0 < plain["memory_gb"]["teachers"]
+    assert stored["memory_gb"]["targets"] == plain["memory_gb"]["targets"]
+    assert stored["seconds"]["encoder"] == plain["seconds"]["encoder"]
+    code, said = ask(capfd, "--teachers.cache", str(tmp_path / "none"))
+    assert code == 2 and "holds no manifest.json" in said
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -144,7 +144,7 @@ def processor(name: str, patient: Patient) -> Row:
     words = set(Path("/proc/cpuinfo").read_text().split())
     fast = bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
     text = f"{dist.cores()} cores a rank, {'with' if fast else 'no'} bf16 instructions"
-    precision = patient.cfg.precision or ("bf16" if planner.bf16(patient.file) else "fp32")
+    precision = patient.cfg.precision or ("bf16" if ds_config.bf16(patient.file) else "fp32")
     if not fast and precision == "bf16" and not torch.cuda.is_available():
         return row_of(
             name, text, remedy="--precision fp32 is several times faster here", state=WARNING

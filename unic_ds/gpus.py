@@ -20,6 +20,7 @@ class Gpu:
     memory_gb_s: float
     node_gb_s: float  # to the other GPUs of its node
     net_gb_s: float  # its share of the node's network
+    host_gb_s: float = 32  # to the CPU, by PCIe
     per_node: int = 8
 
     def __post_init__(self) -> None:
@@ -32,7 +33,9 @@ class Gpu:
                 )
 
 
-def _row(name: str, memory: float, tflops: float, hbm: float, node: float, net: float) -> Gpu:
+def _row(  # a data sheet's numbers, in the order of the fields
+    name: str, memory: float, tflops: float, hbm: float, node: float, net: float, host: float
+) -> Gpu:
     return Gpu(
         name=name,
         memory_gb=memory,
@@ -40,18 +43,19 @@ def _row(name: str, memory: float, tflops: float, hbm: float, node: float, net: 
         memory_gb_s=hbm,
         node_gb_s=node,
         net_gb_s=net,
+        host_gb_s=host,
     )
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _row("a100-40", 42.5, 312, 1555, 300, 25),
-        _row("a100-80", 85.0, 312, 2039, 300, 25),
-        _row("h100-80", 85.5, 989, 3350, 450, 50),
-        _row("h200", 150.7, 989, 4800, 450, 50),
-        _row("b200", 192.2, 2250, 7700, 900, 50),
-        _row("l40s", 48.3, 362, 864, 32, 25),
+        _row("a100-40", 42.5, 312, 1555, 300, 25, 32),
+        _row("a100-80", 85.0, 312, 2039, 300, 25, 32),
+        _row("h100-80", 85.5, 989, 3350, 450, 50, 64),
+        _row("h200", 150.7, 989, 4800, 450, 50, 64),
+        _row("b200", 192.2, 2250, 7700, 900, 50, 64),
+        _row("l40s", 48.3, 362, 864, 32, 25, 32),
     )
 }
 """Networks are assumed: a 200 Gb/s adapter for each A100 and L40S, 400 Gb/s for the others."""
@@ -82,9 +86,12 @@ def read(file: Path) -> Gpu:
         said = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"--gpu {str(file)!r} cannot be read ({error})") from error
-    wanted = [field.name for field in fields(Gpu) if field.name not in ("name", "per_node")]
-    if not isinstance(said, dict) or set(said) - {"name", "per_node"} != set(wanted):
-        raise ValueError(f"--gpu {str(file)!r} must say {', '.join(wanted)}, and may say per_node")
+    may = ("name", "host_gb_s", "per_node")
+    wanted = [field.name for field in fields(Gpu) if field.name not in may]
+    if not isinstance(said, dict) or set(said) - set(may) != set(wanted):
+        raise ValueError(
+            f"--gpu {str(file)!r} must say {', '.join(wanted)}, and may say {', '.join(may[1:])}"
+        )
     numbers: dict[str, Any] = {"name": file.stem} | said
     return Gpu(**numbers)
 

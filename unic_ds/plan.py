@@ -25,7 +25,9 @@ if TYPE_CHECKING:  # for it knows torch, and a wrong option is told before
 CONTEXT_GB = 2.0  # CUDA, NCCL and cuBLAS work spaces
 CACHE = 0.04  # what the caching allocator cannot use, of what is live
 FP32 = 4  # bytes
+CPU_GB_S = 200  # memory bandwidth of a node's CPUs, which its ranks share; assumed
 RECOMPUTE_ALL = 0.16  # of the ladder's work, as kernels/README.md counts it
+UPDATE = 34  # bytes that AdamW reads and writes for a weight
 HALF = 1000  # patch tokens of a micro batch at which GEMMs reach half their efficiency; assumed
 
 
@@ -40,7 +42,7 @@ class Efficiency:
     student: float = 0.45
     ladder: float = 0.50
     links: float = 0.75
-    overlap: float = 0.80  # of backward, that communication may hide behind
+    overlap: float = 0.80  # of what communication may hide behind: backward, teachers' forward
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -57,6 +59,8 @@ class Plan:
     micro_batch: int
     checkpoint: str  # the student's blocks that are recomputed
     accumulation: int
+    placement: dict[str, str]  # of each teacher's weights
+    optimiser: str  # GPU or CPU
     memory_gb: dict[str, float]  # by kind
     room_gb: float  # of the GPU
     tflop_per_image: dict[str, float]
@@ -83,8 +87,7 @@ class Plan:
 def kinds(settings: dict[str, Any], traced: Trace, world: int, *, ema: bool) -> dict[str, float]:
     """Bytes that a rank holds between steps: weights, gradients, optimiser (see above)."""
     stage = ds_config.stage(settings)
-    bf16 = bool(settings.get("bf16", {}).get("enabled"))
-    b = 2 if bf16 else FP32
+    bf16, b = ds_config.bf16(settings), weight_bytes(settings)
     trained, frozen = traced.encoder + traced.ladder, traced.frozen
     masters = FP32 * trained if bf16 or stage else 0
     moments = (3 if ema else 2) * FP32 * trained
@@ -95,6 +98,11 @@ def kinds(settings: dict[str, Any], traced: Trace, world: int, *, ema: bool) -> 
     }
 
 
+def weight_bytes(settings: dict[str, Any]) -> int:
+    """Bytes of a weight that the student computes with."""
+    return 2 if ds_config.bf16(settings) else FP32
+
+
 def sums_fp32(settings: dict[str, Any]) -> bool:
     """Whether gradients are kept and accumulated in fp32 where weights are bf16."""
     return (settings.get("data_types") or {}).get("grad_accum_dtype") == "fp32"
@@ -103,7 +111,7 @@ def sums_fp32(settings: dict[str, Any]) -> bool:
 def buffers(settings: dict[str, Any], traced: Trace) -> float:
     """Bytes of DeepSpeed's buckets, and of weights that ZeRO-3 has gathered."""
     zero = settings.get("zero_optimization", {})
-    stage, b = ds_config.stage(settings), 2 if settings.get("bf16", {}).get("enabled") else FP32
+    stage, b = ds_config.stage(settings), weight_bytes(settings)
     trained = traced.encoder + traced.ladder
     if stage == 0:
         return 0.0
@@ -119,8 +127,7 @@ def reduce_buckets(settings: dict[str, Any], traced: Trace) -> float:
     """Bytes of the buckets in which ZeRO-1 and 2 reduce gradients: two where they overlap."""
     zero = settings["zero_optimization"]
     weights = min(zero.get("reduce_bucket_size", 5e8), traced.encoder + traced.ladder)
-    b = 2 if settings.get("bf16", {}).get("enabled") else FP32
-    return weights * b * (2 if zero.get("overlap_comm") else 1)
+    return weights * weight_bytes(settings) * (2 if zero.get("overlap_comm") else 1)
 
 
 def memory(
@@ -128,10 +135,9 @@ def memory(
 ) -> dict[str, float]:
     """GB of a rank by kind, at its fullest moment; a node has `node` GPUs."""
     held = kinds(settings, traced, world, ema=bool(cfg.optim.ema))
-    zero = settings.get("zero_optimization", {})
-    if (zero.get("offload_optimizer") or {}).get("device") not in (None, "none"):
+    if offloaded(settings, "optimizer"):
         held["optimiser"] = held["gradients"] = 0.0
-    if (zero.get("offload_param") or {}).get("device") not in (None, "none"):
+    if offloaded(settings, "param"):
         held["weights"] = 0.0
     kept = sum(traced.kept.values())
     working = max(traced.teachers_peak, traced.step_peak - kept)
@@ -145,6 +151,12 @@ def memory(
     }
     found = {name: nbytes / 1e9 for name, nbytes in found.items()}
     return found | {"CUDA, NCCL, allocator": CONTEXT_GB + CACHE * sum(found.values())}
+
+
+def offloaded(settings: dict[str, Any], what: str) -> bool:
+    """Whether the optimizer's state, or the weights ("param"), wait in the CPU's memory."""
+    asked = settings.get("zero_optimization", {}).get(f"offload_{what}") or {}
+    return asked.get("device") not in (None, "none")
 
 
 def teachers(cfg: config.Config, traced: Trace, node: int) -> float:
@@ -176,8 +188,7 @@ def flops_per_image(cfg: config.Config, traced: Trace, stage: int) -> dict[str, 
 def traffic(settings: dict[str, Any], traced: Trace, world: int, accumulation: int) -> float:
     """Bytes that a rank sends in an optimiser step, by rings."""
     stage = ds_config.stage(settings)
-    bf16 = bool(settings.get("bf16", {}).get("enabled"))
-    b = 2 if bf16 else FP32
+    b = weight_bytes(settings)
     grad = FP32 if settings.get("communication_data_type") == "fp32" else b
     trained, share = traced.encoder + traced.ladder, (world - 1) / world
     if stage == 0:
@@ -187,6 +198,38 @@ def traffic(settings: dict[str, Any], traced: Trace, world: int, accumulation: i
     if stage == 2:
         return share * trained * (accumulation * grad + b)
     return share * trained * accumulation * (grad + 2 * b)
+
+
+def gathering(cfg: config.Config, traced: Trace, gpu: Gpu, gpus: int, rate: Efficiency) -> float:
+    """Seconds in which a micro batch's spread teachers come to a rank, nothing hidden."""
+    node = min(gpus, gpu.per_node)
+    seconds = 0.0
+    for row in cfg.teachers:
+        nbytes = traced.teachers[row.name][1] * -(-traced.images // (row.micro or traced.images))
+        if row.placement != "replicate":
+            seconds += nbytes * (node - 1) / node / (gpu.node_gb_s * 1e9 * rate.links)
+        if row.placement == "offload":
+            seconds += nbytes / node / (gpu.host_gb_s * 1e9 * rate.links)
+    return seconds
+
+
+def crossing(
+    settings: dict[str, Any], traced: Trace, gpu: Gpu, gpus: int, rate: Efficiency
+) -> tuple[float, float]:
+    """(seconds on PCIe, of the CPUs' AdamW) of an optimiser step whose state or weights wait there.
+
+    Gradients go there and weights come back once; offloaded weights come for each forward and each
+    backward.
+    """
+    trained = traced.encoder + traced.ladder
+    share = trained / (gpus if ds_config.stage(settings) else 1)
+    b, pcie, adam = weight_bytes(settings), 0.0, 0.0
+    if offloaded(settings, "optimizer"):
+        pcie += (FP32 + b) * share
+        adam = UPDATE * share * min(gpus, gpu.per_node) / (CPU_GB_S * 1e9)
+    if offloaded(settings, "param"):
+        pcie += 2 * settings["gradient_accumulation_steps"] * b * share
+    return pcie / (gpu.host_gb_s * 1e9 * rate.links), adam
 
 
 def make(
@@ -220,8 +263,15 @@ def make(
     seen = max(0.0, wire - rate.overlap * backward) if overlaps else wire
     trained = traced.encoder + traced.ladder
     whole = ds_config.stage(settings) == 0
-    update = 34 * trained / (1 if whole else gpus) / (gpu.memory_gb_s * 1e9)
-    seconds = busy | {"communication not hidden": seen, "update": update}
+    update = UPDATE * trained / (1 if whole else gpus) / (gpu.memory_gb_s * 1e9)
+    gathers = accumulation * gathering(cfg, traced, gpu, gpus, rate)
+    pcie, adam = crossing(settings, traced, gpu, gpus, rate)
+    seconds = busy | {
+        "communication not hidden": seen,
+        "teachers' weights not hidden": max(0.0, gathers - rate.overlap * busy["teachers"]),
+        "PCIe": pcie,
+        "update": adam or update,
+    }
     total = sum(seconds.values())
     batch = images * gpus
     steps = cfg.optim.step_count(per_epoch)
@@ -234,6 +284,8 @@ def make(
         micro_batch=micro,
         checkpoint=cfg.student.checkpoint,
         accumulation=accumulation,
+        placement={row.name: row.placement for row in cfg.teachers},
+        optimiser="CPU" if offloaded(settings, "optimizer") else "GPU",
         memory_gb=memory(settings, cfg, traced, gpus, node=gpu.per_node),
         room_gb=gpu.memory_gb,
         tflop_per_image={part: n / 1e12 for part, n in per_image.items()},

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from unic_ds import config, ds_config, gpus, job, override, plan
 from unic_ds.config import Config
@@ -73,7 +73,8 @@ def stages(
     found = []
     for stage, _ in job.staged(cfg, Path()):
         settings = ds_config.merge(file, stage, count)
-        traced = trace(stage, settings["train_micro_batch_size_per_gpu"], bf16=bf16(settings))
+        micro = settings["train_micro_batch_size_per_gpu"]
+        traced = trace(stage, micro, bf16=ds_config.bf16(settings))
         found.append(
             plan.make(stage, settings, traced, gpu, count, per_epoch=images, efficiency=efficiency)
         )
@@ -89,46 +90,60 @@ def search(
     images: int,
     efficiency: plan.Efficiency,
 ) -> list[plan.Plan]:
-    """What fits of the last stage, the fastest first."""
+    """What fits of the last stage, the fastest first.
+
+    Weights of teachers are spread, and the optimiser is offloaded, only where it does not fit
+    without, in this order.
+    """
     from unic_ds.tracing import between, trace
 
-    dtype = bf16(ds_config.merge(file, cfg, count))
-    plans = []
-    for which in CHECKPOINTS:
-        chosen = replace(cfg, student=replace(cfg.student, checkpoint=which))
-        few, many = (trace(chosen, n, bf16=dtype) for n in (FEW, MANY))
-        for settings in candidates(chosen, file, count):
-            traced = between(few, many, settings["train_micro_batch_size_per_gpu"])
-            plans.append(
-                plan.make(
-                    chosen,
-                    settings,
-                    traced,
-                    gpu,
-                    count,
-                    per_epoch=images,
-                    efficiency=efficiency,
-                )
+    dtype = ds_config.bf16(ds_config.merge(file, cfg, count))
+    found = []
+    for which, (stage, micro) in product(CHECKPOINTS, candidates(cfg, file, count)):
+        for placement, offload in product(placements(cfg), (False, True)):
+            chosen = replace(cfg, student=replace(cfg.student, checkpoint=which))
+            if placement:
+                chosen = placed(chosen, placement)
+            settings = ds_config.merge(variant(file, stage, micro, offload=offload), chosen, count)
+            few, many = (trace(chosen, n, bf16=dtype) for n in (FEW, MANY))
+            traced = between(few, many, micro)
+            row = plan.make(
+                chosen, settings, traced, gpu, count, per_epoch=images, efficiency=efficiency
             )
-    return sorted((p for p in plans if p.fits), key=lambda p: -p.images_per_s)
+            if row.fits:
+                found.append(row)
+                break
+    return sorted(found, key=lambda p: -p.images_per_s)
 
 
-def candidates(cfg: Config, file: dict[str, Any], gpus: int) -> Iterator[dict[str, Any]]:
-    """Settings with other ZeRO stages and micro batches that divide the batch."""
-    for stage in (1, 2, 3):
-        for micro in MICRO:
-            if cfg.optim.batch_size % (micro * gpus) == 0:
-                zero = file.get("zero_optimization", {}) | {"stage": stage}
-                yield ds_config.merge(
-                    file | {"train_micro_batch_size_per_gpu": micro, "zero_optimization": zero},
-                    cfg,
-                    gpus,
-                )
+def candidates(cfg: Config, file: dict[str, Any], gpus: int) -> list[tuple[int, int]]:
+    """ZeRO stages, and micro batches that divide the batch."""
+    stages = (1, 2) if cfg.run.compiles("student") else (1, 2, 3)
+    micros = [micro for micro in MICRO if cfg.optim.batch_size % (micro * gpus) == 0]
+    return list(product(stages, micros))
 
 
-def bf16(settings: dict[str, Any]) -> bool:
-    """Whether the student trains in bf16."""
-    return bool(settings.get("bf16", {}).get("enabled"))
+def placements(cfg: Config) -> list[Literal["", "shard", "offload"]]:
+    """Where all teachers' weights may lie; an empty one is where the run has them."""
+    spread = not any(row.quantised or row.channels_last for row in cfg.teachers)
+    return ["", "shard", "offload"] if spread else [""]
+
+
+def placed(cfg: Config, placement: Literal["shard", "offload"]) -> Config:
+    """The Config with all teachers' weights there."""
+    rows = tuple(replace(row, placement=placement) for row in cfg.teachers)
+    return replace(cfg, teachers=rows)
+
+
+def variant(file: dict[str, Any], stage: int, micro: int, *, offload: bool) -> dict[str, Any]:
+    """A ds_config of another stage and micro batch, its optimiser offloaded or as it was."""
+    zero = file.get("zero_optimization", {}) | {"stage": stage}
+    if offload:
+        zero |= {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    made = file | {"train_micro_batch_size_per_gpu": micro, "zero_optimization": zero}
+    if stage < 2:  # which refuses it
+        made.pop("data_types", None)
+    return made
 
 
 def show(found: list[plan.Plan], *, as_json: bool) -> None:
@@ -166,11 +181,13 @@ def show_found(found: list[plan.Plan], *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table("ZeRO", "micro", "accum", "checkpoint", "GB", "images/s", "MFU", "days")
+    names = ("ZeRO", "micro", "accum", "checkpoint", "teachers", "optimiser")
+    grid = Table(*names, "GB", "images/s", "MFU", "days")
     for row in found[:SHOWN]:
         pace = f"{row.images_per_s:.0f}", f"{row.mfu:.0%}", f"{row.days:.1f}"
         split = str(row.zero_stage), str(row.micro_batch), str(row.accumulation), row.checkpoint
-        grid.add_row(*split, f"{row.needs_gb:.1f}", *pace)
+        where = ", ".join(dict.fromkeys(row.placement.values())), row.optimiser
+        grid.add_row(*split, *where, f"{row.needs_gb:.1f}", *pace)
     Console().print(grid)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import timm
@@ -174,6 +174,7 @@ def build_encoder(cfg: config.Student) -> Any:
     return encoder
 
 
+@cache
 def grid_of(cfg: config.Student) -> int:
     """Side of the student's patch grid, without building its weights."""
     with torch.device("meta"):

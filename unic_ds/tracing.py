@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -30,6 +31,7 @@ from unic_ds.ladder import heads_of
 from unic_ds.loss import distill_loss
 from unic_ds.ops import KERNELS
 from unic_ds.student import Student, grid_of
+from unic_ds.teachers import cache as cache_of
 from unic_ds.teachers import precision, sources
 from unic_ds.teachers.teacher import DTYPE, Teacher
 from unic_ds.tokens import Target, Tokens
@@ -166,33 +168,50 @@ class Run(NamedTuple):
     width: int
 
 
+class Forward(NamedTuple):
+    """A teacher's forward, its weights whole and of more than eight bits."""
+
+    flops: float
+    peak: int  # beyond its weights
+    said: int  # bytes of its tokens
+    teacher: Teacher
+
+
 @cache
-def run_of(row: config.Teacher, grid: int, images: int) -> Run:
+def forward_of(row: config.Teacher, grid: int, images: int) -> Forward:
     """Trace a teacher; ValueError where it cannot be built."""
     with quiet(), Unfilled():
         source = sources.outline(row, grid=grid)
-    plain: dict[str, Any] = {"placement": "replicate", "micro": 0}
-    if row.quantised:
-        precision.check_tower(row, source.tower.blocks())
-        plain["precision"] = "bf16"
-    whole = replace(row, **plain)
-    teacher = Teacher(whole, source, grid=grid, device=torch.device("meta"))
+    teacher = Teacher(row, source, grid=grid, device=torch.device("meta"))
     with FakeTensorMode(allow_non_fake_inputs=True):
         teacher.to_empty(device="cpu")
-        at_once = min(images, row.micro or images)
-        image = torch.empty(at_once, 3, teacher.size, teacher.size, dtype=torch.uint8)
+        image = torch.empty(images, 3, teacher.size, teacher.size, dtype=torch.uint8)
         given = (image, *teacher.parameters(), *teacher.buffers())
         with flop_counter() as counter, Live(given) as live:
             tokens = teacher(image)
-    nbytes, gathered = held(row, teacher.tower)
     said = sum(x.nbytes for x in tokens)
+    return Forward(float(counter.get_total_flops()), live.peak, said, teacher)
+
+
+def run_of(row: config.Teacher, grid: int, images: int) -> Run:
+    """What a teacher costs, in its precision and where its weights are placed.
+
+    ValueError where it cannot be built.
+    """
+    at_once = min(images, row.micro or images)
+    wide: dict[str, Any] = {"precision": "bf16"} if row.quantised else {}
+    found = forward_of(replace(row, placement="replicate", micro=0, **wide), grid, at_once)
+    teacher = found.teacher
+    if row.quantised:
+        precision.check_tower(row, teacher.tower.blocks())
+    nbytes, gathered = held(row, teacher.tower)
     # The tokens of what it takes at once wait for the others', and are then put together.
-    joined = said * images / at_once if at_once < images else 0
+    joined = found.said * images / at_once if at_once < images else 0
     return Run(
-        flops=float(counter.get_total_flops()) * images / at_once,
-        parameters=sum(p.numel() for p in teacher.parameters()),
+        flops=found.flops * images / at_once,
+        parameters=teacher.parameter_count,
         nbytes=nbytes,
-        peak=round(max(live.peak - said + gathered, joined)),
+        peak=round(max(found.peak - found.said + gathered, joined)),
         width=teacher.width,
     )
 
@@ -218,9 +237,63 @@ def held(row: config.Teacher, tower: Any) -> tuple[int, int]:
 
 def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
     """Trace a micro batch of a run; ValueError for teachers or a student that cannot be built."""
-    grid, dtype = grid_of(cfg.student), torch.bfloat16 if bf16 else torch.float32
+    grid = grid_of(cfg.student)
     runs = {row.name: run_of(row, grid, images) for row in cfg.teachers}
     widths = {name: run.width for name, run in runs.items()}
+    for name in stored(cfg):  # whose tokens come with the images
+        runs[name] = runs[name]._replace(flops=0.0, nbytes=0, peak=0)
+    # The student does not see where its teachers' weights are, nor how the run is run.
+    rows = tuple(replace(row, placement="replicate", micro=0) for row in cfg.teachers)
+    found = student_of(replace(cfg, teachers=rows, run=config.Run()), images, bf16)
+    before = accumulate([0, *found.targets.values()])  # tokens that wait while a later one runs
+    return Trace(
+        images=images,
+        flops={f"teacher {name}": run.flops for name, run in runs.items()} | found.flops,
+        kept=found.kept,
+        targets=sum(found.targets.values()),
+        teachers_peak=max(
+            run.peak + done for run, done in zip(runs.values(), before, strict=False)
+        ),
+        step_peak=found.peak,
+        encoder=found.encoder,
+        ladder=found.ladder,
+        frozen=found.frozen,
+        teachers={name: (run.parameters, run.nbytes) for name, run in runs.items()},
+        widths=widths,
+        tokens=grid * grid,
+    )
+
+
+def stored(cfg: config.Config) -> list[str]:
+    """Teachers whose tokens come from the feature cache; ValueError where that is none."""
+    if not cfg.cache:
+        return []
+    manifest = cache_of.read_manifest(Path(cfg.cache))
+    if manifest is None:
+        raise ValueError(
+            f"--teachers.cache {cfg.cache!r} holds no {cache_of.MANIFEST}; make it with `unic-ds"
+            " cache`, or plan without it"
+        )
+    return [row.name for row in cfg.teachers if row.name in manifest["teachers"]]
+
+
+class Step(NamedTuple):
+    """What a student's step costs, beside its teachers."""
+
+    flops: dict[str, float]
+    kept: dict[str, int]
+    peak: int
+    targets: dict[str, int]  # bytes of each teacher's tokens
+    encoder: int  # parameters
+    ladder: int
+    frozen: int
+
+
+@cache
+def student_of(cfg: config.Config, images: int, bf16: bool) -> Step:
+    """Trace a student's step; ValueError where it cannot be built."""
+    grid, dtype = grid_of(cfg.student), torch.bfloat16 if bf16 else torch.float32
+    widths = {row.name: run_of(row, grid, images).width for row in cfg.teachers}
     student = outline(cfg, widths).to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         student.to_empty(device="cpu")
@@ -231,29 +304,20 @@ def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
             )
             for row in cfg.teachers
         }
-        parts, kept, top = step(cfg, student, targets, images)
+        flops, kept, peak = step(cfg, student, targets, images)
     if student.recomputed:
         plain = replace(cfg, student=replace(cfg.student, checkpoint="none"))
-        parts[AGAIN] = parts["backward"] - trace(plain, images, bf16=bf16).flops["backward"]
+        flops[AGAIN] = flops["backward"] - student_of(plain, images, bf16).flops["backward"]
     own = list(student.parameters())
     trained = {p for p in own if p.requires_grad}
-    held = {name: sum(x.nbytes for x in tokens) for name, tokens in targets.items()}
-    before = accumulate([0, *held.values()])  # tokens that wait while a later teacher runs
-    return Trace(
-        images=images,
-        flops={f"teacher {name}": run.flops for name, run in runs.items()} | parts,
+    return Step(
+        flops=flops,
         kept=kept,
-        targets=sum(held.values()),
-        teachers_peak=max(
-            run.peak + done for run, done in zip(runs.values(), before, strict=False)
-        ),
-        step_peak=top,
+        peak=peak,
+        targets={name: sum(x.nbytes for x in tokens) for name, tokens in targets.items()},
         encoder=sum(p.numel() for p in student.encoder.parameters() if p in trained),
         ladder=sum(p.numel() for p in student.ladder.parameters()),
         frozen=sum(p.numel() for p in own if p not in trained),
-        teachers={name: (run.parameters, run.nbytes) for name, run in runs.items()},
-        widths=widths,
-        tokens=grid * grid,
     )
 
 
