@@ -51,7 +51,7 @@ def measured(tmp_path_factory):
         for options, stage, bf16, micro in CONFIGS
     ]
     file.write_text(json.dumps(rows))
-    run(launch(ROOT / "tests" / "held_memory.py", file))
+    run(launch(ROOT / "tests" / "held_memory.py", file), timeout=900)  # minutes, on a busy machine
     return json.loads(file.with_suffix(".measured").read_text())
 
 
