@@ -199,9 +199,10 @@ def test_a_job_that_cannot_run_is_refused_before_it_trains(lab, tmp_path):
     assert job.ended() == "FAILED"
     assert "does NOT fit" in job.printed() and "nothing was trained" in job.printed()
     assert job.facts()["ExitCode"] == "2:0" and job.facts()["Restarts"] == "0"
-    assert "optim.lr?" in wrong(lab.train(tmp_path / "run", "--optim.lrr", "1"))
+    unknown = "unknown option --optim.lrr (did you mean optim.lr?)"
+    assert unknown in wrong(lab.train(tmp_path / "run", "--optim.lrr", "1"))
     words = ["--ds-config", "ds_configs/zero1.json", "--optim.lrr", "1"]
-    assert "optim.lr?" in wrong(lab.submit(*SIZE, "slurm/unic_b_8gpu.sh", *words, "--data.train=x"))
+    assert unknown in wrong(lab.submit(*SIZE, "slurm/unic_b_8gpu.sh", *words, "--data.train=x"))
     recipe = tmp_path / "mine.yaml"
     assert "needs --out" in wrong(lab.submit(*SIZE, "slurm/unic_b_8gpu.sh", f"--recipe={recipe}"))
     assert not list((tmp_path / "run").iterdir())

@@ -60,8 +60,8 @@ def examine(out: Path, *, hashes: bool) -> Finding:
         )
     whole = recipes.read(out / "config.yaml")
     stages = job.staged(whole, out)
-    ended = [state_of(folder)[0] == "finished" for _, folder in stages[:-1]]
-    number = ended.index(False) if False in ended else len(ended)
+    done = [job.ended(folder) for _, folder in stages[:-1]]
+    number = done.index(False) if False in done else len(done)
     cfg, folder = stages[number]
     of = f"Stage {number + 1} of {len(stages)}: " if len(stages) > 1 else ""
     step, saved = last_step(folder), checkpoint.steps_in(folder / "checkpoints")
@@ -74,7 +74,7 @@ def examine(out: Path, *, hashes: bool) -> Finding:
         do=advice(state, good[-1] if good else "", STOPS.get(state, "")),
         step=step,
         checkpoints=problems,
-        notes=notes(folder, [out / "STOP", *map(Path, filter(None, [whole.run.stop_file]))]),
+        notes=notes(folder, job.stop_files(out, whole.run.stop_file)),
     )
 
 
@@ -90,11 +90,11 @@ STOPS = {
 }
 
 
-def state_of(out: Path, steps: int = 0) -> tuple[str, str]:
+def state_of(out: Path, steps: int) -> tuple[str, str]:
     """State of a stage, of `steps` where they are known, and a sentence."""
     step = last_step(out)
     of = f"{step} of {steps}" if steps else str(step)
-    if (out / "student" / "model.safetensors").is_file() and (out / "results.json").is_file():
+    if job.ended(out):
         return "finished", f"It trained {step} steps, exported and was evaluated."
     ranks = last_start(out)
     if locked(out) or any(alive(out, row) for row in ranks):

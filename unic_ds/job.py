@@ -36,9 +36,17 @@ class Job:
     @property
     def finished(self) -> bool:
         """Whether the folder holds this run's end: its exported student and its table."""
-        return (self.out / "student" / "model.safetensors").is_file() and (
-            self.out / "results.json"
-        ).is_file()
+        return ended(self.out)
+
+
+def ended(out: Path) -> bool:
+    """Whether a stage's folder holds its exported student and its table."""
+    return (out / "student" / "model.safetensors").is_file() and (out / "results.json").is_file()
+
+
+def stop_files(out: Path, given: str) -> list[Path]:
+    """Files that have a run save and stop: its own, then the one of --run.stop_file."""
+    return [out / "STOP", *map(Path, filter(None, [given]))]
 
 
 def resolve(options: dict[str, str], ranks: int | None = None) -> Job:

@@ -112,8 +112,8 @@ def distil(task: job.Job, beat: Callable[[str, int], None], *, whole: job.Job) -
         beat("resuming", 0)
         first, last = resume(task, parts) + 1, parts.steps
         lock = record(task, parts.manifest, whole)
-    own_stop = whole.out / "STOP"
-    request = dist.StopRequest(own_stop, *map(Path, filter(None, [whole.cfg.run.stop_file])))
+    stops = job.stop_files(whole.out, whole.cfg.run.stop_file)
+    request = dist.StopRequest(*stops)
     step = None
     while step is None:
         try:
@@ -129,7 +129,7 @@ def distil(task: job.Job, beat: Callable[[str, int], None], *, whole: job.Job) -
     else:
         log.say(f"stopped after step {step} of {last}; the same command goes on from there")
         if dist.rank() == 0:
-            own_stop.unlink(missing_ok=True)  # it was meant for this start alone
+            stops[0].unlink(missing_ok=True)  # it was meant for this start alone
     lock.close()
     return step == last
 
