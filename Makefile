@@ -16,6 +16,10 @@ ifeq ($(wildcard /dev/nvidia[0-9]* /dev/dxg),)
 unexport CUDA_VISIBLE_DEVICES
 endif
 
+# Two files of tests at a time, each process on one core: threads that spin would starve the ranks.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-long test-faults soak test-gpu test-all bench-data lint types clean
 
@@ -51,10 +55,11 @@ quickstart: $(VENV)/.demo
 	$(BIN)/deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json
 
 test: $(VENV)/.demo $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not soak and not gpu"
+	$(PYTEST) -m "not slow and not soak and not gpu"
 
 test-long: $(VENV)/.demo $(VENV)/.dev
-	$(BIN)/python -m pytest -m "slow and not soak and not gpu"
+	$(PYTEST) -m "slow and not alone and not soak and not gpu"
+	$(BIN)/python -m pytest -m "slow and alone and not soak and not gpu"
 
 test-faults: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python -m pytest -m "fault and not soak"

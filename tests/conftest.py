@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,8 @@ from runs import FINISHED, PARTIAL, alone, launched, run
 
 from unic_ds import quickstart
 
+FAULT = "fault"
 HEAD = "| fault | what the run does | proven |", "|---|---|---|"
-PROVEN = pytest.StashKey[dict[str, tuple[str, str, str]]]()
-"""Test -> (fault, what the run does about it, passed or failed) of this session."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,13 +18,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults-table", type=Path, help="write the table of faults to this file")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Faults that this session injects are noted."""
-    config.stash[PROVEN] = {}
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip what needs a GPU where there is none; let reports carry the fault that is injected."""
+    for item in items:
+        if mark := item.get_closest_marker("fault"):
+            item.user_properties.append((FAULT, mark.args))
     needy = [item for item in items if item.get_closest_marker("gpu")]
     if not needy:
         return
@@ -37,31 +33,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Note what came of a test that injects a fault."""
-    report = yield
-    mark = item.get_closest_marker("fault")
-    if mark and (report.when == "call" or not report.passed):
-        fault, outcome = mark.args
-        item.config.stash[PROVEN][item.nodeid] = (fault, outcome, report.outcome)
-    return report
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the faults that were injected and what came of them, as a table."""
-    config = terminalreporter.config
-    rows = list(config.stash[PROVEN].values())
+    results = ("passed", "failed", "error", "skipped")
+    reports = [r for result in results for r in terminalreporter.stats.get(result, [])]
+    rows: dict[str, tuple[str, str, str]] = {}
+    for report in sorted(reports, key=lambda report: (report.location[0], report.start)):
+        for name, value in report.user_properties:
+            if name == FAULT:
+                rows[report.nodeid] = (*value, report.outcome)
     if not rows:
         return
-    held, skipped = (sum(row[2] == result for row in rows) for result in ("passed", "skipped"))
-    lines = [*HEAD, *(f"| {' | '.join(row)} |" for row in rows)]
+    held, skipped = (
+        sum(row[2] == result for row in rows.values()) for result in ("passed", "skipped")
+    )
+    lines = [*HEAD, *(f"| {' | '.join(row)} |" for row in rows.values())]
     rest = f"; {skipped} were not injected here" if skipped else ""
     lines += ["", f"{held} of {len(rows)} faults end as they should{rest}."]
     terminalreporter.section("faults")
     for line in lines:
         terminalreporter.write_line(line)
-    if file := config.getoption("--faults-table"):
+    if file := terminalreporter.config.getoption("--faults-table"):
         file.write_text("\n".join(lines) + "\n")
 
 

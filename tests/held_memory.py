@@ -55,10 +55,16 @@ def targets(cfg: config.Config, micro: int, tokens: int, dtype: torch.dtype) -> 
 
 
 def measure(options: dict[str, str], file: dict[str, Any]) -> dict[str, float]:
-    """One row's figures."""
+    """One row's figures, and what is left when the run lets its engine go."""
+    start = held()
+    return stepped(options, file, start) | {"left": held() - start}
+
+
+def stepped(options: dict[str, str], file: dict[str, Any], start: int) -> dict[str, float]:
+    """Figures of a student's first two steps; `start` bytes were there before."""
     cfg = override.override_all(recipes.get("quickstart"), options)
     settings = ds_config.merge(file, cfg, dist.world())
-    micro, start = settings["train_micro_batch_size_per_gpu"], held()
+    micro = settings["train_micro_batch_size_per_gpu"]
     heads: dict[str, Head] = heads_of(cfg, WIDTHS)
     student = Student(cfg.student, cfg.ladder, heads, seed=0, ops=KERNELS[cfg.kernels])
     made = engine.build(student, cfg.optim, settings)
@@ -105,6 +111,7 @@ def measure(options: dict[str, str], file: dict[str, Any]) -> dict[str, float]:
         if number % 2:
             after["step"] = held()
     given += image.nbytes + path_BK.nbytes + drop_TB.nbytes
+    engine.release(made)
     return {
         "between": after["step"] - start - given,
         "gradients": after["backward"] - after["step"],

@@ -29,7 +29,7 @@ QUICK = dict.fromkeys(("precision", *TEACHERS), "fp32") | {"optim.batch_size": "
 """What runs take here that do not ask otherwise: some CPUs compute bf16 ten times slower."""
 AS_SHIPPED = {key.replace(".", "__"): "bf16" for key in ("precision", *TEACHERS)}
 
-FINISHED = AS_SHIPPED | {"optim__steps": 4, "run__save_every": 2}
+FINISHED = {"optim__steps": 4, "run__save_every": 2}
 """The run of two ranks that the fixture `finished` makes."""
 PARTIAL = {"optim__steps": 6, "run__save_every": 2, "eval__on": "false"}
 """The run that the fixture `stopped` stops after four steps."""

@@ -51,16 +51,13 @@ def peak(found: dict[str, Any]):
     found["kept"] = max(dist.gather_objects(resident() - start))
 
 
-def settings(*, bf16: bool, offload: bool = False) -> dict[str, Any]:
+def settings(*, bf16: bool) -> dict[str, Any]:
     """A ds_config of ZeRO-3."""
-    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    if offload:
-        zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": dist.world(),
         "bf16": {"enabled": bf16},
-        "zero_optimization": zero,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
     }
@@ -104,11 +101,6 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
     found["whole"] = whole_bytes(student)
     found["parameters"] = sum(engine.shape(p).numel() for p in student.parameters())
     found["partitioned"] = all(p.numel() == 0 for p in student.parameters())
-    if row.get("built"):
-        given = settings(bf16=row["bf16"], offload=bool(row.get("offload")))
-        with peak(built := {}):
-            engine.build(student, config.Optim(), given)
-        found["built"] = built
     if row.get("compare"):
         other = make()
         begin(other)

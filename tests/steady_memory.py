@@ -1,6 +1,6 @@
 """What a run under ZeRO-3 holds after every eighth step: `steady_memory.py OUT [train's options]`.
 
-The loop is that of unic_ds/train.py, with teachers beside it and the student asked without
+Steps are those of unic_ds/train.py, with teachers beside, and the student is asked without
 gradients in between, as an evaluation does.
 """
 
@@ -12,11 +12,8 @@ from pathlib import Path
 import torch
 from held_memory import held
 
-from unic_ds import dist, entry, job
-from unic_ds.loss import distill_loss
-from unic_ds.ops import KERNELS
+from unic_ds import dist, entry, job, train
 from unic_ds.parts import build
-from unic_ds.train import uniforms
 
 EVERY = 8
 
@@ -31,32 +28,15 @@ def main(out: Path, argv: list[str]) -> None:
     task = job.resolve(entry.parse(argv)[1])
     dist.start()
     cfg, parts, rows = task.cfg, build(task), []
+    side = cfg.student.size
+    image_B3HW = torch.zeros(cfg.optim.batch_size, 3, side, side, dtype=torch.uint8)
     for step in range(1, cfg.optim.steps + 1):
-        batch = next(parts.stream)
-        drop_TB, path_BK = uniforms(cfg, step, batch.position_B, parts.engine)
-        target = parts.teachers(batch.images, batch.beside)
-        pred = parts.engine(batch.images[cfg.student.size], path_BK)
-        loss, _ = distill_loss(
-            pred,
-            target,
-            drop_TB,
-            loss=cfg.loss,
-            balance=parts.balance,
-            distances=cfg.distances,
-            everyone=dist.gather_batch,
-            ops=KERNELS[cfg.kernels],
-        )
-        parts.guard.see(loss)
-        parts.engine.backward(loss)
-        parts.engine.step()
-        taken = parts.guard.close()
-        parts.teachers.track(0.1, taken)
-        parts.balance.track(taken)
+        for _ in train.optimise(cfg, parts, step, beat=lambda *_: None):
+            pass
         if step % EVERY == 0:
             parts.guard.verdicts()  # as at a log line
             with torch.no_grad():
-                parts.engine(batch.images[cfg.student.size], path_BK)
-            del batch, target, pred, loss, drop_TB, path_BK
+                parts.engine(image_B3HW)
             rows.append((held(), resident()))
     parts.stream.close()
     out.write_text(json.dumps(rows))

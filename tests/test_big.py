@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadOptimizerConfig,
     DeepSpeedZeroOffloadParamConfig,
 )
-from runs import ROOT, environment, launch
+from runs import DEMONSTRATION, ROOT, curve, environment, launch, run, two
 
 from unic_ds import config, initial
 from unic_ds.export import export
@@ -82,12 +83,50 @@ def test_a_student_born_in_parts_is_bitwise_the_one_born_whole(tmp_path: Path) -
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_no_rank_ever_holds_the_whole_of_a_vit_l(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "last", "bf16", "parameters"),
+    [
+        ("vit_large_patch14_reg4_dinov2", "23", False, 3e8),
+        pytest.param("vit_giant_patch14_clip_224", "39", True, 1e9, marks=pytest.mark.soak),
+        pytest.param("vit_gigantic_patch14_clip_224", "47", True, 1.8e9, marks=pytest.mark.soak),
+    ],
+    ids=["large", "giant", "gigantic"],
+)
+def test_no_rank_ever_holds_the_whole_of_it(
+    model: str, last: str, bf16: bool, parameters: float, tmp_path: Path
+) -> None:
     """Of two ranks each has half, and at most a parameter or two more: measured 0.55."""
-    asked = row("vit_large_patch14_reg4_dinov2", 112, bf16=False, rungs="23") | {"compare": False}
+    asked = row(model, 112, bf16=bf16, rungs=last) | {"compare": False}
     (found,) = measured("sharded_students", tmp_path, [asked])
-    assert found["parameters"] > 3e8 and found["partitioned"]
+    print(found)  # for docs/ds_configs.md
+    assert found["parameters"] > parameters and found["partitioned"]
     assert 0.4 * found["whole"] < found["peak"] < 0.65 * found["whole"]
+
+
+@DEMONSTRATION
+@pytest.mark.dist
+@pytest.mark.soak
+def test_a_vit_l_takes_the_same_steps_under_every_stage(tmp_path: Path) -> None:
+    """ZeRO-2, ZeRO-3 and ZeRO-3 with everything on the CPU, in fp32; the encoder is exported."""
+    asked: dict[str, Any] = {
+        "student__model": "vit_large_patch14_224",
+        "student__size": 112,
+        "ladder__rungs": "23",
+        "optim__batch_size": 4,
+        "optim__steps": 3,
+        "optim__warmup_epochs": 0,
+        "eval__on": "false",
+    }
+    losses = {}
+    for zero in ("zero2", "zero3", "zero3_offload"):
+        out = tmp_path / zero
+        run(two(out, zero=zero, **asked), timeout=1800)
+        losses[zero] = [row["loss"] for row in curve(out).values()]
+        assert (out / "student" / "model.safetensors").stat().st_size > 1.2e9
+        shutil.rmtree(out)  # 6 GB
+    assert len(losses["zero2"]) == 3
+    assert losses["zero3"] == pytest.approx(losses["zero2"], rel=1e-5)
+    assert losses["zero3_offload"] == pytest.approx(losses["zero2"], rel=1e-5)
 
 
 @pytest.mark.dist

@@ -43,10 +43,13 @@ NEWEST, NEXT = "step_0000004", "step_0000006"
 
 def words(folder, name, stage, **more):
     """The command line of a run `name` under `folder`."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 1000}
+    if "offload" in name:
+        zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     settings = {
         "train_micro_batch_size_per_gpu": 8,
         "bf16": {"enabled": "bf16" in name},
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 1000},
+        "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
     }
@@ -74,6 +77,7 @@ def sources(demonstration, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     plan = [words(folder, "whole", 2), words(folder, "bf16_whole", 1)]
     plan += [words(folder, f"2_zero{z}", z, run__stop_at=2) for z in (0, 1, 3)]
+    plan += [words(folder, "2_offload", 3, run__stop_at=2)]
     printed = run(command(folder, 2, plan))
     assert "saved step_0000006 in " in printed
     return folder
@@ -177,6 +181,8 @@ def ended(harmed, moved):
         words(folder, "2_zero3_end", 3, resume=after(folder, "4_zero2", 5)),
         words(folder, "2_zero1_end", 1, resume=after(folder, "1_zero0", 4)),
         words(folder, "2_bf16_end", 2, resume=after(folder, "1_bf16", 4)),
+        words(folder, "2_offload", 3),
+        words(folder, "2_offload_end", 3, resume=after(folder, "whole", 2)),
     ]
     printed = moved + run(command(folder, 2, plan))
     plan = [
@@ -258,7 +264,7 @@ def test_a_full_disk(ended):
     assert_ended_as_unharmed(folder, "full")
 
 
-ENDED = ("2_zero3_end", "2_zero1_end", "1_zero2_end", "1_zero0_end")
+ENDED = ("2_zero3_end", "2_zero1_end", "2_offload_end", "1_zero2_end", "1_zero0_end")
 RESUMED = ("1_zero3", "1_zero0", "4_zero2", "4_zero0", *ENDED)
 
 
@@ -268,9 +274,10 @@ def test_other_ranks_and_stages_go_on_with_the_same_curve(ended):
     folder, printed, _ = ended
     assert printed.count("laid out anew for") == len(RESUMED) + 2
     assert "saved by 2 ranks, ZeRO-0; laid out anew for 1 rank, ZeRO-3" in printed
+    assert f"resumed after step 2 from {after(folder, '2_offload', 2)}" in printed
     whole = curve(folder / "whole")
     assert {step for name in RESUMED for step in curve(folder / name)} == {3, 4, 5, 6}
-    for name in RESUMED:
+    for name in (*RESUMED, "2_offload"):
         for step, row in curve(folder / name).items():
             assert row["loss"] == pytest.approx(whole[step]["loss"], rel=1e-5), (name, step)
             if row["grad_norm"] is not None:  # ZeRO-0 in fp32 tells none
@@ -284,7 +291,7 @@ def test_the_average_of_the_weights_moves_along(ended):
     whole = engine.ZeroShards(after(folder, "whole", STEPS) / "zero")
     average, masters = whole.whole("average"), whole.whole("")
     assert largest_gap(average, masters) > 1e-3  # another thing than the weights
-    for name in ENDED:
+    for name in (*ENDED, "2_offload"):
         shards = after(folder, name, STEPS) / "zero"
         saved = (engine.PlainState if "zero0" in name else engine.ZeroShards)(shards)
         assert saved.step == STEPS

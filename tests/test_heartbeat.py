@@ -119,7 +119,7 @@ def check(end: End, event: str, text: str) -> None:
     assert end.event["ranks"][0]["rank"] == end.rank
 
 
-pytestmark = [DEMONSTRATION, pytest.mark.slow, pytest.mark.dist]
+pytestmark = [DEMONSTRATION, pytest.mark.slow, pytest.mark.alone, pytest.mark.dist]
 
 
 @pytest.mark.fault("a rank sleeps in a teacher", "ends, naming it and its phase")

@@ -135,7 +135,7 @@ def test_a_bare_file_starts_the_encoder_alone(
         ({"names": ("a", "b", "c")}, {"the ladder", "the statistics"}),
         ({"names": ("b", "a")}, set()),
     ],
-    ids=str,
+    ids=["rungs", "width", "fewer teachers", "more teachers", "another order"],
 )
 def test_another_ladder_or_teachers_start_anew_and_say_so(
     change: dict[str, Any], anew: set[str], folder: Path, capsys: pytest.CaptureFixture[str]

@@ -20,14 +20,14 @@ CONFIGS = [
     for stage in (0, 1, 2, 3)
     for bf16, micro in ((True, 2), (False, 4))
 ] + [
-    (PATCHES | {"optim.ema": "0.99"}, 2, True, 8),
+    (PATCHES | {"optim.ema": "0.99"}, 2, True, 4),
     (PATCHES | {"optim.ema": "0.99"}, 3, True, 4),
-    (PATCHES | {"ladder.recompute": "none"}, 1, True, 8),
+    (PATCHES | {"ladder.recompute": "none"}, 1, True, 4),
     (PATCHES | {"ladder.recompute": "all", "student.model": "vit_small_patch16_224"}, 2, True, 4),
     (PATCHES | {"ladder.projector": "linear", "ladder.rungs": "last"}, 2, False, 8),
     (PATCHES | {"kernels": "reference"}, 3, True, 2),
-    (PATCHES | {"student.checkpoint": "full"}, 2, True, 8),
-    (PATCHES | {"student.checkpoint": "every:3"}, 3, True, 8),
+    (PATCHES | {"student.checkpoint": "full"}, 2, True, 4),
+    (PATCHES | {"student.checkpoint": "every:3"}, 3, True, 4),
 ]
 
 
@@ -81,3 +81,5 @@ def test_memory_and_flops_are_those_of_a_real_run(measured, number):
     if stage == 3:
         step += traced.flops[AGAIN_ZERO3] - traced.flops[AGAIN]
     assert real["step_flops"] == pytest.approx(step, rel=0.02)
+    # what is measured after the last step has the room that training had
+    assert real["left"] < 0.01 * between

@@ -43,6 +43,7 @@ def missing() -> str:
 SEARCHED = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.dist,
     pytest.mark.skipif(bool(missing()), reason=str(missing())),
 ]

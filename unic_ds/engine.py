@@ -392,6 +392,19 @@ def own_norm(weights: list[Tensor]) -> Tensor:
     return nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
 
 
+def release(engine: Any) -> None:
+    """Free what training holds; the engine cannot be used again.
+
+    ZeRO-3 makes autograd functions of the modules, which torch keeps for ever, so references to
+    what is large are cut.
+    """
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        vars(parameter).clear()  # what DeepSpeed hung there: a rank's part, the optimiser
+        parameter.data, parameter.grad = torch.empty(0, dtype=parameter.dtype), None
+    vars(engine).clear()
+
+
 def grad_norm(engine: Any) -> Tensor | float | None:
     """The last step's gradient norm over all ranks as DeepSpeed kept it, if it did; not read."""
     return engine.get_global_grad_norm()

@@ -4,6 +4,7 @@ own start.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,25 +22,35 @@ def finish(task: job.Job, parts: Any) -> None:
 
     Rank 0 fits the probes alone: the others are done, and wait for nothing.
     """
-    state = engine.weights(parts.engine, "encoder.")
-    ladder = parts.engine.module.ladder
-    own = engine.weights(parts.engine, "ladder.")
-    source = parts.val or parts.train
-    if dist.rank() == 0:
-        beside = {
-            export.LADDER: ladder.published(own),
-            export.STATISTICS: parts.teachers.state_dict(),
-        }
-        images, out = sample(source, task.cfg, 8), task.out / "student"
-        path = export.export(state, task.cfg, images, out, teachers=parts.manifest, beside=beside)
-        log.say(f"exported encoder: {path}")
+    publish(task, parts)
     dist.barrier()
-    del state, own
+    let_go(parts)
     rows = measure(task, parts) if measurable(task, parts) else {}
     if dist.rank() == 0:
         table.write(rows, task.out, log.read(task.out / "log.jsonl"))
         if rows:
             print(f"\n{table.render(rows)}", flush=True)
+
+
+def publish(task: job.Job, parts: Any) -> None:
+    """Write `student/`: rank 0 does, of weights that all ranks give."""
+    state, own = (engine.weights(parts.engine, part) for part in ("encoder.", "ladder."))
+    if dist.rank() != 0:
+        return
+    beside = {
+        export.LADDER: parts.engine.module.ladder.published(own),
+        export.STATISTICS: parts.teachers.state_dict(),
+    }
+    images, out = sample(parts.val or parts.train, task.cfg, 8), task.out / "student"
+    path = export.export(state, task.cfg, images, out, teachers=parts.manifest, beside=beside)
+    log.say(f"exported encoder: {path}")
+
+
+def let_go(parts: Any) -> None:
+    """Free what training held: every rank is about to hold the whole encoder, twice."""
+    engine.release(parts.engine)
+    parts.engine = None
+    gc.collect()  # DeepSpeed's objects know each other
 
 
 def measurable(task: job.Job, parts: Any) -> bool:

@@ -36,42 +36,17 @@ class Parts:
 
 def build(task: job.Job) -> Parts:
     """Images, teachers, student and engine of a job."""
-    from unic_ds import balance, dist, engine, initial, log
+    from unic_ds import balance, dist, engine, log
     from unic_ds.guard import Guard
-    from unic_ds.ladder import heads_of
-    from unic_ds.ops import KERNELS
-    from unic_ds.student import Student, grid_of
     from unic_ds.teachers.cache import FeatureCache
-    from unic_ds.teachers.pool import Teachers
 
-    cfg, device, ops = task.cfg, dist.device(), KERNELS[task.cfg.kernels]
+    cfg, device = task.cfg, dist.device()
     train, val = find_images(cfg)
     held_out = f", {len(val)} held out" if val else ""
     log.say(f"{len(train)} training images in {cfg.data.train}{held_out}")
-    grid = grid_of(cfg.student)
     cache = FeatureCache(cfg.cache, cfg.teachers, draws_of(cfg, train)) if cfg.cache else None
-    teachers = Teachers(
-        cfg.teachers,
-        grid=grid,
-        standardise=cfg.standardise,
-        device=device,
-        ops=ops,
-        cache=cache,
-        sample=few(cfg, train),
-    )
-    manifest = dist.share(teachers.manifest() if dist.rank() == 0 else None)
-    for name, facts in manifest.items():
-        log.say(f"teacher {name}: {facts['source']}, {facts['width']} wide, {facts['size']} px")
-    for teacher in teachers.teachers.values():
-        if teacher.fidelity:
-            near = ", ".join(f"{kind} {value:.4f}" for kind, value in teacher.fidelity.items())
-            log.say(f"teacher {teacher.name} in {teacher.row.precision}: cosine to bf16 {near}")
-    heads = heads_of(cfg, teachers.widths)
-    make = partial(Student, cfg.student, cfg.ladder, heads, seed=cfg.seed, ops=ops)
-    if cfg.run.compiles("student"):
-        make = partial(make, compiled=True)
-    student = engine.create(partial(make, whole=engine.whole), task.settings).to(device)
-    init = initial.start(task.init, student, teachers) if task.init else None
+    teachers, manifest = find_teachers(cfg, train, cache)
+    student, init = start_student(task, teachers)
     flops = count_flops(cfg, teachers, device)
     if cfg.run.compiles("teachers"):
         teachers.compile()
@@ -94,6 +69,54 @@ def build(task: job.Job) -> Parts:
         steps=cfg.optim.step_count(train.per_epoch),
         flops=flops,
     )
+
+
+def find_teachers(cfg: config.Config, train: Any, cache: Any) -> tuple[Any, dict[str, Any]]:
+    """The teachers on this rank's device, and their manifest, which is rank 0's."""
+    from unic_ds import dist, log
+    from unic_ds.ops import KERNELS
+    from unic_ds.student import grid_of
+    from unic_ds.teachers.pool import Teachers
+
+    teachers = Teachers(
+        cfg.teachers,
+        grid=grid_of(cfg.student),
+        standardise=cfg.standardise,
+        device=dist.device(),
+        ops=KERNELS[cfg.kernels],
+        cache=cache,
+        sample=few(cfg, train),
+    )
+    manifest = dist.share(teachers.manifest() if dist.rank() == 0 else None)
+    for name, facts in manifest.items():
+        log.say(f"teacher {name}: {facts['source']}, {facts['width']} wide, {facts['size']} px")
+    for teacher in teachers.teachers.values():
+        if teacher.fidelity:
+            near = ", ".join(f"{kind} {value:.4f}" for kind, value in teacher.fidelity.items())
+            log.say(f"teacher {teacher.name} in {teacher.row.precision}: cosine to bf16 {near}")
+    return teachers, manifest
+
+
+def start_student(task: job.Job, teachers: Any) -> tuple[Any, dict[str, str] | None]:
+    """The student on this rank's device, and the hashes of the files that it starts from."""
+    from unic_ds import dist, engine, initial
+    from unic_ds.ladder import heads_of
+    from unic_ds.ops import KERNELS
+    from unic_ds.student import Student
+
+    cfg = task.cfg
+    make = partial(
+        Student,
+        cfg.student,
+        cfg.ladder,
+        heads_of(cfg, teachers.widths),
+        seed=cfg.seed,
+        ops=KERNELS[cfg.kernels],
+        compiled=cfg.run.compiles("student"),
+        whole=engine.whole,
+    )
+    student = engine.create(make, task.settings).to(dist.device())
+    return student, initial.start(task.init, student, teachers) if task.init else None
 
 
 def find_images(cfg: config.Config) -> tuple[Any, Any]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,22 +140,11 @@ def learn(
 
     rollback.Setback where too many steps in a row were skipped.
     """
-    from unic_ds import dist, log, rollback
+    from unic_ds import log, rollback
     from unic_ds.engine import grad_norm
     from unic_ds.folder import save
-    from unic_ds.loss import distill_loss
-    from unic_ds.ops import KERNELS
 
-    cfg, engine, stream, teachers = task.cfg, parts.engine, parts.stream, parts.teachers
-    judge = partial(
-        distill_loss,
-        loss=cfg.loss,
-        balance=parts.balance,
-        distances=cfg.distances,
-        everyone=dist.gather_batch,
-        ops=KERNELS[cfg.kernels],
-    )
-    guard, last = parts.guard, parts.steps
+    cfg, last = task.cfg, parts.steps
     stop, step = min(cfg.run.stop_at or last, last), first - 1
     book = log.Log(
         task.out,
@@ -168,25 +156,9 @@ def learn(
     with book:
         for step in range(first, stop + 1):
             rate = optim.learning_rate(step, cfg.optim, parts.train.per_epoch)
-            optim.apply(engine.optimizer, rate)
-            for _ in range(engine.gradient_accumulation_steps()):
-                beat("reading data", step)
-                batch = next(stream)
-                drop_TB, path_BK = uniforms(cfg, step, batch.position_B, engine)
-                beat("teachers", step)
-                target = teachers(batch.images, batch.beside)
-                beat("student", step)
-                pred = engine(batch.images[cfg.student.size], path_BK)
-                loss, metrics = judge(pred, target, drop_TB)
-                guard.see(loss)
-                beat("backward", step)
-                engine.backward(loss)
-                engine.step()
+            optim.apply(parts.engine.optimizer, rate)
+            for metrics in optimise(cfg, parts, step, beat):
                 book.add(metrics)
-            beat("end of step", step)
-            taken = guard.close()
-            teachers.track(optim.momentum(step, cfg.standardise, last), taken)
-            parts.balance.track(taken)
             if step == first:
                 log.say(f"first optimiser step done {log.since_start():.0f} s after the start")
             asked = request.agreed()
@@ -194,11 +166,11 @@ def learn(
             if saves or due(step, cfg.run.log_every, stop):
                 row, verdict_PK = book.write(
                     step,
-                    waited_s=stream.waited_s,
-                    bad=len(stream.bad),
-                    verdict_K=guard.verdicts(),
+                    waited_s=parts.stream.waited_s,
+                    bad=len(parts.stream.bad),
+                    verdict_K=parts.guard.verdicts(),
                     lr=rate,
-                    grad_norm=grad_norm(engine),
+                    grad_norm=grad_norm(parts.engine),
                 )
                 rollback.heed(task, parts, step, verdict_PK)
             if saves:
@@ -207,6 +179,44 @@ def learn(
             if asked:
                 break
     return step
+
+
+def optimise(
+    cfg: config.Config, parts: Any, step: int, beat: Callable[[str, int], None]
+) -> Iterator[dict[str, Any]]:
+    """One optimiser step; the metrics of each of its micro batches, on the device."""
+    from unic_ds import dist
+    from unic_ds.loss import distill_loss
+    from unic_ds.ops import KERNELS
+
+    engine, guard, teachers = parts.engine, parts.guard, parts.teachers
+    for _ in range(engine.gradient_accumulation_steps()):
+        beat("reading data", step)
+        batch = next(parts.stream)
+        drop_TB, path_BK = uniforms(cfg, step, batch.position_B, engine)
+        beat("teachers", step)
+        target = teachers(batch.images, batch.beside)
+        beat("student", step)
+        pred = engine(batch.images[cfg.student.size], path_BK)
+        loss, metrics = distill_loss(
+            pred,
+            target,
+            drop_TB,
+            loss=cfg.loss,
+            balance=parts.balance,
+            distances=cfg.distances,
+            everyone=dist.gather_batch,
+            ops=KERNELS[cfg.kernels],
+        )
+        guard.see(loss)
+        beat("backward", step)
+        engine.backward(loss)
+        engine.step()
+        yield metrics
+    beat("end of step", step)
+    taken = guard.close()
+    teachers.track(optim.momentum(step, cfg.standardise, parts.steps), taken)
+    parts.balance.track(taken)
 
 
 def uniforms(cfg: config.Config, step: int, position_B: Any, engine: Any) -> tuple[Any, Any]:
