@@ -136,11 +136,12 @@ def test_a_folder_of_another_run_is_refused_naming_the_keys(finished):
     assert "holds a run already" in printed
 
 
-def test_kill_9_and_the_same_command_give_the_same_curve(few_images, tmp_path):
+def test_kill_9_and_the_same_command_give_the_same_curve(tmp_path):
     """On a mixture of a folder and shards, over the end of an epoch."""
-    pack = verb("pack", few_images, tmp_path / "pack", "--shard_mb", 1)
+    images = few_images(tmp_path, 40)
+    pack = verb("pack", images, tmp_path / "pack", "--shard_mb", 1)
     assert "160 images in" in run(pack)
-    more = {"data__train": f"{few_images}=0.5,{tmp_path / 'pack'}"}
+    more = {"data__train": f"{images}=0.5,{tmp_path / 'pack'}"}
     more |= {"optim__batch_size": 24, "optim__steps": 12, "run__save_every": 3, "eval__on": "false"}
     run(alone(tmp_path / "whole", **more))
     process = start(alone(tmp_path / "killed", **more))
@@ -247,13 +248,12 @@ def test_every_zero_stage_trains_and_agrees(tmp_path):
     assert (tmp_path / "offload" / "student" / "model.safetensors").is_file()
 
 
-@pytest.fixture
-def few_images(tmp_path):
-    """40 photographs of each class, as links."""
-    images = tmp_path / "images"
+def few_images(folder, count):
+    """So many photographs of each class, as links in a folder below."""
+    images = folder / "images"
     for folder in sorted((quickstart.root() / quickstart.PARTS[0]).iterdir()):
         (images / folder.name).mkdir(parents=True)
-        for file in sorted(folder.iterdir())[:40]:
+        for file in sorted(folder.iterdir())[:count]:
             (images / folder.name / file.name).symlink_to(file)
     return images
 
@@ -269,13 +269,14 @@ def spoil(images):
     Image.new("L", (1, 1)).save(folder / "one_pixel.jpg")
 
 
-def test_broken_images_cost_themselves_and_too_many_stop_the_run(few_images, tmp_path):
-    spoil(few_images)
-    more = {"data__train": few_images, "optim__batch_size": 32, "optim__steps": 6}
+def test_broken_images_cost_themselves_and_too_many_stop_the_run(tmp_path):
+    images = few_images(tmp_path, 120)
+    spoil(images)
+    more = {"data__train": images, "optim__batch_size": 64, "optim__steps": 8}
     more["eval__on"] = "false"
-    printed = run(alone(tmp_path / "on", **more, data__bad_limit=0.05))
+    printed = run(alone(tmp_path / "on", **more, data__bad_limit=0.02))
     assert "gif.jpg" in printed
-    assert curve(tmp_path / "on")[6]["bad_images"] == 3
+    assert curve(tmp_path / "on")[8]["bad_images"] == 3
     printed = run(alone(tmp_path / "off", **more, data__bad_limit=0.001), code=2)
     assert "data.bad_limit" in printed
     assert printed.count("empty.jpg") >= 1
