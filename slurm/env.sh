@@ -44,5 +44,10 @@ export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 NPROC=${UNIC_DS_NPROC:-${SLURM_GPUS_ON_NODE:-1}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((${SLURM_CPUS_PER_TASK:-1} + NPROC - 1) / NPROC))}
 
+# Seconds that ranks which are told to end have for a step and a save before torchrun kills them, and
+# seconds after the warning of a time limit until a job that has not stopped is requeued as it is.
+SHUTDOWN=${UNIC_DS_SHUTDOWN:-300}
+LATE=${UNIC_DS_LATE:-240}
+
 # How often a job may requeue itself, preemptions and time limits included.
 MAX_REQUEUES=${UNIC_DS_MAX_REQUEUES:-100}

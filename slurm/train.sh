@@ -21,7 +21,8 @@ main() {
   asked= # to stop: by the time limit or by a preemption
   mkdir -p "$OUT" || exit 2
   rm -f "$OUT/STOP"
-  trap 'asked=yes; touch "$OUT/STOP"' USR1 TERM
+  trap 'asked=yes; touch "$OUT/STOP"; late' USR1
+  trap 'asked=yes; touch "$OUT/STOP"' TERM
   if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
     rm -f "$OUT/slurm.failed"
     refuse "$ranks"
@@ -87,24 +88,51 @@ train() {
     code=$?
   done
   rm -f "$OUT/STOP"
+  if [ -n "${timer-}" ]; then kill "$timer" 2>/dev/null; fi
   return "$code"
+}
+
+# Told of the time limit: a run that builds, resumes or evaluates does not look for STOP, and what
+# Slurm then ends it would not requeue.
+# shellcheck disable=SC2317 # the trap calls it
+late() {
+  if [ -n "${timer-}" ]; then return; fi
+  { sleep "$LATE" && say "did not stop within $LATE s" && again 1; } &
+  timer=$!
+}
+
+# A command of Slurm's, asked again for a minute: its controller is slow when much happens.
+ask() {
+  local -i i
+  for ((i = 0; i < 12; i++)); do
+    if "$@"; then return; fi
+    sleep 5
+  done
+  return 1
 }
 
 # By the time limit, or by a preemption, of which Slurm tells the ranks and not this shell.
 asked_to_stop() {
-  [ -n "$asked" ] || scontrol show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
+  [ -n "$asked" ] || [[ $(ask scontrol show job "$SLURM_JOB_ID") =~ \ PreemptTime=[0-9] ]]
 }
 
 # Requeue a job that did not finish; else what it ends with.
 again() {
-  # Cancelled, or already requeued by Slurm: nothing of ours to add.
-  if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" != RUNNING ]; then return "$1"; fi
+  local state
+  if ! state=$(ask squeue -h -j "$SLURM_JOB_ID" -o %T); then
+    say "Slurm does not answer; submit it again to go on"
+    return "$1"
+  fi
+  case $state in # cancelled, or already requeued by Slurm: nothing of ours to add
+    RUNNING | SIGNALING) ;;
+    *) return "$1" ;;
+  esac
   if ! asked_to_stop && { decided || ! hopeful; }; then return "$1"; fi
   if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
     say "requeued $MAX_REQUEUES times (MAX_REQUEUES); submit it again to go on"
     return 1
   fi
-  scontrol requeue "$SLURM_JOB_ID"
+  ask scontrol requeue "$SLURM_JOB_ID"
 }
 
 # Whether this start ended for a reason that the next would meet again.

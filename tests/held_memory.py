@@ -1,7 +1,8 @@
 """What ranks really hold under DeepSpeed, for tests/test_plan.py: `held_memory.py PLAN.json`.
 
 For each row of the plan, a recipe's options and a ds_config, a student is built, stepped twice and
-measured: bytes of all tensors that are alive, by when they came, and what autograd keeps.
+measured: bytes of all tensors that are alive, by when they came, what autograd keeps, and bytes
+that collectives send.
 """
 
 import gc
@@ -9,20 +10,43 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from unic_ds import balance, config, dist, ds_config, engine, override, recipes
+from unic_ds.counters import flop_counter
 from unic_ds.ladder import Head, heads_of
 from unic_ds.loss import distill_loss
 from unic_ds.ops import KERNELS
 from unic_ds.student import Student
 from unic_ds.tokens import Target, Tokens
-from unic_ds.tracing import flop_counter
 
 WIDTHS = {"effnet": 1280, "dinov2": 384}
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that a rank sends in collectives, each taken to be a ring."""
+
+    ROUNDS: ClassVar = {"allreduce": 2, "reduce_scatter": 1, "reduce": 1, "allgather": 1}
+    """How often a ring sends the whole of the larger of what goes in and what comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, name = func._schema.name.split("::")
+        kind = next((k for k in self.ROUNDS if name.strip("_").startswith(k)), None)
+        if space == "c10d" and kind:
+            # Each of the first two may be a list, of which an all-gather's has lists itself.
+            sizes = [sum(x.nbytes for x in tree_iter(a) if isinstance(x, Tensor)) for a in args[:2]]
+            share = (dist.world() - 1) / dist.world()
+            self.nbytes += self.ROUNDS[kind] * share * max(sizes)
+        return func(*args, **(kwargs or {}))
 
 
 def held() -> int:
@@ -91,7 +115,9 @@ def stepped(options: dict[str, str], file: dict[str, Any], start: int) -> dict[s
         path_BK = torch.rand(micro, len(student.paths))
         drop_TB = torch.rand(len(cfg.teachers), micro)
         counter = flop_counter()
-        with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        if number % 2 == 0:
+            sent = Sent()
+        with sent, counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             pred = made(image, path_BK)
             loss, _ = distill_loss(
                 pred,
@@ -102,12 +128,13 @@ def stepped(options: dict[str, str], file: dict[str, Any], start: int) -> dict[s
                 ops=KERNELS[cfg.kernels],
             )
         forward_flops = counter.get_total_flops()
-        with counter:
+        with sent, counter:
             made.backward(loss)
         del pred, loss
         if number == 2:  # ZeRO-1 has not reduced yet
             after["backward"] = held()
-        made.step()
+        with sent:
+            made.step()
         if number % 2:
             after["step"] = held()
     given += image.nbytes + path_BK.nbytes + drop_TB.nbytes
@@ -116,6 +143,7 @@ def stepped(options: dict[str, str], file: dict[str, Any], start: int) -> dict[s
         "between": after["step"] - start - given,
         "gradients": after["backward"] - after["step"],
         "kept": sum(kept.values()),
+        "sent": sent.nbytes,
         "forward_flops": forward_flops,
         "step_flops": forward_flops + counter.get_total_flops(),
     }

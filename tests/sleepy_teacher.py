@@ -1,4 +1,4 @@
-"""A teacher that falls asleep for ever: SLEEPY=RANK:CALL says whose, and at which of its calls."""
+"""A teacher that falls asleep for ever: SLEEPY=RANK:CALL says whose (or all), and at which call."""
 
 import os
 import time
@@ -22,7 +22,7 @@ class Sleepy(torch.nn.Module):
     def forward(self, images):
         self.calls += 1
         rank, _, call = os.environ.get("SLEEPY", "").partition(":")
-        while rank == os.environ.get("RANK") and self.calls >= int(call):
+        while rank in ("all", os.environ.get("RANK")) and self.calls >= int(call):
             time.sleep(1)
         patch_BNC = self.patches(images).flatten(2).transpose(1, 2)
         return Tokens(patch_BNC.mean(1), patch_BNC)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from runs import curve, run, start, together
 
-from unic_ds import checkpoint, config, engine
+from unic_ds import checkpoint, config, reshard
 
 STEPS = 6
 RUN = {
@@ -86,12 +87,15 @@ def sources(demonstration, tmp_path_factory):
 @pytest.fixture(scope="module")
 def harmed(sources):
     """Folders that stopped at step 4, each harmed in its way; what the failing runs printed."""
-    names = ("truncated", "no_manifest", "leftover", "killed", "read_only", "full")
+    names = ("truncated", "unreadable", "no_manifest", "leftover", "killed", "read_only", "full")
     for name in names:
         later = shutil.ignore_patterns(NEXT, "latest", "tb")
         shutil.copytree(sources / "whole", sources / name, ignore=later)
     shard = next(after(sources, "truncated", 4).glob("zero/*optim_states.pt"))
     os.truncate(shard, shard.stat().st_size // 2)
+    shard = next(after(sources, "unreadable", 4).glob("zero/*optim_states.pt"))
+    shard.unlink()
+    shard.symlink_to("/proc/self/mem")  # reading this is an I/O error
     (after(sources, "no_manifest", 4) / checkpoint.MANIFEST).unlink()
     left = sources / "leftover" / "checkpoints" / f".saving_{NEXT}" / "zero"
     shutil.copytree(after(sources, "whole", 6) / "zero", left)
@@ -174,7 +178,7 @@ def moved(sources):
 def ended(harmed, moved):
     """Every run at its end: the harmed ones by their own command, the moved ones moved again."""
     folder, failed = harmed
-    names = ["truncated", "no_manifest", "leftover", "killed"]
+    names = ["truncated", "unreadable", "no_manifest", "leftover", "killed"]
     names += ["read_only", "full"] if failed else []
     plan = [words(folder, name, 2) for name in names]
     plan += [
@@ -207,6 +211,18 @@ def test_a_truncated_file(ended):
     assert f"checkpoint {NEWEST} is not whole (zero/" in printed
     assert f"resumed after step 2 from {after(folder, 'truncated', 2)}" in printed
     assert_ended_as_unharmed(folder, "truncated")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.fault(
+    "a file of the newest checkpoint gives I/O errors", "named; the one before is read"
+)
+def test_a_file_that_cannot_be_read(ended):
+    folder, printed, _ = ended
+    assert "optim_states.pt cannot be read: Input/output error); trying the one before" in printed
+    assert f"resumed after step 2 from {after(folder, 'unreadable', 2)}" in printed
+    assert_ended_as_unharmed(folder, "unreadable")
 
 
 @pytest.mark.dist
@@ -247,8 +263,42 @@ def test_no_permission(ended):
         pytest.skip("mounting a disk needs root")
     assert f"cannot save {NEXT} to" in failed
     assert "Read-only file system" in failed
+    asked = int(re.search(r"it takes (\d+) MB", failed)[1])
+    written = json.loads((after(folder, "whole", 6) / checkpoint.MANIFEST).read_text())
+    assert asked * 1e6 > sum(file["bytes"] for file in written.values())
     assert f"resumed after step 4 from {after(folder, 'read_only', 4)}" in printed
     assert_ended_as_unharmed(folder, "read_only")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A function that mounts a file system of a kind and size on a folder of its own."""
+    mounted = []
+
+    def of(kind, size):
+        folder = tmp_path / kind
+        folder.mkdir()
+        mount("-t", kind, "-o", f"size={size}", "none", folder)
+        mounted.append(folder)
+        return folder
+
+    yield of
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a disk needs root")
+def test_room_is_asked_for_before_anything_is_written(disk):
+    small = disk("tmpfs", "8m")
+    (small / NEWEST).mkdir()
+    checkpoint.claim(small / f".saving_{NEXT}", 4 << 20)
+    with pytest.raises(OSError, match=r"No space left.* it takes 17 MB.* good checkpoint is step_"):
+        checkpoint.claim(small / f".saving_{NEXT}", 16 << 20)
+    assert [path.name for path in small.iterdir()] == [NEWEST]
+    dumb = disk("ramfs", "8m")  # which can set nothing aside, as NFS
+    begun = time.monotonic()
+    checkpoint.claim(dumb / f".saving_{NEXT}", 1 << 40)
+    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.dist
@@ -288,12 +338,12 @@ def test_other_ranks_and_stages_go_on_with_the_same_curve(ended):
 @pytest.mark.slow
 def test_the_average_of_the_weights_moves_along(ended):
     folder, *_ = ended
-    whole = engine.ZeroShards(after(folder, "whole", STEPS) / "zero")
+    whole = reshard.ZeroShards(after(folder, "whole", STEPS) / "zero")
     average, masters = whole.whole("average"), whole.whole("")
     assert largest_gap(average, masters) > 1e-3  # another thing than the weights
     for name in (*ENDED, "2_offload"):
         shards = after(folder, name, STEPS) / "zero"
-        saved = (engine.PlainState if "zero0" in name else engine.ZeroShards)(shards)
+        saved = (reshard.PlainState if "zero0" in name else reshard.ZeroShards)(shards)
         assert saved.step == STEPS
         assert largest_gap(saved.whole("average"), average) < 1e-6, name
         assert largest_gap(saved.whole(""), masters) < 1e-5, name

@@ -132,6 +132,14 @@ def test_a_rank_that_does_not_get_on_is_named_with_its_phase(out):
     assert (out / "heartbeats" / "stacks_00001.txt").read_text().count("sleepy_teacher.py")
 
 
+@pytest.mark.fault("all ranks hang at the same point", "ends, blaming none")
+def test_where_all_ranks_hang_none_is_blamed(out):
+    end = end_of(out, launched(out, **RUN, run__stall_timeout=12), SLEEPY="all:5")
+    assert end.code == 1 and end.left == [], end.printed[-3000:]
+    assert "none of the 2 ranks got on for " in end.printed
+    assert "at 'teachers' of step " in end.event["says"] and end.event["event"] == "no progress"
+
+
 @pytest.mark.parametrize(("rank", "starts"), [(1, launched), (0, with_torchrun)])
 @pytest.mark.fault("SIGSTOP to a rank", "ends within hang_timeout, naming it")
 def test_a_stopped_rank_is_named_and_ended(out, rank, starts):

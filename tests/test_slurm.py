@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from runs import ROOT, TRAIN, curve, environment, options
+from runs import LOST, ROOT, TRAIN, curve, environment, options
 
-from unic_ds import quickstart
+from unic_ds import pulse, quickstart
 
 SCRIPT = str(ROOT / "tests" / "slurm_lab.sh")
 NODES = 32
@@ -24,7 +24,7 @@ STEPS = 24
 RUN = {"optim__batch_size": 4, "optim__steps": STEPS, "run__save_every": 1000, "eval__on": "false"}
 ASKED_FOR = {"unic_b_8gpu.sh": 1, "unic_l_64gpu.sh": 8, "unic_g_256gpu.sh": 32}
 """Nodes of eight GPUs that a template asks for."""
-ALIVE = {"PENDING", "COMPLETING", "RUNNING"}
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
 
 
 def missing() -> str:
@@ -130,7 +130,7 @@ class Batch:
 
     def ended(self) -> str:
         """Its last state, when it has one."""
-        until(lambda: self.state not in ALIVE, f"job {self.number} has ended", show=self.printed)
+        until(lambda: self.state in ENDED, f"job {self.number} has ended", show=self.printed)
         return self.state
 
     def change(self, **facts: str) -> None:
@@ -143,7 +143,7 @@ class Batch:
 
     def waits(self, condition, what: str) -> None:
         """Wait for something that only a job which has not ended can bring."""
-        until(lambda: condition() or self.state not in ALIVE, what, show=self.printed)
+        until(lambda: condition() or self.state in ENDED, what, show=self.printed)
         assert condition(), f"{what}: the job has ended\n{self.printed()[-6000:]}"
 
     def started(self, times: int) -> None:
@@ -243,18 +243,19 @@ class Leg:
 
 
 class Journey:
-    """One run that is cancelled, preempted, out of time and loses a node, before it ends."""
+    """One run that is cancelled, preempted, out of time, bereft of a node and of a rank."""
 
     def __init__(self, lab: Lab, out: Path):
         self.lab, self.out, self.read = lab, out, 0
-        self.job = lab.train(out)
+        self.words = "--run.hang_timeout", "20"
+        self.job = lab.train(out, *self.words)
         self.job.reaches(out, 2)
         self.cancelled = self.leg(lambda: lab.run("scancel", self.job.number))
-        self.job, self.read = lab.train(out), 0
+        self.job, self.read = lab.train(out, *self.words), 0
         self.preempted = self.leg(self.preempt, restarts=1)
         self.timed_out = self.leg(self.end_its_time, restarts=2)
         self.bereft = self.leg(self.crash_a_node, restarts=3)
-        self.ended = self.leg(lambda: None)
+        self.ended = self.leg(self.stop_a_rank)
 
     def leg(self, stop, restarts: int | None = None) -> Leg:
         """Start the job, stop it, and wait until it has ended, or is requeued for that time."""
@@ -298,6 +299,18 @@ class Journey:
         self.lab.crash(node)
         self.lab.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=crash")
 
+    def stop_a_rank(self) -> None:
+        """SIGSTOP to a rank that is not on the batch host, in the midst of a step."""
+        old, host = {row.start for row in pulse.read_all(self.out)}, self.job.nodes[1]
+
+        def training() -> list[pulse.Pulse]:
+            new = [row for row in pulse.read_all(self.out) if row.start not in old]
+            return [row for row in new if row.host == host and row.step > saved(self.out)]
+
+        self.job.waits(training, f"a step on {host}")
+        self.stopped = training()[0]
+        self.lab.start(host, "kill", "-STOP", str(self.stopped.pid)).communicate(timeout=60)
+
 
 @pytest.fixture(scope="module")
 def journey(lab, tmp_path_factory):
@@ -338,6 +351,13 @@ def test_a_job_that_lost_a_node_goes_on_with_others(journey):
     assert leg.nodes[1] not in journey.ended.nodes
 
 
+@pytest.mark.fault("SIGSTOP to a rank of another node", "is named; torchrun starts all ranks again")
+def test_a_stopped_rank_of_another_node_is_named_and_the_job_goes_on(journey):
+    leg = journey.ended
+    assert f"{journey.stopped.who} gave no sign of life for 20 s" in leg.printed
+    assert leg.printed.count(f"resumed after step {journey.bereft.saved} from") == 2
+
+
 @pytest.mark.fault("all of these in one run", "the curve of one that nobody stopped")
 def test_all_that_stopped_a_job_leaves_no_trace_in_its_curve(journey, whole):
     leg = journey.ended
@@ -355,6 +375,24 @@ def test_a_job_that_fails_twice_at_the_same_place_is_not_requeued_again(lab, who
     assert curve(out) == curve(whole)
 
 
+@pytest.mark.fault("time runs out while a job still builds", "is requeued all the same")
+def test_a_job_that_cannot_stop_in_time_is_requeued(lab, tmp_path):
+    """Its rank 1 never comes back from the first call of its teacher."""
+    out = tmp_path / "run"
+    sleepy = {
+        "teachers": "sleepy=python:sleepy_teacher:build",
+        "teachers__sleepy__precision": "fp32",
+    }
+    words = ["--recipe", "quickstart", *options(out, **RUN | LOST | sleepy)]
+    env = {"SLEEPY": "1:1", "PYTHONPATH": str(ROOT / "tests"), "UNIC_DS_LATE": "3"}
+    job = lab.submit(*SIZE, "slurm/unic_l_64gpu.sh", *words, **env)
+    job.waits(lambda: any(row.rank == 1 for row in pulse.read_all(out)), "its ranks have met")
+    job.change(TimeLimit="5")
+    job.waits(lambda: job.restarts == 1, "it is requeued")
+    lab.run("scancel", job.number)
+    assert "did not stop within 3 s" in job.printed() and not (out / "checkpoints").exists()
+
+
 @pytest.mark.fault("a run that its ranks refuse", "ends after one start, with the reason")
 def test_a_job_that_would_end_so_again_is_not_tried_again(lab, tmp_path):
     """Neither by torchrun, which starts the ranks of a failed node again, nor by a requeue."""
@@ -368,6 +406,12 @@ def test_a_job_that_would_end_so_again_is_not_tried_again(lab, tmp_path):
     told = json.loads((tmp_path / "run" / "events.jsonl").read_text())
     assert told["event"] == "refused" and told["job"] == f"{job.number}.0"
     assert told["says"] in printed
+
+
+def test_a_plan_is_a_job_too(lab):
+    job = lab.submit("slurm/plan.sh", "--recipe=quickstart", "--gpus=8")
+    assert job.ended() == "COMPLETED" and "8 x h100-80" in job.printed(), job.printed()
+    assert ": fits" in job.printed()
 
 
 def test_the_table_or_the_newest_encoder_of_a_run_can_be_had(lab, whole, tmp_path):

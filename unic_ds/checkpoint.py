@@ -8,6 +8,8 @@ whole; `latest` names the newest.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import logging
@@ -24,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unic_ds import config, dist, log
-from unic_ds.engine import copies, load_anew, order
+from unic_ds.engine import copies, order
+from unic_ds.reshard import load_anew
 
 LOG = logging.getLogger("unic_ds.checkpoint")
 MANIFEST, FACTS, STATISTICS, SHARDS = "manifest.json", "run.json", "statistics.safetensors", "zero"
@@ -59,7 +62,9 @@ def save(
         raise OSError(f"cannot save {final.name} ({error}); {newest_name(folder)}") from error
     dist.barrier()
     hashes = fingerprints(part, written=True)
-    problem = publish(part, final, hashes) if dist.rank() == 0 else ""
+    problem = unread(hashes)
+    if dist.rank() == 0:
+        problem = problem or publish(part, final, hashes)
     if problem := dist.share(problem):
         raise OSError(f"cannot save {final.name} ({problem}); {newest_name(folder)}")
     if dist.rank() == 0:
@@ -104,18 +109,21 @@ def claim(part: Path, size: int) -> None:
     if dist.rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
     dist.barrier()
-    problem = ""
+    problem, room = "", math.inf
     probe = part / f"probe_{dist.rank()}"
     try:
         part.mkdir(parents=True, exist_ok=True)
         with probe.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+            room = reserve(file.fileno(), size)
     except OSError as error:
         problem = f"rank {dist.rank()}: {error.strerror}"
-    problems, sizes = zip(*dist.gather_objects((problem, size)), strict=True)
+    problems, sizes, rooms = zip(*dist.gather_objects((problem, size, room)), strict=True)
     with suppress(OSError):
         probe.unlink()
-    if first := next(filter(None, problems), ""):
+    first = next(filter(None, problems), "")
+    if not first and min(rooms) < sum(sizes):
+        first = f"{min(rooms) / 1e6:.0f} MB are free"
+    if first:
         if dist.rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
         raise OSError(
@@ -123,6 +131,22 @@ def claim(part: Path, size: int) -> None:
             f" it takes {sum(sizes) / 1e6:.0f} MB): make room or mend its permissions and start"
             f" the same command again; {newest_name(part.parent)}"
         )
+
+
+def reserve(file: int, size: int) -> float:
+    """Have the file system set `size` bytes aside; OSError where it has no room for them.
+
+    What is free, where it cannot set anything aside (NFS before 4.2), else infinity. This is not
+    posix_fallocate, which would there write a byte into every 4 KiB.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(file, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
+        return math.inf
+    number = ctypes.get_errno()
+    if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
+        raise OSError(number, os.strerror(number))
+    disk = os.fstatvfs(file)
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else math.inf
 
 
 def newest_name(folder: Path) -> str:
@@ -143,19 +167,34 @@ def steps_in(folder: Path) -> list[Path]:
 def fingerprints(folder: Path, *, written: bool = False) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file in `folder`, the same on all ranks, which share the work.
 
-    What was just `written` is on the disk when this returns: a power cut finds it there.
+    Or the error that reading a file ends with. What was just `written` is on the disk when this
+    returns: a power cut finds it there.
     """
     # One rank lists, and all agree: a network file system may show each another listing.
     listed = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     files = dist.share(sorted(listed) if dist.rank() == 0 else None)
     mine = {}
     for file in files[dist.rank() :: dist.world()]:
+        mine[str(file.relative_to(folder))] = fingerprint(file, written=written)
+    return {k: v for part in dist.gather_objects(mine) for k, v in part.items()}
+
+
+def fingerprint(file: Path, *, written: bool) -> dict[str, Any]:
+    """One file's; raised on one rank alone, an error would leave the others waiting."""
+    try:
         with file.open("rb") as stream:
             if written:
                 os.fsync(stream.fileno())
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        mine[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": digest}
-    return {k: v for part in dist.gather_objects(mine) for k, v in part.items()}
+            return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": digest}
+    except OSError as error:
+        return {"error": error.strerror or str(error)}
+
+
+def unread(found: dict[str, dict[str, Any]]) -> str:
+    """The first file that could not be read, and why; or nothing."""
+    wrong = {name: row["error"] for name, row in found.items() if "error" in row}
+    return next((f"{name} cannot be read: {why}" for name, why in wrong.items()), "")
 
 
 def verify(folder: Path) -> str:
@@ -164,6 +203,8 @@ def verify(folder: Path) -> str:
     if not expected:
         return f"no readable {MANIFEST}"
     found = fingerprints(folder)
+    if problem := unread(found):
+        return problem
     for name in sorted(expected):
         if found.get(name) != expected[name]:
             return f"{name} is {'damaged' if name in found else 'missing'}"

@@ -167,7 +167,7 @@ def export(options: dict[str, str]) -> int:
     cfg, run = begun(Path(given["run"]))
     import torch
 
-    from unic_ds import checkpoint, data, engine, finish, initial
+    from unic_ds import checkpoint, data, finish, initial, reshard
     from unic_ds.export import export as write
     from unic_ds.ladder import heads_of
     from unic_ds.student import build_encoder, ladder_on
@@ -176,7 +176,7 @@ def export(options: dict[str, str]) -> int:
     if found is None:
         raise ValueError(f"--run {str(run)!r} holds no checkpoint yet")
     parts: dict[str, dict[str, Any]] = {"encoder": {}, "ladder": {}}
-    for name, value in engine.weights_on_disk(found / checkpoint.SHARDS, "").items():
+    for name, value in reshard.weights(found / checkpoint.SHARDS).items():
         part, _, rest = name.partition(".")
         parts[part][rest] = value
     teachers = json.loads((run / "teachers.json").read_text())

@@ -49,7 +49,7 @@ def check(path: str, settings: dict[str, Any]) -> None:
             f"--ds_config {path!r} sets {key!r}, which the run owns; remove it and use"
             f" {SCIENCE[key]}"
         )
-    for key in ("fp16", "bf16", "zero_optimization", "data_types"):
+    for key in ("fp16", "bf16", "zero_optimization", "data_types", "checkpoint"):
         if not isinstance(settings.get(key, {}), dict):
             raise ValueError(
                 f"--ds_config {path!r}: {key!r} must be an object, got {settings[key]!r}"
@@ -67,6 +67,12 @@ def check(path: str, settings: dict[str, Any]) -> None:
             f"--ds_config {path!r} turns zero_optimization.compute_grad_norm off, by which steps"
             " that are not finite are known; remove it"
         )
+    for where, key in ((settings.get("checkpoint", {}), "writer"), (settings, "nebula")):
+        if where.get(key):
+            raise ValueError(
+                f"--ds_config {path!r} asks for checkpoints by {key!r}, which return before they"
+                " are whole (docs/checkpoints.md); remove it"
+            )
     micro = settings.get("train_micro_batch_size_per_gpu")
     if not isinstance(micro, int) or isinstance(micro, bool) or micro < 1:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 from dataclasses import replace
 from typing import IO, Any
 
@@ -13,26 +14,29 @@ from unic_ds.parts import Parts, fit_statistics
 BALANCE, GUARD = "balance/", "guard/"
 """Before the entries of others among a checkpoint's statistics; no teacher's name has a slash."""
 
+LEASE_S = 120.0
+"""So long a file server may keep the lock of a node that is lost."""
+
 
 def record(task: job.Job, manifest: dict[str, Any], whole: job.Job) -> IO[str]:
     """Write what the run is: config.yaml, teachers.json, ds_config.json; the folder's lock.
 
-    `whole` is the run that `task` is a stage of. ValueError where another job holds the lock.
+    `whole` is the run that `task` is a stage of. Where another job holds the lock: ValueError, or,
+    where a launcher tries again, RuntimeError after a while.
     """
     import yaml
 
-    from unic_ds import checkpoint, dist, log
+    from unic_ds import checkpoint, dist, events, log
 
     task.out.mkdir(parents=True, exist_ok=True)
     lock = (task.out / ".lock").open("a")
     if dist.rank() != 0:
         return lock
+    attended = events.tries() is None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"another job trains in {str(task.out)!r}; end it, or choose another --out"
-        ) from None
+        if not hold(lock, 0.0 if attended else LEASE_S):
+            says = f"another job trains in {str(task.out)!r}; end it, or choose another --out"
+            raise ValueError(says) if attended else RuntimeError(says)
     except OSError as error:  # Lustre without -o flock, for one
         log.say(f"{str(task.out)!r} cannot be locked ({error.strerror}): start no second job there")
     files = {
@@ -44,6 +48,19 @@ def record(task: job.Job, manifest: dict[str, Any], whole: job.Job) -> IO[str]:
     for file, text in files.items():
         checkpoint.write_whole(file, text)
     return lock
+
+
+def hold(lock: IO[str], wait_s: float) -> bool:
+    """Take a lock, for which another's is waited that long; OSError where there are no locks."""
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+        time.sleep(min(1.0, wait_s))
 
 
 def identity(task: job.Job, parts: Parts) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from unic_ds import events, pulse
 from unic_ds.config import Run
 from unic_ds.pulse import Pulse
 
-PATIENT = {"building", "resuming", "saving", "evaluating"}
-PATIENCE = 4  # times run.stall_timeout, in those phases
+PATIENT = {"building": 4, "resuming": 4, "saving": 4, "evaluating": 12}
+"""Times run.stall_timeout, in phases that have none inside; a probe is fitted in one line."""
 BEATS = 30  # in run.hang_timeout
 LOST = ("gloo", "nccl", "connection", "peer")  # words of a collective that lost a rank
 OWN = Path(__file__).parent
@@ -42,7 +42,7 @@ def new_start() -> str:
 
 def longest_s(run: Run) -> int:
     """What a collective may wait before torch ends it: never less than we do."""
-    return max(1800, int(run.stall_timeout * PATIENCE))
+    return max(1800, int(run.stall_timeout * max(PATIENT.values())))
 
 
 class Heart:
@@ -80,8 +80,11 @@ class Heart:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        if isinstance(error, RuntimeError) and self.world > 1:
-            self.blame(error)
+        cause = error and (
+            error.__cause__ or error
+        )  # a failed save is an OSError for whatever it met
+        if isinstance(cause, RuntimeError) and self.world > 1:
+            self.blame(cause)
         self.left.set()
         self.thread.join()
         if error is None or (isinstance(error, ValueError) and not self.at[1]):
@@ -168,8 +171,7 @@ class Heart:
         if not limit or self.told.idle_s < limit or self.rank not in ends:
             return
         rows = sorted([self.told, *self.others()], key=lambda row: row.rank)
-        if any(row.phase in PATIENT for row in rows):
-            limit *= PATIENCE
+        limit *= max(PATIENT.get(row.phase, 1) for row in rows)
         if min(row.idle_s for row in rows) >= limit:
             least = min(row.moves for row in rows)
             self.end("no progress", [row for row in rows if row.moves == least], rows)
@@ -187,9 +189,10 @@ class Heart:
     def end(self, event: str, culprits: list[Pulse], rows: list[Pulse] | None = None) -> None:
         """Say what is wrong, once a job, and end this process, as all the others will."""
         says = sentence(event, culprits, rows or [], self.run.hang_timeout)
+        blamed = culprits if len(culprits) < self.world else []  # where all hang, each ends itself
         try:
             with self.verdict.open("x") as file:
-                file.write(json.dumps([asdict(row) for row in culprits]))
+                file.write(json.dumps([asdict(row) for row in blamed]))
         except FileExistsError:
             time.sleep(self.every_s)  # it may be being written
             self.obey()
@@ -199,7 +202,7 @@ class Heart:
         with suppress(OSError):
             events.append(self.out, event, step=culprits[0].step, says=says, ranks=facts[:8])
         os.write(sys.stderr.fileno(), f"unic_ds: error: {says}; {AGAIN}\n".encode())
-        self.leave(culprits)
+        self.leave(blamed)
 
     def obey(self) -> None:
         """End this process where another has said that the run is over."""
@@ -246,6 +249,11 @@ def sentence(event: str, culprits: list[Pulse], rows: list[Pulse], hang_timeout:
         return (
             f"{who} gave no sign of life for {hang_timeout:g} s and was last {at}:"
             " its process is stopped, or its machine is lost"
+        )
+    if 1 < len(culprits) == len(rows):
+        return (
+            f"none of the {len(rows)} ranks got on for {first.idle_s:.0f} s {at} ({first.who} in"
+            f" {first.where}): a collective, a GPU or the file system hangs"
         )
     says = f"{who} did not get on for {first.idle_s:.0f} s {at} (in {first.where})"
     others = Counter(row.phase for row in rows if row.moves > first.moves)

@@ -218,7 +218,8 @@ def count_flops(cfg: config.Config, teachers: Any, device: Any) -> float:
     """
     import torch
 
-    from unic_ds.tracing import flop_counter, forward_flops
+    from unic_ds.counters import flop_counter
+    from unic_ds.tracing import forward_flops
 
     images = {s: torch.zeros(1, 3, s, s, dtype=torch.uint8, device=device) for s in teachers.sizes}
     with torch.no_grad(), flop_counter() as counter:

@@ -115,19 +115,37 @@ def buffers(settings: dict[str, Any], traced: Trace) -> float:
     trained = traced.encoder + traced.ladder
     if stage == 0:
         return 0.0
-    if stage < 3:
-        gathered = min(zero.get("allgather_bucket_size", 5e8), trained) * b
-        return reduce_buckets(settings, traced) + gathered
-    live = min(zero.get("stage3_max_live_parameters", 1e9), trained)
-    ahead = min(zero.get("stage3_prefetch_bucket_size", 5e7), trained)
-    return zero.get("reduce_bucket_size", 5e8) * FP32 + (live + ahead) * b
+    if stage < 3:  # weights are gathered in place; a bucket is flattened, and cast to be summed
+        bucket = min(zero.get("reduce_bucket_size", 5e8), trained)
+        cast = summed_bytes(settings) if summed_bytes(settings) != b else 0
+        return reduce_buckets(settings) + bucket * (b + cast)
+    gathered = min(zero.get("stage3_max_live_parameters", 1e9), trained)
+    return zero.get("reduce_bucket_size", 5e8) * FP32 + gathered * b
 
 
-def reduce_buckets(settings: dict[str, Any], traced: Trace) -> float:
+def keeps_gathered(settings: dict[str, Any], traced: Trace) -> bool:
+    """Whether ZeRO-3 gathers weights once a micro batch: what forward gathers waits for backward.
+
+    Prefetching runs ahead as far as weights may be live, and what it meets there it keeps; else a
+    weight is kept that is wanted again within a distance. A pass back and forth meets all twice.
+    """
+    zero, trained = settings["zero_optimization"], traced.encoder + traced.ladder
+    if zero.get("stage3_prefetch_bucket_size", 5e7):
+        return trained <= zero.get("stage3_max_live_parameters", 1e9)
+    return 2 * trained <= zero.get("stage3_max_reuse_distance", 1e9)
+
+
+def reduce_buckets(settings: dict[str, Any]) -> float:
     """Bytes of the buckets in which ZeRO-1 and 2 reduce gradients: two where they overlap."""
     zero = settings["zero_optimization"]
-    weights = min(zero.get("reduce_bucket_size", 5e8), traced.encoder + traced.ladder)
-    return weights * weight_bytes(settings) * (2 if zero.get("overlap_comm") else 1)
+    size = zero.get("reduce_bucket_size", 5e8)
+    return size * weight_bytes(settings) * (2 if zero.get("overlap_comm") else 1)
+
+
+def summed_bytes(settings: dict[str, Any]) -> int:
+    """Bytes of a gradient while ranks sum it."""
+    asked = settings.get("communication_data_type")
+    return FP32 if asked == "fp32" else weight_bytes(settings)
 
 
 def memory(
@@ -136,7 +154,9 @@ def memory(
     """GB of a rank by kind, at its fullest moment; a node has `node` GPUs."""
     held = kinds(settings, traced, world, ema=bool(cfg.optim.ema))
     if offloaded(settings, "optimizer"):
-        held["optimiser"] = held["gradients"] = 0.0
+        held["optimiser"] = 0.0
+        if ds_config.stage(settings) > 1:  # ZeRO-1 keeps them on the GPU until the step
+            held["gradients"] = 0.0
     if offloaded(settings, "param"):
         held["weights"] = 0.0
     kept = sum(traced.kept.values())
@@ -185,19 +205,42 @@ def flops_per_image(cfg: config.Config, traced: Trace, stage: int) -> dict[str, 
     }
 
 
-def traffic(settings: dict[str, Any], traced: Trace, world: int, accumulation: int) -> float:
-    """Bytes that a rank sends in an optimiser step, by rings."""
+def traffic(
+    settings: dict[str, Any], traced: Trace, world: int, accumulation: int
+) -> tuple[float, float]:
+    """Bytes that a rank sends in an optimiser step, by rings: (of gradients, of weights).
+
+    ZeRO-1 and 2 sum a bucket on all ranks, not on the ranks that keep its parts, which sends twice
+    as much, unless the ds_config turns `use_multi_rank_bucket_allreduce` off.
+    """
+    stage, zero = ds_config.stage(settings), settings.get("zero_optimization", {})
+    part = (world - 1) / world * (traced.encoder + traced.ladder)
+    gradients, weights = part * summed_bytes(settings), part * weight_bytes(settings)
+    if stage == 3:
+        gathers = 1 if keeps_gathered(settings, traced) else 2
+        return accumulation * gradients, accumulation * gathers * weights
+    if stage == 0 or zero.get("use_multi_rank_bucket_allreduce", True):
+        gradients *= 2
+    return gradients * (accumulation if stage == 2 else 1), weights if stage else 0.0
+
+
+def exposed(
+    settings: dict[str, Any], gradients: float, weights: float, backward: float, overlap: float
+) -> float:
+    """Seconds for which a rank waits on communication that takes so long of each kind.
+
+    Gradients may hide behind backward, ZeRO-3's weights too; ZeRO-1 and 2 gather weights after the
+    step, when nothing else runs. ZeRO-1 sums gradients in the last backward alone.
+    """
     stage = ds_config.stage(settings)
-    b = weight_bytes(settings)
-    grad = FP32 if settings.get("communication_data_type") == "fp32" else b
-    trained, share = traced.encoder + traced.ladder, (world - 1) / world
-    if stage == 0:
-        return 2 * share * trained * grad
-    if stage == 1:
-        return share * trained * (grad + b)
-    if stage == 2:
-        return share * trained * (accumulation * grad + b)
-    return share * trained * accumulation * (grad + 2 * b)
+    if stage < 3:
+        hidden, open_s = gradients, weights
+    else:
+        hidden, open_s = gradients + weights, 0.0
+    if stage < 2:
+        backward /= settings["gradient_accumulation_steps"]
+    overlaps = stage and settings.get("zero_optimization", {}).get("overlap_comm", False)
+    return open_s + (max(0.0, hidden - overlap * backward) if overlaps else hidden)
 
 
 def gathering(cfg: config.Config, traced: Trace, gpu: Gpu, gpus: int, rate: Efficiency) -> float:
@@ -232,6 +275,45 @@ def crossing(
     return pcie / (gpu.host_gb_s * 1e9 * rate.links), adam
 
 
+def speed(gpu: Gpu, gpus: int, rate: Efficiency) -> float:
+    """Bytes a second that a rank sends in a ring of all."""
+    link = gpu.node_gb_s
+    if gpus > gpu.per_node:  # a ring crosses nodes through all of a node's adapters
+        link = min(link, gpu.net_gb_s * gpu.per_node)
+    return link * 1e9 * rate.links
+
+
+def step_seconds(
+    cfg: config.Config,
+    settings: dict[str, Any],
+    traced: Trace,
+    gpu: Gpu,
+    gpus: int,
+    rate: Efficiency,
+) -> dict[str, float]:
+    """Seconds of an optimiser step, by part."""
+    accumulation, stage = settings["gradient_accumulation_steps"], ds_config.stage(settings)
+    images, tokens = traced.images * accumulation, traced.images * traced.tokens
+    peak = gpu.tflops * 1e12 * tokens / (tokens + HALF)
+    at = {"teachers": rate.teachers, "ladder": rate.ladder}
+    per_image = flops_per_image(cfg, traced, stage)
+    busy = {part: images * n / (peak * at.get(part, rate.student)) for part, n in per_image.items()}
+    backward = 2 / 3 * (busy["encoder"] + busy["ladder"])
+    gradients, weights = (
+        nbytes / speed(gpu, gpus, rate) for nbytes in traffic(settings, traced, gpus, accumulation)
+    )
+    trained = traced.encoder + traced.ladder
+    update = UPDATE * trained / (gpus if stage else 1) / (gpu.memory_gb_s * 1e9)
+    gathers = accumulation * gathering(cfg, traced, gpu, gpus, rate)
+    pcie, adam = crossing(settings, traced, gpu, gpus, rate)
+    return busy | {
+        "communication not hidden": exposed(settings, gradients, weights, backward, rate.overlap),
+        "teachers' weights not hidden": max(0.0, gathers - rate.overlap * busy["teachers"]),
+        "PCIe": pcie,
+        "update": adam or update,
+    }
+
+
 def make(
     cfg: config.Config,
     settings: dict[str, Any],
@@ -243,44 +325,19 @@ def make(
     efficiency: Efficiency | None = None,
 ) -> Plan:
     """The plan of a run on `gpus` GPUs; `settings` are merged, `traced` is of their micro batch."""
-    rate = efficiency or Efficiency()
     micro = settings["train_micro_batch_size_per_gpu"]
-    accumulation = settings["gradient_accumulation_steps"]
+    accumulation, stage = settings["gradient_accumulation_steps"], ds_config.stage(settings)
     assert traced.images == micro
-    per_image = flops_per_image(cfg, traced, ds_config.stage(settings))
-    images = micro * accumulation
-    full = micro * traced.tokens / (micro * traced.tokens + HALF)
-    at = {"teachers": rate.teachers, "ladder": rate.ladder}
-    peak = gpu.tflops * 1e12 * full
-    busy = {part: images * n / (peak * at.get(part, rate.student)) for part, n in per_image.items()}
-    backward = 2 / 3 * (busy["encoder"] + busy["ladder"])
-    sent = traffic(settings, traced, gpus, accumulation)
-    link = gpu.node_gb_s
-    if gpus > gpu.per_node:  # a ring crosses nodes through all of a node's adapters
-        link = min(link, gpu.net_gb_s * gpu.per_node)
-    wire = sent / (link * 1e9 * rate.links) if gpus > 1 else 0.0
-    overlaps = settings.get("zero_optimization", {}).get("overlap_comm", False)
-    seen = max(0.0, wire - rate.overlap * backward) if overlaps else wire
-    trained = traced.encoder + traced.ladder
-    whole = ds_config.stage(settings) == 0
-    update = UPDATE * trained / (1 if whole else gpus) / (gpu.memory_gb_s * 1e9)
-    gathers = accumulation * gathering(cfg, traced, gpu, gpus, rate)
-    pcie, adam = crossing(settings, traced, gpu, gpus, rate)
-    seconds = busy | {
-        "communication not hidden": seen,
-        "teachers' weights not hidden": max(0.0, gathers - rate.overlap * busy["teachers"]),
-        "PCIe": pcie,
-        "update": adam or update,
-    }
-    total = sum(seconds.values())
-    batch = images * gpus
-    steps = cfg.optim.step_count(per_epoch)
+    seconds = step_seconds(cfg, settings, traced, gpu, gpus, efficiency or Efficiency())
+    total, batch = sum(seconds.values()), micro * accumulation * gpus
+    per_image = flops_per_image(cfg, traced, stage)
     useful = sum(per_image.values()) - per_image["recomputation"]
-    copies = 4 if cfg.optim.ema else 3
+    steps = cfg.optim.step_count(per_epoch)
+    trained, copies = traced.encoder + traced.ladder, 4 if cfg.optim.ema else 3
     return Plan(
         gpu=gpu.name,
         gpus=gpus,
-        zero_stage=ds_config.stage(settings),
+        zero_stage=stage,
         micro_batch=micro,
         checkpoint=cfg.student.checkpoint,
         accumulation=accumulation,
@@ -289,7 +346,7 @@ def make(
         memory_gb=memory(settings, cfg, traced, gpus, node=gpu.per_node),
         room_gb=gpu.memory_gb,
         tflop_per_image={part: n / 1e12 for part, n in per_image.items()},
-        traffic_gb=sent / 1e9,
+        traffic_gb=sum(traffic(settings, traced, gpus, accumulation)) / 1e9,
         seconds=seconds,
         images_per_s=batch / total,
         mfu=batch * useful / total / (gpus * gpu.tflops * 1e12),

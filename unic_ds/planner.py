@@ -169,7 +169,8 @@ def show(found: list[plan.Plan], *, as_json: bool) -> None:
         console.print(f"{pace}, {row.days:.1f} days for {row.steps} steps")
         sends = f"a GPU sends {row.traffic_gb:.1f} GB a step"
         stores = f"a checkpoint has {row.checkpoint_gb:.1f} GB"
-        console.print(f"{sends}; {stores}; a feature cache {row.cache_gb_per_view:.0f} GB a view\n")
+        cache = f"a feature cache {row.cache_gb_per_view:.0f} GB a view"
+        console.print(f"{sends}; {stores}; {cache}\n", soft_wrap=True)
     console.print("Times are predictions from assumed efficiencies (--efficiency), not measured.")
 
 
@@ -182,7 +183,8 @@ def show_found(found: list[plan.Plan], *, as_json: bool) -> None:
     from rich.table import Table
 
     names = ("ZeRO", "micro", "accum", "checkpoint", "teachers", "optimiser")
-    grid = Table(*names, "GB", "images/s", "MFU", "days")
+    # Narrow enough for the 80 columns of a job's log.
+    grid = Table(*names, "GB", "images/s", "MFU", "days", box=None, pad_edge=False)
     for row in found[:SHOWN]:
         pace = f"{row.images_per_s:.0f}", f"{row.mfu:.0%}", f"{row.days:.1f}"
         split = str(row.zero_stage), str(row.micro_batch), str(row.accumulation), row.checkpoint

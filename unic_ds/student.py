@@ -229,13 +229,21 @@ def initialise(weights: Mapping[str, Tensor], seed: int) -> None:
 
     Weights and position embeddings: normal of std 0.02, cut at -2 and 2 as timm does; CLS and
     register tokens: std 1e-6; biases 0; norms and layer scales stay at the constants they were
-    built with.
+    built with. All are drawn on the CPU: under ZeRO-3 a weight is born on its GPU, whose generator
+    would draw others.
     """
     for name, parameter in weights.items():
+        if parameter.is_meta:
+            continue
         generator = torch.Generator().manual_seed(chance.number(seed, name))
         if name.endswith("bias"):
             parameter.zero_()
         elif name.endswith(("cls_token", "reg_token")):
-            nn.init.normal_(parameter, std=1e-6, generator=generator)
+            parameter.copy_(nn.init.normal_(on_cpu(parameter), std=1e-6, generator=generator))
         elif parameter.ndim > 1:
-            nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+            parameter.copy_(nn.init.trunc_normal_(on_cpu(parameter), std=0.02, generator=generator))
+
+
+def on_cpu(x: Tensor) -> Tensor:
+    """A tensor like `x` on the CPU, to be filled; of its strides, which decide what is drawn."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")

@@ -6,27 +6,22 @@ memory; nothing is computed, so a ViT-g fits into a laptop.
 
 from __future__ import annotations
 
-import gc
 import logging
-import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from unic_ds import balance, config
+from unic_ds.counters import Live, Unfilled, flop_counter
 from unic_ds.ladder import heads_of
 from unic_ds.loss import distill_loss
 from unic_ds.ops import KERNELS
@@ -60,69 +55,6 @@ class Trace:
     tokens: int  # patch tokens of an image
 
 
-class Unfilled(TorchFunctionMode):
-    """The meta device, where initial values are not worth the second that they would take."""
-
-    FILLS = frozenset(
-        ("uniform_", "normal_", "clamp_", "erfinv_", "mul_", "add_", "fill_", "zero_", "copy_")
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in self.FILLS:
-            tensor = args[0] if args else kwargs["tensor"]
-            if tensor.is_meta:
-                return tensor
-        return func(*args, **(kwargs or {}))
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the tensors that operators make, but for views of those given: now, and at most."""
-
-    def __init__(self, given: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = {tensor.untyped_storage()._cdata for tensor in given}
-        self.collects = gc.isenabled()
-
-    def __enter__(self) -> Self:
-        # What cycles hold is not counted, or a peak would hang on when the collector comes by. It
-        # is called where a peak grows instead, and looks at what came since.
-        gc.collect()
-        gc.disable()
-        gc.freeze()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        gc.unfreeze()
-        if self.collects:
-            gc.enable()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for value in tree_iter(found):
-            if isinstance(value, Tensor):
-                self.meet(value.untyped_storage())
-        return found
-
-    def meet(self, storage: Any) -> None:
-        """Count a storage until it is freed."""
-        key = storage._cdata
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.now += storage.nbytes()
-        weakref.finalize(storage, self.forget, key, storage.nbytes())
-        if self.now > 1.02 * self.peak:
-            gc.collect()
-        self.peak = max(self.peak, self.now)
-
-    def forget(self, key: int, nbytes: int) -> None:
-        """A storage is gone."""
-        self.known.discard(key)
-        self.now -= nbytes
-
-
 def between(few: Trace, many: Trace, images: int) -> Trace:
     """The trace of another micro batch: FLOPs and bytes are affine in its images."""
     share = (images - few.images) / (many.images - few.images)
@@ -139,23 +71,6 @@ def between(few: Trace, many: Trace, images: int) -> Trace:
         teachers_peak=round(line(few.teachers_peak, many.teachers_peak)),
         step_peak=round(line(few.step_peak, many.step_peak)),
     )
-
-
-def flop_counter() -> FlopCounterMode:
-    """torch's counter, told of the attention that a CPU runs."""
-
-    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_backward_flop_count(grad, query, key, value)
-
-    aten = torch.ops.aten
-    known = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=known)
 
 
 class Run(NamedTuple):
@@ -184,7 +99,7 @@ def forward_of(row: config.Teacher, grid: int, images: int) -> Forward:
         source = sources.outline(row, grid=grid)
     teacher = Teacher(row, source, grid=grid, device=torch.device("meta"))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        teacher.to_empty(device="cpu")
+        to_cpu(teacher)
         image = torch.empty(images, 3, teacher.size, teacher.size, dtype=torch.uint8)
         given = (image, *teacher.parameters(), *teacher.buffers())
         with flop_counter() as counter, Live(given) as live:
@@ -296,7 +211,7 @@ def student_of(cfg: config.Config, images: int, bf16: bool) -> Step:
     widths = {row.name: run_of(row, grid, images).width for row in cfg.teachers}
     student = outline(cfg, widths).to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        student.to_empty(device="cpu")
+        to_cpu(student)
         targets = {
             row.name: Tokens(
                 torch.empty(images, widths[row.name], dtype=DTYPE[row.precision]),
@@ -337,7 +252,7 @@ def forward_flops(cfg: config.Config, widths: dict[str, int]) -> float:
     """FLOPs of the student's forward on one image; `widths` are the teachers' channels."""
     student, side = outline(cfg, widths), cfg.student.size
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), flop_counter() as counter:
-        student.to_empty(device="cpu")
+        to_cpu(student)
         student(torch.empty(1, 3, side, side, dtype=torch.uint8))
     return float(counter.get_total_flops())
 
@@ -402,6 +317,11 @@ def step(
     names = ("encoder forward", "ladder forward", "backward")
     flops = {n: b - a for n, a, b in zip(names, totals, totals[1:], strict=False)}
     return flops | {AGAIN: 0.0, AGAIN_ZERO3: sum(again)}, dict(kept), live.peak
+
+
+def to_cpu(module: nn.Module) -> None:
+    """Move a module from the meta device, in FakeTensorMode; a quarter of `to_empty`'s time."""
+    module._apply(lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu"))
 
 
 def drop_grad(parameter: nn.Parameter) -> None:

@@ -132,9 +132,9 @@ class Run:
         machinery=True,
     )
     stall_timeout: float = knob(
-        1800.0,
+        600.0,
         "seconds in which no rank gets on after which the run ends (four times as many while it"
-        " builds, resumes, saves or evaluates); 0: off",
+        " builds, resumes or saves, twelve while it evaluates); 0: off",
         machinery=True,
     )
 
