@@ -1,8 +1,8 @@
 """How much the trainer's loop costs beside a bare DeepSpeed loop: `loop_overhead.py OPTIONS`.
 
-In one real run, what a bare loop would do too (read a batch, run teachers and student, judge,
-backward, step) is timed apart from the whole; the rest is ours. One process, on a CPU, where a
-call returns when its work is done. Prints one JSON object.
+One launch trains two students on the same images and teachers, in turns of a few steps: one by the
+trainer's own loop, with guard, heartbeats, log and stop requests, the other by the loop of
+DeepSpeed's manual. Medians of their steps are compared. Rank 0 prints one JSON object.
 """
 
 from __future__ import annotations
@@ -10,89 +10,90 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
-from unic_ds import entry, loss, parts, train
+import torch
 
-bare_s: dict[str, float] = {}
-"""Seconds of what a bare loop does too, by part."""
+from unic_ds import config, dist, engine, entry, job, optim, parts, train
+from unic_ds.loss import distill_loss
+from unic_ds.ops import KERNELS
 
-
-def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, its seconds added to a part of the bare loop."""
-
-    def calling(*given: Any, **named: Any) -> Any:
-        begun = time.perf_counter()
-        try:
-            return call(*given, **named)
-        finally:
-            bare_s[name] = bare_s.get(name, 0.0) + time.perf_counter() - begun
-
-    return calling
+TURNS, STEPS = 8, 6  # the first step of a turn is not counted, nor the last, which saves
 
 
-class Timed:
-    """An object whose calls, and methods of these names, count as the bare loop's."""
-
-    def __init__(self, whole: Any, **names: str):
-        self._whole, self._names = whole, names
-
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        return timed(self._names["call"], self._whole)(*given, **named)
-
-    def __iter__(self) -> Timed:
-        return self
-
-    def __next__(self) -> Any:
-        return timed("reading", self._whole.__next__)()
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._whole, name)
-        return timed(self._names[name], found) if name in self._names else found
-
-
-def watched(build: Callable[..., Any]) -> Callable[..., Any]:
-    """`parts.build`, whose stream, teachers and engine are timed."""
-
-    def building(task: Any) -> Any:
-        made = build(task)
-        made.stream = Timed(made.stream)
-        made.teachers = Timed(made.teachers, call="teachers")
-        made.engine = Timed(made.engine, call="student", backward="backward", step="step")
-        return made
-
-    return building
-
-
-def steps_timed(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """`optim.apply`, with which a step begins, noting when and what was bare by then."""
+def ours(task: job.Job, made: parts.Parts, first: int, **more: Any) -> list[float]:
+    """Seconds of steps of the trainer's loop, from the begin of each to that of the next."""
+    run = replace(task.cfg.run, stop_at=first + STEPS - 1)
+    begins: list[float] = []
+    apply = optim.apply
 
     def applying(*given: Any) -> Any:
-        marks.append((time.perf_counter(), sum(bare_s.values())))
+        begins.append(time.perf_counter())
         return apply(*given)
 
-    return applying
+    optim.apply = applying
+    try:
+        train.learn(replace(task, cfg=replace(task.cfg, run=run)), made, first, **more)
+    finally:
+        optim.apply = apply
+    return [end - begin for begin, end in pairwise(begins[1:])]
 
 
-marks: list[tuple[float, float]] = []
+def bare(cfg: config.Config, made: parts.Parts, student: Any, first: int) -> list[float]:
+    """Seconds of steps that do nothing but learn by the method."""
+    seconds, taken = [], torch.tensor(True, device=dist.device())
+    for step in range(first, first + STEPS):
+        begun = time.perf_counter()
+        optim.apply(student.optimizer, optim.learning_rate(step, cfg.optim, made.train.per_epoch))
+        for _ in range(student.gradient_accumulation_steps()):
+            batch = next(made.stream)
+            drop_TB, path_BK = train.uniforms(cfg, step, batch.position_B, student)
+            target = made.teachers(batch.images, batch.beside)
+            loss, _ = distill_loss(
+                student(batch.images[cfg.student.size], path_BK),
+                target,
+                drop_TB,
+                loss=cfg.loss,
+                balance=made.balance,
+                distances=cfg.distances,
+                ops=KERNELS[cfg.kernels],
+            )
+            student.backward(loss)
+            student.step()
+        made.teachers.track(optim.momentum(step, cfg.standardise, made.steps), taken)
+        seconds.append(time.perf_counter() - begun)
+    return seconds[1:-1]
+
+
+def main(argv: list[str]) -> int:
+    """Take turns, and print what came of it."""
+    task = job.resolve(entry.parse(argv)[1])
+    found: dict[str, list[float]] = {"ours": [], "bare": []}
+    with train.heart(task) as beat:
+        made = parts.build(task)
+        student, _ = parts.start_student(task, made.teachers)
+        other = engine.build(student, task.cfg.optim, task.settings)
+        request = dist.StopRequest(*job.stop_files(task.out, ""))
+        for turn in range(TURNS):
+            first = 1 + turn * STEPS
+            found["ours"] += ours(task, made, first, request=request, beat=beat)
+            found["bare"] += bare(task.cfg, made, other, first)
+        made.stream.close()
+    if dist.rank() == 0:
+        print(json.dumps(summary(found)))
+    return 0
+
+
+def summary(found: dict[str, list[float]]) -> dict[str, float]:
+    """Medians in milliseconds, and by how much ours is above the other."""
+    middle = {name: median(seconds) for name, seconds in found.items()}
+    figures = {f"{name}_ms": round(1e3 * seconds, 2) for name, seconds in middle.items()}
+    share = round(middle["ours"] / middle["bare"] - 1, 5)
+    return figures | {"steps": len(found["ours"]), "overhead": share}
 
 
 if __name__ == "__main__":
-    parts.build = watched(parts.build)
-    loss.distill_loss = timed("loss", loss.distill_loss)
-    train.optim.apply = steps_timed(train.optim.apply)
-    entry.run(train.main, sys.argv[1:])
-    settled = marks[3:]  # the first steps allocate
-    whole = settled[-1][0] - settled[0][0]
-    bare = settled[-1][1] - settled[0][1]
-    steps = len(settled) - 1
-    print(
-        json.dumps(
-            {
-                "steps": steps,
-                "ms_a_step": round(1e3 * whole / steps, 2),
-                "overhead": round(whole / bare - 1, 5),
-            }
-        )
-    )
+    sys.exit(entry.run(main, sys.argv[1:]))

@@ -56,6 +56,28 @@ def test_what_is_missing_makes_it_fail_with_a_remedy_on_the_ranks_of_a_launcher(
     assert "gloo, 2 ranks" in rows["all-reduce"]["result"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a poor node needs root")
+def test_a_poor_node_is_told_so(tmp_path, monkeypatch):
+    """Little shared memory, little room to save, few open files, and no network."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
+    poor = """
+    mount -t tmpfs -o size=2m none /dev/shm && mount -t tmpfs -o size=100m none "$1" &&
+    ulimit -n 256 && exec "$2" -m unic_ds.cli doctor --json --out "$1"
+    """
+    spaces = ["unshare", "--mount", "bash", "-c", poor, "poor", str(tmp_path), sys.executable]
+    rows = checks_of(run(spaces, code=1).splitlines()[-1])
+    few, shared, room, network = (
+        rows[name] for name in ("open files", "shared memory", "disk room", "all-reduce")
+    )
+    assert (few["state"], few["result"]) == ("warning", "256")
+    assert few["remedy"].startswith("ulimit -n ")
+    assert shared["state"] == "warning" and "--shm-size" in shared["remedy"]
+    assert room["state"] == "fails" and room["result"].startswith("0.1 GB free, checkpoints take ")
+    assert "--run.keep_last" in room["remedy"]
+    assert network["state"] == "fails" and "GLOO_SOCKET_IFNAME" in network["remedy"]
+
+
 def test_an_unknown_option_is_refused_before_anything_is_checked():
     with pytest.raises(ValueError, match=r"unknown option --recip .*did you mean recipe"):
         cli.verb(["doctor", "--recip", "unic_b"])

@@ -16,6 +16,7 @@ import torch
 import yaml
 from PIL import Image
 from runs import (
+    AS_SHIPPED,
     DEMONSTRATION,
     FINISHED,
     LOST,
@@ -246,6 +247,14 @@ def test_every_zero_stage_trains_and_agrees(tmp_path):
     offload = curve(tmp_path / "offload")
     assert offload[3]["loss"] == pytest.approx(curves[0][3]["loss"], rel=2e-2)  # bf16 beside fp32
     assert (tmp_path / "offload" / "student" / "model.safetensors").is_file()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("zero", ["zero2", "zero3", "zero3_offload"])
+def test_a_gpu_takes_steps_under_the_shipped_files(tmp_path, zero):
+    run(alone(tmp_path / "run", zero=zero, **AS_SHIPPED, optim__steps=3, eval__on="false"))
+    losses = [row["loss"] for row in curve(tmp_path / "run").values()]
+    assert len(losses) == 3 and all(0 < loss < 2 for loss in losses)
 
 
 def few_images(folder, count):
