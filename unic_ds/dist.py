@@ -11,6 +11,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -63,6 +64,9 @@ def start(timeout_s: int = 1800) -> None:
         torch.set_num_threads(cores())
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
+        # What is asked for in fp32 is computed in it, and bf16 products are summed in fp32.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if td.is_initialized():
         return
     atexit.register(stop)
@@ -105,9 +109,9 @@ def gather(values: Tensor) -> Tensor:
     """`values` of every rank, stacked on a first axis in rank order; the same on all ranks."""
     if world() == 1:
         return values[None]
-    parts = [torch.empty_like(values) for _ in range(world())]
-    td.all_gather(parts, values.contiguous())
-    return torch.stack(parts)
+    found = values.new_empty(world(), *values.shape)
+    td.all_gather_single(found.view(-1), values.contiguous().view(-1))
+    return found
 
 
 def gather_batch(values_BC: Tensor) -> tuple[Tensor, int]:
@@ -162,15 +166,23 @@ def spread(module: nn.Module, blocks: Sequence[nn.Module], *, offload: bool) -> 
     A block's are gathered for its forward, the rest for the module's. `offload` keeps the share in
     the CPU's memory. Every rank of the node calls this, and then each forward.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     start()
-    kind, inside = device().type, local_world() if world() % local_world() == 0 else world()
-    mesh = init_device_mesh(kind, (world() // inside, inside), mesh_dim_names=("nodes", "node"))
-    where = CPUOffloadPolicy(pin_memory=kind == "cuda") if offload else OffloadPolicy()
+    cuda = device().type == "cuda"
+    where = CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy()
     for part in (*blocks, module):
-        fully_shard(part, mesh=mesh["node"], reshard_after_forward=True, offload_policy=where)
+        fully_shard(part, mesh=node_mesh(), reshard_after_forward=True, offload_policy=where)
+
+
+@cache
+def node_mesh() -> Any:
+    """The ranks of this node; made once, for each has communicators of its own."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    inside = local_world() if world() % local_world() == 0 else world()
+    shape, names = (world() // inside, inside), ("nodes", "node")
+    return init_device_mesh(device().type, shape, mesh_dim_names=names)["node"]
 
 
 class StopRequest:

@@ -109,6 +109,8 @@ def merge(settings: dict[str, Any], cfg: Config, world: int) -> dict[str, Any]:
         "gradient_accumulation_steps": share // micro,
         "gradient_clipping": cfg.optim.clip,
     }
+    # DeepSpeed's throughput timer waits for the GPU twice a micro batch.
+    merged.setdefault("timers", {"throughput": {"enabled": False}})
     if cfg.optim.ema:
         refuse_what_averages_cannot(settings)
         merged["zero_allow_untested_optimizer"] = True  # DeepSpeed knows AdamW by its exact type

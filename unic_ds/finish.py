@@ -51,6 +51,7 @@ def let_go(parts: Any) -> None:
     engine.release(parts.engine)
     parts.engine = None
     gc.collect()  # DeepSpeed's objects know each other
+    torch.cuda.empty_cache()  # DALI takes memory beside torch's; nothing where there is no GPU
 
 
 def measurable(task: job.Job, parts: Any) -> bool:

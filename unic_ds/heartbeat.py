@@ -241,7 +241,7 @@ def sentence(event: str, culprits: list[Pulse], rows: list[Pulse], hang_timeout:
     first = culprits[0]
     more = f" and {len(culprits) - 1} more" if len(culprits) > 1 else ""
     who, at = first.who + more, f"at {first.phase!r} of step {first.step}"
-    if event == "rank lost" and first.error:
+    if first.error:  # it may still be on its way out
         return f"{who} failed {at}: {first.error}"
     if event == "rank lost":
         return f"{who} was killed {at} (the kernel's log says whether memory ran out)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -237,5 +238,23 @@ def uniforms(cfg: config.Config, step: int, position_B: Any, engine: Any) -> tup
     return to_device(drop_BT.T.copy()), to_device(path_BK)
 
 
+def end(code: int) -> None:
+    """Leave with an exit code.
+
+    One rank's failure ends its process here and now: NCCL's groups cannot be left in order while
+    the others wait inside a collective, and would be waited for at Python's own exit.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(entry.run(main, sys.argv[1:]))
+    try:
+        code = entry.run(main, sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    end(code)
