@@ -97,7 +97,7 @@ train() {
 # shellcheck disable=SC2317 # the trap calls it
 late() {
   if [ -n "${timer-}" ]; then return; fi
-  { sleep "$LATE" && say "did not stop within $LATE s" && again 1; } &
+  { sleep "$LATE" && say "did not stop within $LATE s" && hopeful && again 1; } &
   timer=$!
 }
 

@@ -166,6 +166,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(args, sentence, tmp_path):
         ('{"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1}', "use --optim.clip"),
         ('{"train_micro_batch_size_per_gpu": 1, "fp16": {"enabled": true}}', "asks for fp16"),
         ('{"checkpoint": {"writer": {"type": "python"}}}', "return before they are whole"),
+        ('{"datastates_ckpt": {}}', "asks for checkpoints by 'datastates_ckpt'"),
         (
             '{"train_micro_batch_size_per_gpu": "auto"}',
             "needs a whole train_micro_batch_size_per_gpu",

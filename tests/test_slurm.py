@@ -375,7 +375,7 @@ def test_a_job_that_fails_twice_at_the_same_place_is_not_requeued_again(lab, who
     assert curve(out) == curve(whole)
 
 
-@pytest.mark.fault("time runs out while a job still builds", "is requeued all the same")
+@pytest.mark.fault("time runs out while a job still builds", "is requeued all the same, once")
 def test_a_job_that_cannot_stop_in_time_is_requeued(lab, tmp_path):
     """Its rank 1 never comes back from the first call of its teacher."""
     out = tmp_path / "run"
@@ -386,11 +386,22 @@ def test_a_job_that_cannot_stop_in_time_is_requeued(lab, tmp_path):
     words = ["--recipe", "quickstart", *options(out, **RUN | LOST | sleepy)]
     env = {"SLEEPY": "1:1", "PYTHONPATH": str(ROOT / "tests"), "UNIC_DS_LATE": "3"}
     job = lab.submit(*SIZE, "slurm/unic_l_64gpu.sh", *words, **env)
-    job.waits(lambda: any(row.rank == 1 for row in pulse.read_all(out)), "its ranks have met")
+
+    def met() -> set[str]:
+        return {row.start for row in pulse.read_all(out) if row.rank == 1}
+
+    job.waits(met, "its ranks have met")
+    old = met()
     job.change(TimeLimit="5")
-    job.waits(lambda: job.restarts == 1, "it is requeued")
-    lab.run("scancel", job.number)
+    job.waits(lambda: job.restarts == 1 and job.state == "PENDING", "it is requeued")
     assert "did not stop within 3 s" in job.printed() and not (out / "checkpoints").exists()
+    job.change(TimeLimit="1440")
+    job.started(1)
+    job.waits(lambda: met() - old, "its ranks have met again")
+    job.change(TimeLimit="5")
+    given_up = "failed twice without a newer checkpoint (none yet); not requeued"
+    job.waits(lambda: given_up in job.printed(), "it gives up")
+    lab.run("scancel", job.number)
 
 
 @pytest.mark.fault("a run that its ranks refuse", "ends after one start, with the reason")

@@ -136,13 +136,15 @@ def claim(part: Path, size: int) -> None:
 def reserve(file: int, size: int) -> float:
     """Have the file system set `size` bytes aside; OSError where it has no room for them.
 
-    What is free, where it cannot set anything aside (NFS before 4.2), else infinity. This is not
-    posix_fallocate, which would there write a byte into every 4 KiB.
+    What is free, quotas aside, where it cannot set anything aside (NFS before 4.2), else infinity.
+    This is not posix_fallocate, which would there write a byte into every 4 KiB.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate(file, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
-        return math.inf
-    number = ctypes.get_errno()
+    number = errno.EINTR
+    while number == errno.EINTR:  # a signal that asks the run to stop
+        if libc.fallocate(file, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
+            return math.inf
+        number = ctypes.get_errno()
     if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
         raise OSError(number, os.strerror(number))
     disk = os.fstatvfs(file)

@@ -67,8 +67,9 @@ def check(path: str, settings: dict[str, Any]) -> None:
             f"--ds_config {path!r} turns zero_optimization.compute_grad_norm off, by which steps"
             " that are not finite are known; remove it"
         )
-    for where, key in ((settings.get("checkpoint", {}), "writer"), (settings, "nebula")):
-        if where.get(key):
+    saving = settings | settings.get("checkpoint", {})
+    for key in ("writer", "nebula", "datastates_ckpt"):
+        if saving.get(key, False) is not False:
             raise ValueError(
                 f"--ds_config {path!r} asks for checkpoints by {key!r}, which return before they"
                 " are whole (docs/checkpoints.md); remove it"

@@ -21,8 +21,8 @@ LEASE_S = 120.0
 def record(task: job.Job, manifest: dict[str, Any], whole: job.Job) -> IO[str]:
     """Write what the run is: config.yaml, teachers.json, ds_config.json; the folder's lock.
 
-    `whole` is the run that `task` is a stage of. Where another job holds the lock: ValueError, or,
-    where a launcher tries again, RuntimeError after a while.
+    `whole` is the run that `task` is a stage of. ValueError where another job holds the lock; where
+    a launcher tries again by itself, after a while: it may be a lost node's.
     """
     import yaml
 
@@ -35,8 +35,9 @@ def record(task: job.Job, manifest: dict[str, Any], whole: job.Job) -> IO[str]:
     attended = events.tries() is None
     try:
         if not hold(lock, 0.0 if attended else LEASE_S):
-            says = f"another job trains in {str(task.out)!r}; end it, or choose another --out"
-            raise ValueError(says) if attended else RuntimeError(says)
+            raise ValueError(
+                f"another job trains in {str(task.out)!r}; end it, or choose another --out"
+            )
     except OSError as error:  # Lustre without -o flock, for one
         log.say(f"{str(task.out)!r} cannot be locked ({error.strerror}): start no second job there")
     files = {

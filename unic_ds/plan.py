@@ -219,7 +219,8 @@ def traffic(
     if stage == 3:
         gathers = 1 if keeps_gathered(settings, traced) else 2
         return accumulation * gradients, accumulation * gathers * weights
-    if stage == 0 or zero.get("use_multi_rank_bucket_allreduce", True):
+    scatters = zero.get("reduce_scatter", True)
+    if not stage or not scatters or zero.get("use_multi_rank_bucket_allreduce", True):
         gradients *= 2
     return gradients * (accumulation if stage == 2 else 1), weights if stage else 0.0
 
@@ -239,7 +240,7 @@ def exposed(
         hidden, open_s = gradients + weights, 0.0
     if stage < 2:
         backward /= settings["gradient_accumulation_steps"]
-    overlaps = stage and settings.get("zero_optimization", {}).get("overlap_comm", False)
+    overlaps = stage and settings["zero_optimization"].get("overlap_comm", stage == 3)
     return open_s + (max(0.0, hidden - overlap * backward) if overlaps else hidden)
 
 
