@@ -283,7 +283,12 @@ def disk(tmp_path):
             device.touch()
             os.truncate(device, megabytes << 20)
             subprocess.run([f"mkfs.{kind}", "-q", "-F", str(device)], check=True)
-        mount("-t", kind, "-o", size, device, folder)
+        try:
+            mount("-t", kind, "-o", size, device, folder)
+        except subprocess.CalledProcessError:
+            if kind == "tmpfs":
+                raise
+            pytest.skip("this machine has no loop devices")
         mounted.append(folder)
         return folder
 
