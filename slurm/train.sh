@@ -19,6 +19,7 @@ main() {
   default out "${OUT:-$RUNS/$(basename "$(given recipe)")}"
   OUT=$(given out)
   asked= # to stop: by the time limit or by a preemption
+  timer= # of the time limit: the process that waits for LATE seconds
   mkdir -p "$OUT" || exit 2
   rm -f "$OUT/STOP"
   trap 'asked=yes; touch "$OUT/STOP"; late' USR1
@@ -88,7 +89,7 @@ train() {
     code=$?
   done
   rm -f "$OUT/STOP"
-  if [ -n "${timer-}" ]; then kill "$timer" 2>/dev/null; fi
+  if [ -n "$timer" ]; then kill "$timer" 2>/dev/null; fi
   return "$code"
 }
 
@@ -96,7 +97,7 @@ train() {
 # Slurm then ends it would not requeue.
 # shellcheck disable=SC2317 # the trap calls it
 late() {
-  if [ -n "${timer-}" ]; then return; fi
+  if [ -n "$timer" ]; then return; fi
   { sleep "$LATE" && say "did not stop within $LATE s" && hopeful && again 1; } &
   timer=$!
 }

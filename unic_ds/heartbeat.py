@@ -80,9 +80,8 @@ class Heart:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        cause = error and (
-            error.__cause__ or error
-        )  # a failed save is an OSError for whatever it met
+        # A failed save is an OSError, whatever it met.
+        cause = error.__cause__ or error if error else None
         if isinstance(cause, RuntimeError) and self.world > 1:
             self.blame(cause)
         self.left.set()

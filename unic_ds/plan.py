@@ -116,9 +116,8 @@ def buffers(settings: dict[str, Any], traced: Trace) -> float:
     if stage == 0:
         return 0.0
     if stage < 3:  # weights are gathered in place; a bucket is flattened, and cast to be summed
-        bucket = min(zero.get("reduce_bucket_size", 5e8), trained)
-        cast = summed_bytes(settings) if summed_bytes(settings) != b else 0
-        return reduce_buckets(settings) + bucket * (b + cast)
+        bucket, cast = min(zero.get("reduce_bucket_size", 5e8), trained), summed_bytes(settings)
+        return reduce_buckets(settings) + bucket * (b + (cast if cast != b else 0))
     gathered = min(zero.get("stage3_max_live_parameters", 1e9), trained)
     return zero.get("reduce_bucket_size", 5e8) * FP32 + gathered * b
 
@@ -234,14 +233,12 @@ def exposed(
     step, when nothing else runs. ZeRO-1 sums gradients in the last backward alone.
     """
     stage = ds_config.stage(settings)
-    if stage < 3:
-        hidden, open_s = gradients, weights
-    else:
-        hidden, open_s = gradients + weights, 0.0
+    beside, after = (gradients + weights, 0.0) if stage == 3 else (gradients, weights)
     if stage < 2:
         backward /= settings["gradient_accumulation_steps"]
-    overlaps = stage and settings["zero_optimization"].get("overlap_comm", stage == 3)
-    return open_s + (max(0.0, hidden - overlap * backward) if overlaps else hidden)
+    if stage and settings["zero_optimization"].get("overlap_comm", stage == 3):
+        beside = max(0.0, beside - overlap * backward)
+    return beside + after
 
 
 def gathering(cfg: config.Config, traced: Trace, gpu: Gpu, gpus: int, rate: Efficiency) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -238,11 +237,11 @@ def uniforms(cfg: config.Config, step: int, position_B: Any, engine: Any) -> tup
     return to_device(drop_BT.T.copy()), to_device(path_BK)
 
 
-def end(code: int) -> None:
-    """Leave with an exit code.
+def leave(code: int) -> None:
+    """End this process with an exit code.
 
-    One rank's failure ends its process here and now: NCCL's groups cannot be left in order while
-    the others wait inside a collective, and would be waited for at Python's own exit.
+    One rank's failure ends it here and now: NCCL's groups cannot be left in order while the others
+    wait inside a collective, and would be waited for at Python's own exit.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -251,10 +250,12 @@ def end(code: int) -> None:
     sys.exit(code)
 
 
+def fail(*error: Any) -> None:
+    """What Python calls with an error that nobody caught: it is printed, as ever."""
+    sys.__excepthook__(*error)
+    leave(1)
+
+
 if __name__ == "__main__":
-    try:
-        code = entry.run(main, sys.argv[1:])
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    end(code)
+    sys.excepthook = fail
+    leave(entry.run(main, sys.argv[1:]))
