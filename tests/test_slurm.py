@@ -282,34 +282,56 @@ class Journey:
 
     def preempt(self) -> None:
         """A job of the partition that goes before asks for these nodes."""
-        self.job.reaches(self.out, reached(self.out) + 1)
+        self.steps()
         wanted = ["--nodes=2", "--exclusive", f"--nodelist={','.join(self.job.nodes)}"]
         sleeps = ["--output=/dev/null", "--wrap", "sleep 3600"]
         self.lab.run("sbatch", "--partition=high", *wanted, *sleeps)
+        self.slowly(lambda: self.job.restarts or self.job.facts()["PreemptTime"] != "None")
 
     def end_its_time(self) -> None:
         """Five minutes are left at once, which is when the templates want to be told."""
+        self.steps()
         self.job.change(TimeLimit="5")
+        self.slowly((self.out / "STOP").exists)
 
     def crash_a_node(self) -> None:
         """A node that is not the batch host dies; its operator tells Slurm before it finds out."""
         self.job.change(TimeLimit="1440")
-        self.job.reaches(self.out, reached(self.out) + 1)
+        self.steps()
         node = self.job.nodes[1]
         self.lab.crash(node)
         self.lab.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=crash")
 
     def stop_a_rank(self) -> None:
         """SIGSTOP to a rank that is not on the batch host, in the midst of a step."""
-        old, host = {row.start for row in pulse.read_all(self.out)}, self.job.nodes[1]
+        self.steps()
+        self.stopped = self.rank()
+        self.signal("STOP", self.stopped)
 
-        def training() -> list[pulse.Pulse]:
-            new = [row for row in pulse.read_all(self.out) if row.start not in old]
-            return [row for row in new if row.host == host and row.step > saved(self.out)]
+    def steps(self) -> None:
+        """Wait until this start of the job has made a step."""
+        self.job.reaches(self.out, reached(self.out) + 1)
 
-        self.job.waits(training, f"a step on {host}")
-        self.stopped = training()[0]
-        self.lab.start(host, "kill", "-STOP", str(self.stopped.pid)).communicate(timeout=60)
+    def rank(self) -> pulse.Pulse:
+        """One that trains now, not on the batch host."""
+        return next(row for row in pulse.read_all(self.out) if row.host == self.job.nodes[1])
+
+    def signal(self, name: str, rank: pulse.Pulse) -> None:
+        process = self.lab.start(rank.host, "kill", f"-{name}", str(rank.pid))
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, printed
+
+    def slowly(self, told) -> None:
+        """Have a rank make a step in five seconds until the job is told to stop: Slurm looks at
+        time limits twice a minute, and a fast machine would have trained to the end by then.
+        """
+        rank = self.rank()
+        while not told():
+            self.signal("STOP", rank)
+            end = time.monotonic() + 5
+            while time.monotonic() < end and not told():
+                time.sleep(0.1)
+            self.signal("CONT", rank)
 
 
 @pytest.fixture(scope="module")
