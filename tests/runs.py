@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,17 @@ def statistics(checkpoint):
 def kill_group(process):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def kill_on_the_way(command, out, last):
+    """Start a run, and kill it at a random moment after its first save and before step `last`.
+
+    Counted in steps, so that no machine is fast enough to have finished.
+    """
+    process = start(command)
+    saved, log, step = out / "checkpoints" / "latest", out / "log.jsonl", random.randrange(last)
+    while not saved.exists() or len(log.read_text().splitlines()) < step:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.1))
+    kill_group(process)

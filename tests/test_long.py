@@ -1,11 +1,9 @@
 """What takes minutes: the quickstart as it is, over seeds, and recovery of several ranks."""
 
 import json
-import random
-import time
 
 import pytest
-from runs import DEMONSTRATION, curve, kill_group, launch, launched, run, start, two
+from runs import DEMONSTRATION, curve, kill_on_the_way, launch, launched, run, two
 
 from unic_ds import quickstart
 
@@ -51,12 +49,6 @@ def test_two_ranks_killed_at_a_random_moment_give_the_same_curve(tmp_path, zero)
     more = {"zero": zero, "precision": "bf16", "optim__batch_size": 8, "ladder__rungs": "11"}
     more |= {"optim__steps": 10, "run__save_every": 3, "eval__on": "false"}
     run(two(tmp_path / "whole", **more))
-    process = start(launched(tmp_path / "killed", **more))
-    latest = tmp_path / "killed" / "checkpoints" / "latest"
-    while not latest.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 1.5))
-    kill_group(process)
+    kill_on_the_way(launched(tmp_path / "killed", **more), tmp_path / "killed", 8)
     assert "resumed after step" in run(two(tmp_path / "killed", **more))
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")

@@ -1,10 +1,7 @@
 """One recipe in stages: each a run of its own that starts from the student before it."""
 
-import random
-import time
-
 import pytest
-from runs import DEMONSTRATION, curve, kill_group, run, start, two, verb
+from runs import DEMONSTRATION, curve, kill_on_the_way, run, two, verb
 from safetensors.torch import load_file
 
 from unic_ds import job, quickstart, recipes
@@ -94,12 +91,7 @@ def test_two_stages_killed_in_the_second_give_the_same_curve(tmp_path):
     assert str(exported) in run(verb("export", "--run", killed))
     assert load_file(exported / "model.safetensors")["pos_embed"].shape[1] == 1 + 4
 
-    process = start(two(killed, **more))
-    while not (killed / "checkpoints" / "latest").exists():
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.5))
-    kill_group(process)
+    kill_on_the_way(two(killed, **more), killed, 5)
     printed = run(two(killed, **more))
     assert "stage 2 of 2" in printed
     assert "stage 1 of 2" not in printed

@@ -4,7 +4,6 @@
 
 import hashlib
 import json
-import random
 import shutil
 import sys
 import time
@@ -25,11 +24,10 @@ from runs import (
     TRAIN,
     alone,
     curve,
-    kill_group,
+    kill_on_the_way,
     launch,
     options,
     run,
-    start,
     verb,
 )
 from safetensors.torch import load_file
@@ -145,17 +143,9 @@ def test_kill_9_and_the_same_command_give_the_same_curve(tmp_path):
     more = {"data__train": f"{images}=0.5,{tmp_path / 'pack'}"}
     more |= {"optim__batch_size": 24, "optim__steps": 12, "run__save_every": 3, "eval__on": "false"}
     run(alone(tmp_path / "whole", **more))
-    process = start(alone(tmp_path / "killed", **more))
-    log = tmp_path / "killed" / "log.jsonl"
-    while not (tmp_path / "killed" / "checkpoints" / "latest").exists():
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 1.5))
-    kill_group(process)
+    kill_on_the_way(alone(tmp_path / "killed", **more), tmp_path / "killed", 10)
     assert not (tmp_path / "killed" / "student").exists()
-    reached = len(log.read_text().splitlines())
-    printed = run(alone(tmp_path / "killed", **more))
-    assert "resumed after step" in printed, reached
+    assert "resumed after step" in run(alone(tmp_path / "killed", **more))
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
 
 
