@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from runs import DEMONSTRATION, ranks_and_port, run
 
-from unic_ds import cli, doctor
+from unic_ds import cli, doctor, recipes
 
 pytestmark = DEMONSTRATION
 
@@ -31,6 +32,7 @@ def test_this_machine_could_run_the_quickstart(tmp_path, capsys):
     assert cli.verb(["doctor", "--json", "--precision", "fp32", "--out", str(tmp_path / "r")]) == 0
     rows = checks_of(capsys.readouterr().out)
     assert rows.keys() == CHECKS
+    assert torch.cuda.is_available() or rows["kernels"]["result"] == "none: plain torch"
     assert "decodes" in rows["images"]["result"]
     assert "2 processes here" in rows["all-reduce"]["result"]
     assert not any(row["state"] == "fails" for row in rows.values())
@@ -80,6 +82,26 @@ def test_a_poor_node_is_told_so(tmp_path, monkeypatch):
     assert room["state"] == "fails" and room["result"].startswith("0.1 GB free, checkpoints take ")
     assert "--run.keep_last" in room["remedy"]
     assert network["state"] == "fails" and "GLOO_SOCKET_IFNAME" in network["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("check", "limit", "remedy"),
+    [("disk speed", "SLOW_MB_S", "--run.save_every"), ("clock", "SKEW_S", "by NTP")],
+)
+def test_a_slow_disk_and_a_wrong_clock_are_told_so(tmp_path, monkeypatch, check, limit, remedy):
+    """Measured here, against limits that nothing could meet."""
+    patient = doctor.Patient(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
+    assert doctor.CHECKS[check](check, patient).state == "ok"
+    monkeypatch.setattr(doctor, limit, {"SLOW_MB_S": 1e9, "SKEW_S": -1.0}[limit])
+    row = doctor.CHECKS[check](check, patient)
+    assert row.state == "warning" and remedy in row.remedy
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_a_kernel_is_tried_on_the_gpu(tmp_path):
+    patient = doctor.Patient(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
+    assert "Triton compiles" in doctor.kernels("kernels", patient).result
 
 
 def test_an_unknown_option_is_refused_before_anything_is_checked():

@@ -152,6 +152,29 @@ def processor(name: str, patient: Patient) -> Row:
     return row_of(name, text)
 
 
+def kernels(name: str, patient: Patient) -> Row:
+    """Whether Triton compiles and runs a kernel on the GPU, which takes a C compiler too."""
+    import torch
+
+    from unic_ds import dist
+    from unic_kernels.moments import moments, moments_ref
+
+    if patient.cfg.kernels == "reference" or not torch.cuda.is_available():
+        return row_of(name, "none: plain torch")
+    x_MC = torch.rand(256, 128).to(dist.device(), torch.bfloat16)
+    try:
+        agrees = torch.allclose(moments(x_MC), moments_ref(x_MC), rtol=1e-3)
+    except Exception as error:  # whatever Triton, its compiler or the driver has for it
+        *_, last = str(error).strip().splitlines() or [type(error).__name__]
+        raise RuntimeError(
+            f"{last}; Triton needs a C compiler and Python's headers (apt-get install gcc"
+            " python3-dev); --kernels reference does without"
+        ) from error
+    if not agrees:
+        raise RuntimeError("a kernel's sums are wrong; run with --kernels reference, and tell us")
+    return row_of(name, "Triton compiles and computes")
+
+
 def limits(name: str, patient: Patient) -> Row:
     """How many files a process may have open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -260,6 +283,7 @@ def teachers(name: str, patient: Patient) -> Row:
 CHECKS: dict[str, Callable[[str, Patient], Row]] = {
     "GPU": device,
     "CPU": processor,
+    "kernels": kernels,
     "open files": limits,
     "shared memory": shared_memory,
     "disk speed": disk_speed,

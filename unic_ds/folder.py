@@ -32,9 +32,15 @@ def record(task: job.Job, manifest: dict[str, Any], whole: job.Job) -> IO[str]:
     lock = (task.out / ".lock").open("a")
     if dist.rank() != 0:
         return lock
-    attended = events.tries() is None
     try:
-        if not hold(lock, 0.0 if attended else LEASE_S):
+        free = hold(lock, 0.0)
+        if not free and events.tries() is not None:
+            log.say(
+                f"another job, or a lost node, holds the lock of {str(task.out)!r};"
+                f" waiting up to {LEASE_S:.0f} s for it"
+            )
+            free = hold(lock, LEASE_S)
+        if not free:
             raise ValueError(
                 f"another job trains in {str(task.out)!r}; end it, or choose another --out"
             )
