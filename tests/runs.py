@@ -139,6 +139,19 @@ def curve(out):
     return {r["step"]: {k: v for k, v in r.items() if k not in timed} for r in rows}
 
 
+def reached(out):
+    """The last step that a run has logged, 0 before the first; a start that resumes drops some."""
+    log = out / "log.jsonl"
+    *rows, _unfinished = log.read_text().split("\n") if log.exists() else [""]
+    return json.loads(rows[-1])["step"] if rows else 0
+
+
+def saved(out):
+    """The step of the newest checkpoint, 0 without one."""
+    latest = out / "checkpoints" / "latest"
+    return int(latest.read_text().removeprefix("step_")) if latest.exists() else 0
+
+
 def statistics(checkpoint):
     """What a checkpoint holds of the teachers; its file has the guard's memory of losses beside."""
     state = load_file(checkpoint / "statistics.safetensors")
@@ -155,9 +168,8 @@ def kill_on_the_way(command, out, last):
 
     Counted in steps, so that no machine is fast enough to have finished.
     """
-    process = start(command)
-    saved, log, step = out / "checkpoints" / "latest", out / "log.jsonl", random.randrange(last)
-    while not saved.exists() or len(log.read_text().splitlines()) < step:
+    process, step = start(command), random.randrange(last)
+    while not saved(out) or reached(out) < step:
         assert process.poll() is None, process.communicate()[0][-3000:]
         time.sleep(0.01)
     time.sleep(random.uniform(0, 0.1))

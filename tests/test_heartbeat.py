@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -21,7 +20,9 @@ from runs import (
     launched,
     options,
     ranks_and_port,
+    reached,
     run,
+    saved,
 )
 
 from unic_ds import pulse
@@ -61,6 +62,8 @@ def with_torchrun(out, **more):
 
 def end_of(out, command, harm=None, rank=1, **env) -> End:
     """Start a run, harm a rank once it has saved and gone on, and see it out."""
+    beyond = max(saved(out) + SAVE_EVERY, reached(out)) + 1 if harm else 0
+    told: list[pulse.Pulse] = []
     process = subprocess.Popen(
         command,
         env=environment() | AWAKE | env,
@@ -71,15 +74,14 @@ def end_of(out, command, harm=None, rank=1, **env) -> End:
         start_new_session=True,
     )
     try:
-        beyond, told = saved(out) + SAVE_EVERY + (0 if "SLEEPY" in env else 1), []
-        while not trains(told, beyond):
+        while reached(out) < beyond or len(told) != 2 or any(map(pulse.gone, told)):
             assert process.poll() is None, process.communicate()[0][-3000:]
             time.sleep(0.02)
             told = pulse.read_all(out)
         begun = time.monotonic()
         if harm:
             os.kill(told[rank].pid, harm)
-        printed, _ = process.communicate(timeout=120)
+        printed, _ = process.communicate(timeout=300)
         took_s = time.monotonic() - begun
         left = [row.pid for row in told if not pulse.gone(row)]
     finally:
@@ -87,17 +89,6 @@ def end_of(out, command, harm=None, rank=1, **env) -> End:
             kill_group(process)
     event = json.loads((out / "events.jsonl").read_text().splitlines()[-1])
     return End(printed, process.returncode, rank, told[rank].pid, took_s, left, event)
-
-
-def trains(told: list[pulse.Pulse], step: int) -> bool:
-    """Whether two living ranks have come to that step."""
-    return len(told) == 2 and not any(pulse.gone(row) or row.step < step for row in told)
-
-
-def saved(out: Path) -> int:
-    """The step of the newest checkpoint, 0 without one."""
-    latest = out / "checkpoints" / "latest"
-    return int(latest.read_text().removeprefix("step_")) if latest.exists() else 0
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from runs import LOST, ROOT, TRAIN, curve, environment, options
+from runs import LOST, ROOT, TRAIN, curve, environment, options, reached, saved
 
 from unic_ds import pulse, quickstart
 
@@ -164,18 +164,6 @@ def until(condition, what: str, timeout: float = 900, show=lambda: "") -> None:
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {timeout} s\n{show()[-6000:]}"
         time.sleep(0.1)
-
-
-def reached(out: Path) -> int:
-    """The last step that a run has logged."""
-    log = out / "log.jsonl"
-    rows = log.read_text().splitlines() if log.exists() else []
-    return json.loads(rows[-1])["step"] if rows else 0
-
-
-def saved(out: Path) -> int:
-    """The step of the newest checkpoint."""
-    return int((out / "checkpoints" / "latest").read_text().removeprefix("step_"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from runs import DEMONSTRATION, curve, kill_group, run, start, two
+from runs import DEMONSTRATION, curve, kill_group, reached, run, saved, start, two
 
 pytestmark = DEMONSTRATION
 
@@ -21,25 +21,13 @@ RUN = {
 }
 
 
-def lines(out):
-    """Steps that the log has by now."""
-    log = out / "log.jsonl"
-    return len(log.read_text().splitlines()) if log.exists() else 0
-
-
-def step_of_newest(out):
-    """The step of the newest checkpoint, 0 without one."""
-    latest = out / "checkpoints" / "latest"
-    return int(latest.read_text().removeprefix("step_")) if latest.exists() else 0
-
-
 def live_for_a_while(out, chance):
     """One life of the run, killed while it starts, trains or saves; what was killed, and when."""
-    process, before = start(two(out, **RUN)), lines(out)
+    process, before = start(two(out, **RUN)), reached(out)
     if chance.random() < 0.2:  # while it starts
         time.sleep(chance.uniform(0, 12))
     else:
-        while process.poll() is None and lines(out) <= max(before, step_of_newest(out)):
+        while process.poll() is None and reached(out) <= max(before, saved(out)):
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 2.5))
     assert process.poll() is None, (
@@ -50,12 +38,12 @@ def live_for_a_while(out, chance):
         os.kill(chance.choice(ranks), signal.SIGKILL)
         try:
             process.communicate(timeout=120)
-            return "one rank", lines(out)
+            return "one rank", reached(out)
         finally:
             if process.poll() is None:
                 kill_group(process)
     kill_group(process)
-    return "all ranks", lines(out)
+    return "all ranks", reached(out)
 
 
 @pytest.mark.soak
@@ -68,7 +56,7 @@ def test_fifty_random_kills_leave_the_curve_as_it_is(tmp_path):
     out = tmp_path / "killed"
     for kill in range(1, KILLS + 1):
         what, step = live_for_a_while(out, chance)
-        print(f"kill {kill}: {what} at step {step}, checkpoint {step_of_newest(out)}", flush=True)
+        print(f"kill {kill}: {what} at step {step}, checkpoint {saved(out)}", flush=True)
     run(two(out, **RUN), timeout=1800)
     assert curve(out) == curve(tmp_path / "whole")
     assert len(curve(out)) == int(RUN["optim__steps"])

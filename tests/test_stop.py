@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import DEMONSTRATION, curve, launched, run, start, two
+from runs import DEMONSTRATION, curve, launched, reached, run, start, two
 
 from unic_ds import dist
 
@@ -39,10 +39,8 @@ def ranks_of(out: Path) -> list[int]:
 
 def stopped_by(ask, out: Path) -> str:
     """What a run printed that `ask` stopped after two steps."""
-    log = out / "log.jsonl"
-    before = len(log.read_text().splitlines()) if log.exists() else 0
-    process = start(launched(out, **MORE))
-    while not log.exists() or len(log.read_text().splitlines()) < before + 2:
+    before, process = reached(out), start(launched(out, **MORE))
+    while reached(out) < before + 2:
         assert process.poll() is None, process.communicate()[0][-3000:]
         time.sleep(0.01)
     ask()
@@ -58,12 +56,12 @@ def test_a_stop_file_or_a_signal_to_one_rank_saves_and_ends_the_run(whole, tmp_p
     printed = stopped_by((out / "STOP").touch, out)
     assert "of 24; the same command goes on from there" in printed
     assert not (out / "STOP").exists()
-    reached = max(curve(out))
-    assert (out / "checkpoints" / "latest").read_text() == f"step_{reached:07d}"
-    assert reached < 24
+    step = max(curve(out))
+    assert (out / "checkpoints" / "latest").read_text() == f"step_{step:07d}"
+    assert step < 24
 
     printed = stopped_by(lambda: os.kill(max(ranks_of(out)), signal.SIGUSR1), out)
-    assert f"resumed after step {reached}" in printed
+    assert f"resumed after step {step}" in printed
     run(launched(out, **MORE))
     assert curve(out) == curve(whole)
 
