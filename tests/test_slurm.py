@@ -302,7 +302,10 @@ class Journey:
 
     def rank(self) -> pulse.Pulse:
         """One that trains now, not on the batch host."""
-        return next(row for row in pulse.read_all(self.out) if row.host == self.job.nodes[1])
+        host, rows = self.job.nodes[1], []
+        while not rows:  # whose record is being written is missing for a moment
+            rows = [row for row in pulse.read_all(self.out) if row.host == host]
+        return rows[0]
 
     def signal(self, name: str, rank: pulse.Pulse) -> None:
         process = self.lab.start(rank.host, "kill", f"-{name}", str(rank.pid))
@@ -316,10 +319,11 @@ class Journey:
         rank = self.rank()
         while not told():
             self.signal("STOP", rank)
-            end = time.monotonic() + 5
+            beat, end = self.rank().beat, time.monotonic() + 5
             while time.monotonic() < end and not told():
                 time.sleep(0.1)
             self.signal("CONT", rank)
+            until(lambda beat=beat: told() or self.rank().beat != beat, "it has beaten again")
 
 
 @pytest.fixture(scope="module")
