@@ -85,14 +85,21 @@ def test_a_poor_node_is_told_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("check", "limit", "remedy"),
-    [("disk speed", "SLOW_MB_S", "--run.save_every"), ("clock", "SKEW_S", "by NTP")],
+    ("check", "limit", "met", "unmet", "remedy"),
+    [
+        ("disk speed", "SLOW_MB_S", 0.0, 1e9, "--run.save_every"),
+        ("clock", "SKEW_S", 1e9, -1.0, "by NTP"),
+    ],
 )
-def test_a_slow_disk_and_a_wrong_clock_are_told_so(tmp_path, monkeypatch, check, limit, remedy):
-    """Measured here, against limits that nothing could meet."""
+def test_a_slow_disk_and_a_wrong_clock_are_told_so(
+    tmp_path, monkeypatch, check, limit, met, unmet, remedy
+):
+    """Measured here, against limits that everything and nothing meets."""
     patient = doctor.Patient(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
-    assert doctor.CHECKS[check](check, patient).state == "ok"
-    monkeypatch.setattr(doctor, limit, {"SLOW_MB_S": 1e9, "SKEW_S": -1.0}[limit])
+    monkeypatch.setattr(doctor, limit, met)
+    row = doctor.CHECKS[check](check, patient)
+    assert (row.state, row.remedy) == ("ok", "")
+    monkeypatch.setattr(doctor, limit, unmet)
     row = doctor.CHECKS[check](check, patient)
     assert row.state == "warning" and remedy in row.remedy
     assert list(tmp_path.iterdir()) == []
