@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -67,5 +68,5 @@ def test_twenty_epochs_take_no_more_than_one(backend, photographs):
     resident = [int(line) for line in done.stdout.split()]
     assert len(resident) == EPOCHS
     print(backend, [f"{r / 1e6:.1f}" for r in resident])
-    # What is in flight when an epoch ends differs; the least of a few epochs is what stays.
-    assert min(resident[-5:]) < 1.02 * min(resident[:5])
+    # What is in flight when an epoch ends differs by 2 %; the mean of several epochs does not.
+    assert mean(resident[-10:]) < 1.02 * mean(resident[:5])
