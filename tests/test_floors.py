@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "unic_ds").rglob("*.py"))
 
 FLOORS = (
-    {"formula", "chance", "home", "named", "pulse"},
+    {"formula", "chance", "home", "named", "pulse", "files", "printable"},
     {"config"},
     {"override", "methods"},
     {"tokens", "ops", "compiled", "optim", "average", "dist", "ds_config", "entry", "gpus"},

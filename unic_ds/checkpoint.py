@@ -27,6 +27,7 @@ from torch import Tensor
 
 from unic_ds import config, dist, log
 from unic_ds.engine import copies, order
+from unic_ds.files import write_whole
 from unic_ds.reshard import load_anew
 
 LOG = logging.getLogger("unic_ds.checkpoint")
@@ -311,13 +312,3 @@ def lowest_loss(steps: list[Path], count: int) -> list[Path]:
             if math.isfinite(loss):
                 losses[step] = loss
     return sorted(losses, key=losses.__getitem__)[:count]
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old or the new content, never a part."""
-    part = file.with_name(f".{file.name}.part")
-    with part.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(file)

@@ -26,7 +26,7 @@ def record(task: job.Job, manifest: dict[str, Any], whole: job.Job) -> IO[str]:
     """
     import yaml
 
-    from unic_ds import checkpoint, dist, events, log
+    from unic_ds import dist, events, files, log
 
     task.out.mkdir(parents=True, exist_ok=True)
     lock = (task.out / ".lock").open("a")
@@ -46,14 +46,14 @@ def record(task: job.Job, manifest: dict[str, Any], whole: job.Job) -> IO[str]:
             )
     except OSError as error:  # Lustre without -o flock, for one
         log.say(f"{str(task.out)!r} cannot be locked ({error.strerror}): start no second job there")
-    files = {
+    contents = {
         whole.out / "config.yaml": yaml.safe_dump(override.to_dict(whole.cfg), sort_keys=False),
         task.out / "config.yaml": yaml.safe_dump(override.to_dict(task.cfg), sort_keys=False),
         task.out / "teachers.json": json.dumps(manifest, indent=1) + "\n",
         task.out / "ds_config.json": json.dumps(task.settings, indent=1) + "\n",
     }
-    for file, text in files.items():
-        checkpoint.write_whole(file, text)
+    for file, text in contents.items():
+        files.write_whole(file, text)
     return lock
 
 

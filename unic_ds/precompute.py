@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unic_ds import checkpoint, config, data, dist, log
+from unic_ds import config, data, dist, files, log
 from unic_ds.parts import draws_of, few, find_images
 from unic_ds.student import grid_of
 from unic_ds.teachers import cache
@@ -137,4 +137,4 @@ def check(layout: cache.Layout, manifest: dict[str, Any], yes: bool) -> None:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest in one piece."""
-    checkpoint.write_whole(folder / cache.MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    files.write_whole(folder / cache.MANIFEST, json.dumps(manifest, indent=1) + "\n")

@@ -13,6 +13,7 @@ from typing import Any
 
 from unic_ds import checkpoint, dist, events, job, log
 from unic_ds.data import order
+from unic_ds.files import write_whole
 
 FILE = "rollbacks.json"
 
@@ -37,7 +38,7 @@ def settle(out: Path) -> list[dict[str, Any]]:
         saved = checkpoint.steps_in(out / "checkpoints")
         gone = [folder for folder in saved if given_up(folder, rows)]
         if rest := [folder for folder in saved if folder not in gone]:
-            checkpoint.write_whole(out / "checkpoints" / "latest", rest[-1].name)
+            write_whole(out / "checkpoints" / "latest", rest[-1].name)
         for folder in gone:
             checkpoint.discard(folder)
     dist.barrier()
@@ -92,7 +93,7 @@ def plan(task: job.Job, parts: Any, setback: Setback) -> None:
     span = [parts.stream.data_step(first), parts.stream.data_step(setback.last)]
     row = {"at": setback.last, "to": to, "left_out": span}
     if dist.rank() == 0:
-        checkpoint.write_whole(task.out / FILE, json.dumps([*done, row], indent=1) + "\n")
+        write_whole(task.out / FILE, json.dumps([*done, row], indent=1) + "\n")
     events.write(task.out, "rolled back", **row)
     log.say(f"steps {setback.first} to {setback.last} were all skipped: back to step {to}")
     dist.barrier()

@@ -1,0 +1,76 @@
+"""Text made printable, files read up to a limit: the smallest input of each kind."""
+
+import errno
+import os
+import stat
+
+import pytest
+
+from unic_ds.files import apply_umask, open_regular, read_limited, read_text, write_whole
+from unic_ds.printable import markdown, printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("ViT-B/16 é 猫", "ViT-B/16 é 猫"),
+        ("a\nunic_ds: error: all is well", "a\\nunic_ds: error: all is well"),
+        ("\x1b[2J", "\\x1b[2J"),
+        ("a\u2028b\u202ec", "a\\u2028b\\u202ec"),
+        (os.fsdecode(b"caf\xe9.jpg"), "caf\\udce9.jpg"),
+    ],
+)
+def test_foreign_text_is_one_line_of_visible_characters(text, shown):
+    assert printable(text) == shown
+    assert printable(text).encode("utf-8")
+
+
+def test_foreign_text_has_a_largest_length():
+    assert printable("x" * 10_000_000, 10) == "xxxxxxx..."
+
+
+def test_markdown_shows_foreign_text_as_it_is():
+    assert markdown("a|b <script> [x](y) `z`\n") == "a\\|b &lt;script&gt; \\[x\\](y) \\`z\\`\\\\n"
+
+
+def test_only_regular_files_are_opened_and_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises(OSError, match="is not a regular file"):
+            open_regular(path)
+
+
+def test_a_file_is_read_up_to_a_limit(tmp_path):
+    file = tmp_path / "sparse"
+    with file.open("wb") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(OSError, match="more than 100") as caught:
+        read_limited(file, 100)
+    assert caught.value.errno == errno.EFBIG
+    file.write_bytes(b"x" * 100)
+    assert read_limited(file, 100) == b"x" * 100
+    with pytest.raises(OSError, match="more than 10"):  # its size is told as 0
+        read_limited("/proc/self/status", 10)
+
+
+def test_text_is_utf8_with_or_without_a_byte_order_mark(tmp_path):
+    file = tmp_path / "text"
+    file.write_bytes(b"\xef\xbb\xbfa: 1\n")
+    assert read_text(file) == "a: 1\n"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        read_text(file)
+
+
+def test_a_written_file_is_whole_and_has_the_mode_of_the_umask(tmp_path):
+    file = tmp_path / "file"
+    before = os.umask(0o027)
+    try:
+        write_whole(file, "é\n")
+        file.chmod(0o600)
+        apply_umask(file)
+    finally:
+        os.umask(before)
+    assert file.read_text("utf-8") == "é\n"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,67 @@
+"""Files from outside are read up to a limit; files of ours are written whole or not at all.
+
+Stdlib only. A path from a list or a folder may name a device, a pipe that nobody writes to, or
+more bytes than there is memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+TEXT_LIMIT = 16 << 20
+"""Bytes of the largest text file (settings, manifests, class names) that is read."""
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """A regular file, open for reading; OSError for anything else, without waiting for a pipe."""
+    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "is not a regular file", os.fspath(path))
+    return os.fdopen(number, "rb")
+
+
+def read_limited(path: Path | str, limit: int) -> bytes:
+    """All bytes of a regular file; OSError (EFBIG) before reading where they exceed `limit`."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"has {size} bytes, more than {limit}", os.fspath(path))
+        data = file.read(limit + 1)
+    if len(data) > limit:  # it has grown, or its size is not told
+        raise OSError(errno.EFBIG, f"has more than {limit} bytes", os.fspath(path))
+    return data
+
+
+def read_text(path: Path | str, limit: int = TEXT_LIMIT) -> str:
+    """A UTF-8 text file, with or without a byte order mark; ValueError where it is not UTF-8.
+
+    OSError as `read_limited`.
+    """
+    try:
+        return read_limited(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8 text (byte {error.start})") from None
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old or the new content, never a part."""
+    part = file.with_name(f".{file.name}.part")
+    with part.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(file)
+
+
+def apply_umask(file: Path) -> None:
+    """Give a file the mode that the umask says: safetensors writes for its owner alone."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"^Umask:\s*([0-7]+)", status, re.M)
+    assert found, "Linux 4.7 and later tell the umask"
+    file.chmod(0o666 & ~int(found[1], 8))
