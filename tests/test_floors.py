@@ -17,7 +17,7 @@ FILES = sorted((ROOT / "unic_ds").rglob("*.py"))
 
 FLOORS = (
     {"formula", "chance", "home", "named", "pulse", "files", "printable"},
-    {"config"},
+    {"config", "documents"},
     {"override", "methods"},
     {"tokens", "ops", "compiled", "optim", "average", "dist", "ds_config", "entry", "gpus"},
     {"balance", "ladder", "log", "guard", "counters"},

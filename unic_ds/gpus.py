@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from unic_ds.config import check
+from unic_ds.documents import read_yaml
 from unic_ds.override import nearest
+from unic_ds.printable import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,10 @@ class Gpu:
             if field.name != "name":
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
                 check(
-                    number and value > 0, f"{self.name}: {field.name}", "a positive number", value
+                    number and 0 < value < math.inf,
+                    f"{printable(self.name)}: {field.name}",
+                    "a positive number",
+                    value,
                 )
 
 
@@ -80,12 +86,10 @@ def get(name: str) -> Gpu:
 
 def read(file: Path) -> Gpu:
     """A GPU described in YAML."""
-    import yaml
-
     try:
-        said = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--gpu {str(file)!r} cannot be read ({error})") from error
+        said = read_yaml(file)
+    except ValueError as error:
+        raise ValueError(f"--gpu {str(file)!r} cannot be read ({error})") from None
     may = ("name", "host_gb_s", "per_node")
     wanted = [field.name for field in fields(Gpu) if field.name not in may]
     if not isinstance(said, dict) or set(said) - set(may) != set(wanted):

@@ -12,6 +12,7 @@ from typing import Any
 from unic_ds import ds_config, methods, named, quickstart, recipes
 from unic_ds.config import Config, Teacher
 from unic_ds.override import nearest, option_names, options_of, override_all, science
+from unic_ds.printable import printable
 
 DOOR = {
     "ds_config": "ds_configs/zero1.json, zero2, zero3 or zero3_offload, or your own (needed)",
@@ -66,7 +67,7 @@ def resolve(options: dict[str, str], ranks: int | None = None) -> Job:
         )
     file = ds_config.read(door["ds_config"])
     cfg = configure(door.get("recipe", "quickstart"), options)
-    out = Path(door.get("out") or Path("runs") / (Path(cfg.recipe).name or "run"))
+    out = out_folder(door)
     resume, jobs, init = door.get("resume", "auto"), [], cfg.student.init
     for stage, folder in staged(cfg, out):
         settings = ds_config.merge(file, stage, ranks)
@@ -81,18 +82,42 @@ def resolve(options: dict[str, str], ranks: int | None = None) -> Job:
     return replace(jobs[-1], before=tuple(jobs[:-1]))
 
 
+def out_folder(door: dict[str, str]) -> Path:
+    """The run folder that the options name, or the recipe's own; ValueError where it is no path."""
+    name = recipes.folder_name(door.get("recipe", "quickstart")) if "out" not in door else ""
+    given = door.get("out", f"runs/{name}")
+    if not given:
+        raise ValueError("--out is empty; give a folder, or leave it out for runs/RECIPE")
+    try:
+        os.lstat(given)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # too long, or without the right to look there
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"--out {printable(given)!r} cannot be written ({why})") from None
+    return Path(given)
+
+
 def staged(cfg: Config, out: Path) -> list[tuple[Config, Path]]:
     """(settings, folder) of every stage, the last being `cfg` in `out` itself."""
     stages = []
     for number, text in enumerate(filter(str.strip, cfg.stages.split(";")), 1):
         try:
-            pairs = [word.partition("=") for word in shlex.split(text)]
-            options = {key.removeprefix("--"): value for key, _, value in pairs}
-            stage = override_all(replace(cfg, stages=""), options)
+            stage = override_all(replace(cfg, stages=""), stage_options(text))
         except ValueError as error:
-            raise ValueError(f"stage {number} of --stages ({text.strip()!r}): {error}") from None
+            said = printable(text.strip())
+            raise ValueError(f"stage {number} of --stages ({said!r}): {error}") from None
         stages.append((stage, out / f"stage{number}"))
     return [*stages, (cfg, out)]
+
+
+def stage_options(text: str) -> dict[str, str]:
+    """The options that one stage of --stages gives; ValueError where one comes twice."""
+    pairs = [word.partition("=") for word in shlex.split(text)]
+    names = [key.removeprefix("--") for key, _, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{printable(twice[0])} is given twice; give it once")
+    return dict(zip(names, (value for _, _, value in pairs), strict=True))
 
 
 def configure(recipe: str, options: dict[str, str]) -> Config:
@@ -120,11 +145,15 @@ def check_inputs(cfg: Config) -> None:
     files = [t.source[5:].rpartition("#arch=")[0] for t in cfg.teachers if t.source[:5] == "file:"]
     for key, given in (("train", cfg.data.train), ("val", cfg.data.val)):
         if given:
-            named.check(given, f"--data.{key}")
+            try:
+                named.check(given, f"--data.{key}")
+            except OSError as error:  # a name that is too long, for one
+                said = printable(given)
+                raise ValueError(f"--data.{key} {said!r}: {error.strerror}") from None
     for teacher, path in zip(
         (t for t in cfg.teachers if t.source[:5] == "file:"), files, strict=True
     ):
-        if not cfg.cache and not Path(path).expanduser().is_file():
+        if not cfg.cache and kind_of(path) != "file":
             raise ValueError(
                 f"teacher {teacher.name!r} has no weights at {path!r}; put them there or give"
                 f" --teachers.{teacher.name}.source (`unic-ds teachers fetch` has those of hubs)"
@@ -133,18 +162,30 @@ def check_inputs(cfg: Config) -> None:
 
 def check_init(path: str) -> None:
     """ValueError where there is nothing to start from."""
-    given = Path(path).expanduser()
-    if path and given.is_dir() and not (given / "model.safetensors").is_file():
+    kind = kind_of(path)
+    if path and kind == "folder" and kind_of(f"{path}/model.safetensors") != "file":
         raise ValueError(
             f"--student.init {path!r} holds no model.safetensors; give a run's student/ folder"
         )
-    if path and not given.is_dir() and not (given.is_file() and given.suffix == ".safetensors"):
+    if path and kind != "folder" and not (kind == "file" and path.endswith(".safetensors")):
         raise ValueError(f"--student.init {path!r} is no model folder and no .safetensors file")
+
+
+def kind_of(path: str) -> str:
+    """`file` or `folder`; empty for anything else, a text that can be no path included."""
+    try:
+        given = Path(path).expanduser()
+        return "folder" if given.is_dir() else "file" if given.is_file() else ""
+    except (OSError, RuntimeError):  # too long, or in the home of nobody
+        return ""
 
 
 def prepare_demonstration(cfg: Config) -> None:
     """Make the quickstart's files where the Config means them and they are not there yet."""
-    images = [str(path) for path, _ in named.parts(cfg.data.train)] if cfg.data.train else []
+    try:
+        images = [str(path) for path, _ in named.parts(cfg.data.train)] if cfg.data.train else []
+    except OSError:  # `check_inputs` says what is wrong
+        return
     meant = [*images, *(t.source.removeprefix("file:") for t in cfg.teachers)]
     if any(path.startswith(str(quickstart.root())) for path in meant) and not quickstart.ready():
         quickstart.prepare()

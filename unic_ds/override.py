@@ -14,6 +14,14 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from unic_ds.config import TEACHER_NAME, Config, Teacher, check
+from unic_ds.printable import printable
+
+SHOWN = 60
+"""Characters of a name or value of a file that a message shows."""
+
+
+class UnknownOption(ValueError):
+    """A name that no option has: no other option makes it right."""
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -40,12 +48,13 @@ def coerce(annotation: Any, text: str, name: str) -> Any:
         check(text.lower() in ("true", "false", "1", "0"), name, "true or false", text)
         return text.lower() in ("true", "1")
     if annotation is str:
+        check("\0" not in text, name, "text without a zero byte", text)
         return text
     try:
         value = annotation(text)
     except ValueError:
         kind = {int: "a whole number", float: "a number"}[annotation]
-        raise ValueError(f"{name} must be {kind}, got {text!r}") from None
+        raise ValueError(f"{name} must be {kind}, got {printable(repr(text), SHOWN)}") from None
     check(math.isfinite(value), name, "finite", text)
     return value
 
@@ -83,7 +92,8 @@ def override(config: Any, path: str, text: str, *, prefix: str = "") -> Any:
     name = prefix + head
     hints = get_type_hints(type(config))
     if head not in hints:
-        raise ValueError(f"unknown option --{prefix}{path}{nearest(prefix + path, option_names())}")
+        said = printable(prefix + path, SHOWN)
+        raise UnknownOption(f"unknown option --{said}{nearest(said, option_names())}")
     old = getattr(config, head)
     if head == "teachers" and isinstance(config, Config):
         value = override_teacher(old, rest, text) if rest else parse_teachers(text)
@@ -95,7 +105,9 @@ def override(config: Any, path: str, text: str, *, prefix: str = "") -> Any:
             )
         value = override(old, rest, text, prefix=f"{name}.")
     elif rest:
-        raise ValueError(f"unknown option --{prefix}{path}; --{name} has no parts")
+        raise UnknownOption(
+            f"unknown option --{printable(prefix + path, SHOWN)}; --{name} has no parts"
+        )
     else:
         value = coerce(hints[head], text, f"--{name}")
     return replace(config, **{head: value})
@@ -107,8 +119,8 @@ def override_teacher(teachers: tuple[Teacher, ...], path: str, text: str) -> tup
     names = [t.name for t in teachers]
     if who not in names:
         raise ValueError(
-            f"unknown teacher {who!r} in --teachers.{path};"
-            f" this recipe has {', '.join(names) or 'none'}"
+            f"unknown teacher {printable(repr(who), SHOWN)} in"
+            f" --teachers.{printable(path, SHOWN)}; this recipe has {', '.join(names) or 'none'}"
         )
     if not key:
         raise ValueError(
@@ -127,6 +139,8 @@ def override_all(config: Config, options: dict[str, str]) -> Config:
         for path in waiting:
             try:
                 config = override(config, path, options[path])
+            except UnknownOption:
+                raise
             except ValueError as error:
                 refused[path] = error  # it may be right beside another option: try again after it
         if len(refused) == len(waiting):
@@ -146,6 +160,10 @@ def options_of(config: Any = None, prefix: str = "") -> list[tuple[str, Any, str
             name = SAID.get(prefix + f.name, prefix + f.name)
             rows.append((name, value, f.metadata["help"]))
     return rows
+
+
+SECTIONS = ("teachers", *(f.name for f in fields(Config) if is_dataclass(f.default)))
+"""Keys of a settings file that hold a mapping."""
 
 
 def option_names() -> list[str]:
@@ -173,9 +191,48 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(plain: dict[str, Any], base: Config | None = None) -> Config:
     """The Config of such nested values over `base`; unknown or ill-typed keys are an error."""
     config = base or Config()
-    rows = plain.get("teachers") or {}
+    check_shape(plain)
+    rows = plain.get("teachers", {})
     named = tuple(Teacher(name=k, source=str(v.get("source", ""))) for k, v in rows.items())
     return override_all(replace(config, teachers=named or config.teachers), flatten(plain))
+
+
+def check_shape(plain: dict[str, Any], prefix: str = "") -> None:
+    """ValueError where a mapping or a list stands for something else, or a value is missing."""
+    teachers = plain.get("teachers", {}) if not prefix else {}
+    if not isinstance(teachers, dict):
+        raise ValueError(
+            "teachers must be a mapping from names to settings, as in {dino: {source: 'timm:...'}},"
+            f" got {described(teachers)}"
+        )
+    for name, row in teachers.items():
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"teachers.{printable(name, SHOWN)} must be a mapping of settings with a source,"
+                f" got {described(row)}"
+            )
+    for key, value in plain.items():
+        name = printable(prefix + key, SHOWN)
+        if isinstance(value, dict):
+            if not value and (prefix or key not in SECTIONS):
+                raise ValueError(f"{name} is an empty mapping; give a value or remove the line")
+            check_shape(value, f"{prefix}{key}.")
+        elif value is None:
+            raise ValueError(f"{name} has no value; give one, '' for none, or remove the line")
+        elif isinstance(value, (list, tuple)) and not all(map(plain_value, value)):
+            raise ValueError(f"{name} must be a value or a list of values")
+
+
+def plain_value(value: object) -> bool:
+    """Return true for a number, a text, true or false."""
+    return value is not None and not isinstance(value, (dict, list, tuple))
+
+
+def described(value: object) -> str:
+    """A value of a file as a message shows it: lists by their kind."""
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    return "nothing" if value is None else printable(repr(value), SHOWN)
 
 
 def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -183,11 +240,13 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in plain.items():
         if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
+            found = flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = (
-                ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-            )
+            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            found = {prefix + key: text}
+        for twice in flat.keys() & found.keys():
+            raise ValueError(f"{printable(twice, SHOWN)} is given twice; give it once")
+        flat |= found
     return flat
 
 

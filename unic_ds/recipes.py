@@ -10,6 +10,7 @@ from pathlib import Path
 
 from unic_ds import methods, quickstart
 from unic_ds.config import (
+    RECIPE_NAME,
     Config,
     Data,
     Drop,
@@ -22,6 +23,9 @@ from unic_ds.config import (
     Teacher,
 )
 from unic_ds.override import from_dict, nearest, override
+from unic_ds.printable import printable
+
+YAML = (".yaml", ".yml")
 
 PAPER_LOSS = Loss(divisor="kept")
 PAPER_STATISTICS = Standardise(std_floor=0.0, target_clamp=0.0)
@@ -139,7 +143,7 @@ def get(name: str, teachers: str = "") -> Config:
     `BASE+METHOD` is another method on a recipe's teachers, student and data; a method alone stands
     on unic_b. `teachers`, as on the command line, replace the table before a method looks at it.
     """
-    if Path(name).suffix in (".yaml", ".yml"):
+    if Path(name).suffix in YAML:
         cfg, applied = read(Path(name)), []
     else:
         base, *applied = name.split("+")
@@ -161,12 +165,31 @@ def get(name: str, teachers: str = "") -> Config:
 
 def read(file: Path) -> Config:
     """The Config that a YAML file holds; ValueError where it is missing or holds something else."""
-    import yaml
+    from unic_ds.documents import read_yaml
 
+    name = printable(file)
     try:
-        plain = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read as a run's settings: {error}") from None
+        plain = read_yaml(file)
+    except ValueError as error:
+        raise ValueError(f"'{name}' cannot be read as a run's settings: {error}") from None
     if not isinstance(plain, dict):
-        raise ValueError(f"{str(file)!r} holds no settings; a run's config.yaml does")
-    return from_dict(plain)
+        raise ValueError(f"'{name}' holds no settings; a run's config.yaml does")
+    try:
+        return from_dict(plain)
+    except ValueError as error:
+        raise ValueError(f"'{name}': {error}") from None
+
+
+def folder_name(name: str) -> str:
+    """The name of a recipe's default run folder; ValueError where its file has no fit name.
+
+    A recipe from a file is called after the file, or, for a run's config.yaml, after its folder:
+    never after what the file says.
+    """
+    file = Path(name)
+    if file.suffix not in YAML:
+        return name
+    stem = file.absolute().parent.name if file.stem == "config" else file.stem
+    if not RECIPE_NAME.fullmatch(stem):
+        raise ValueError(f"--recipe {name!r} gives no name for a run folder; give --out")
+    return stem

@@ -5,17 +5,19 @@ Stdlib only: options are checked before torch is imported, so a typo answers at 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from unic_ds.config.images import Data
-from unic_ds.config.knob import check, knob
+from unic_ds.config.knob import check, check_most, knob
 from unic_ds.config.models import EIGHT_BITS, TEACHER_NAME, Ladder, Student, Teacher
 from unic_ds.config.objective import Balance, Distance, Drop, Loss, Standardise
 from unic_ds.config.schedule import Eval, Optim, Run
 
 __all__ = [
     "EIGHT_BITS",
+    "RECIPE_NAME",
     "TEACHER_NAME",
     "Balance",
     "Config",
@@ -34,13 +36,16 @@ __all__ = [
     "knob",
 ]
 
+RECIPE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+STAGES, TEACHERS = 100, 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that decides what a run learns."""
 
     recipe: str = knob("", "name of the recipe this came from", machinery=True)
-    seed: int = knob(0, "of order, augmentation, drops and initial weights")
+    seed: int = knob(0, "of order, augmentation, drops and initial weights", most=2**64 - 1)
     precision: Literal["", "bf16", "fp32"] = knob(
         "", "of the student; empty: what the ds_config says"
     )
@@ -72,7 +77,13 @@ class Config:
     run: Run = Run()
 
     def __post_init__(self) -> None:
+        named = not self.recipe or RECIPE_NAME.fullmatch(self.recipe)
+        check(bool(named), "recipe", "a name of letters, digits, _, +, - and .", self.recipe)
+        check_most(self, "")
         check(self.seed >= 0, "seed", ">= 0", self.seed)
+        stages, teachers = self.stages.count(";") + 1, len(self.teachers)
+        check(stages <= STAGES, "stages", f"at most {STAGES}", stages)
+        check(teachers <= TEACHERS, "teachers", f"at most {TEACHERS}", teachers)
         names = [t.name for t in self.teachers]
         check(
             len(set(names)) == len(names),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from unic_ds.config.knob import check, knob
+from unic_ds.config.knob import check, check_most, knob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +21,15 @@ class Data:
     val: str = knob(
         "", "images to evaluate on, named likewise; empty: val_share of train", machinery=True
     )
-    window: int = knob(8, "shards whose samples are shuffled together")
+    window: int = knob(8, "shards whose samples are shuffled together", most=1_000_000)
     val_share: float = knob(0.0, "share of train held out, by a seeded hash of the sample's name")
     augment: Literal["unic", "weak", "none"] = knob(
         "unic", "draws: unic (all), weak (crop + flip), none (centre)"
     )
     crop_min: float = knob(0.08, "smallest crop, as a share of the image's area")
-    ratio_max: float = knob(4 / 3, "a crop's largest aspect ratio; the smallest is its inverse")
+    ratio_max: float = knob(
+        4 / 3, "a crop's largest aspect ratio; the smallest is its inverse", most=1_000.0
+    )
     flip: float = knob(0.5, "chance of a horizontal flip")
     jitter: float = knob(0.8, "chance of colour jitter")
     brightness: float = knob(0.4, "jitter: factor in 1 -/+ this")
@@ -37,21 +39,24 @@ class Data:
     grey: float = knob(0.2, "chance of turning grey")
     blur: float = knob(0.2, "chance of Gaussian blur")
     blur_min: float = knob(0.1, "smallest blur sigma, in student pixels")
-    blur_max: float = knob(5.0, "largest blur sigma, in student pixels")
+    blur_max: float = knob(5.0, "largest blur sigma, in student pixels", most=1_000.0)
     solarise: float = knob(0.2, "chance of inverting what is brighter than half")
     backend: Literal["auto", "dali", "torch"] = knob(
         "auto", "decoder: DALI, its torch twin, or what is there", machinery=True
     )
     threads: int = knob(
-        0, "decoding threads per rank; 0: the rank's share of the cores", machinery=True
+        0, "decoding threads per rank; 0: the rank's share of the cores", machinery=True, most=4_096
     )
-    prefetch: int = knob(2, "batches decoded ahead", machinery=True)
+    prefetch: int = knob(2, "batches decoded ahead", machinery=True, most=1_024)
     bad_limit: float = knob(
         0.01, "stop when more than this share of the images cannot be read", machinery=True
     )
-    max_megapixels: float = knob(50.0, "a larger image counts as unreadable (decompression bombs)")
+    max_megapixels: float = knob(
+        50.0, "a larger image counts as unreadable (decompression bombs)", most=100_000.0
+    )
 
     def __post_init__(self) -> None:
+        check_most(self, "data.")
         for key in ("flip", "jitter", "grey", "blur", "solarise", "bad_limit"):
             value = getattr(self, key)
             check(0 <= value <= 1, f"data.{key}", "in [0, 1]", value)

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import re
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any
 
+from unic_ds.printable import printable
 
-def knob(default: Any, text: str, *, machinery: bool = False) -> Any:
-    """A field with its help line; `machinery` marks what may differ when a run is resumed."""
-    return field(default=default, metadata={"help": text, "machinery": machinery})
+WIDEST = 2**63 - 1
+"""The largest whole number of any option: 64 bits."""
+
+
+def knob(default: Any, text: str, *, machinery: bool = False, most: float | None = None) -> Any:
+    """A field with its help line and its largest value, which lies far above what anybody needs.
+
+    `machinery` marks what may differ when a run is resumed.
+    """
+    return field(default=default, metadata={"help": text, "machinery": machinery, "most": most})
 
 
 def check(holds: bool, name: str, want: str, value: object) -> None:
     """Raise ValueError naming the option, what it wants and what it got."""
     if not holds:
-        raise ValueError(f"{name} must be {want}, got {value!r}")
+        raise ValueError(f"{name} must be {want}, got {printable(repr(value))}")
+
+
+def check_most(settings: Any, prefix: str) -> None:
+    """Raise ValueError where a field of a dataclass exceeds its `most`, or 64 bits."""
+    for f in fields(settings):
+        value, most = getattr(settings, f.name), f.metadata.get("most")
+        if type(value) in (int, float) and (most is not None or type(value) is int):
+            most = WIDEST if most is None else most
+            check(value <= most, f"{prefix}{f.name}", f"at most {most:,}", value)
 
 
 def check_checkpoint(text: str, name: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 from unic_ds import formula
-from unic_ds.config.knob import check, knob
+from unic_ds.config.knob import check, check_most, knob
 
 
 class Distance(NamedTuple):
@@ -99,6 +99,7 @@ class Standardise:
         0,
         "fit the statistics to this many batches before training and keep them fixed; 0: running"
         " statistics",
+        most=1_000_000,
     )
     momentum_end: float = knob(0.001, "last value of the cosine from 1")
     std_floor: float = knob(
@@ -108,6 +109,7 @@ class Standardise:
     freeze_after: int = knob(0, "fix the statistics after this step; 0: never")
 
     def __post_init__(self) -> None:
+        check_most(self, "standardise.")
         check(
             0 <= self.momentum_end <= 1, "standardise.momentum_end", "in [0, 1]", self.momentum_end
         )

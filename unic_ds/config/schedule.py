@@ -6,23 +6,26 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from unic_ds.config.knob import check, knob
+from unic_ds.config.knob import check, check_most, knob
+
+STEPS = 9_999_999
+"""The most steps of a run: names of checkpoints have seven digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
     """AdamW, its schedule and the length of the run."""
 
-    batch_size: int = knob(512, "images per optimiser step, over all ranks")
-    epochs: float = knob(200.0, "passes over the training images")
-    steps: int = knob(0, "optimiser steps; 0: as many as epochs says")
+    batch_size: int = knob(512, "images per optimiser step, over all ranks", most=1 << 24)
+    epochs: float = knob(200.0, "passes over the training images", most=1e6)
+    steps: int = knob(0, "optimiser steps; 0: as many as epochs says", most=STEPS)
     lr: float = knob(3e-4, "peak learning rate at lr_batch")
-    lr_batch: int = knob(256, "batch size that lr is meant for")
+    lr_batch: int = knob(256, "batch size that lr is meant for", most=1 << 24)
     lr_scaling: Literal["linear", "sqrt", "none"] = knob(
         "linear", "how the peak grows with batch_size / lr_batch"
     )
     lr_end: float = knob(1e-6, "last value of the cosine")
-    warmup_epochs: float = knob(10.0, "epochs of linear warm-up from 0")
+    warmup_epochs: float = knob(10.0, "epochs of linear warm-up from 0", most=1e6)
     beta1: float = knob(0.9, "AdamW")
     beta2: float = knob(0.99, "AdamW")
     eps: float = knob(1e-8, "AdamW")
@@ -38,6 +41,7 @@ class Optim:
     )
 
     def __post_init__(self) -> None:
+        check_most(self, "optim.")
         check(self.batch_size > 0, "optim.batch_size", "positive", self.batch_size)
         check(self.epochs > 0, "optim.epochs", "positive", self.epochs)
         check(self.steps >= 0, "optim.steps", ">= 0", self.steps)
@@ -58,8 +62,14 @@ class Optim:
         return self.lr * {"linear": growth, "sqrt": math.sqrt(growth), "none": 1.0}[self.lr_scaling]
 
     def step_count(self, images: int) -> int:
-        """Optimiser steps of the run over `images` training images."""
-        return self.steps or max(1, round(self.epochs * images / self.batch_size))
+        """Optimiser steps of the run over `images` training images; ValueError for too many."""
+        count = self.steps or max(1, round(self.epochs * images / self.batch_size))
+        if count > STEPS:
+            raise ValueError(
+                f"optim.epochs {self.epochs} over {images} images makes {count:,} steps, more than"
+                f" {STEPS:,}; lower it, or raise optim.batch_size"
+            )
+        return count
 
     def warmup_steps(self, images: int) -> int:
         """Optimiser steps of the warm-up; never more than the run has."""
@@ -75,13 +85,14 @@ class Eval:
         "evaluate after training, where the images have at least two class folders",
         machinery=True,
     )
-    k: int = knob(10, "neighbours of the kNN", machinery=True)
+    k: int = knob(10, "neighbours of the kNN", machinery=True, most=1_000_000)
     temperature: float = knob(0.07, "softmax temperature of the neighbours' votes", machinery=True)
     max_train: int = knob(50_000, "training images used by the probes", machinery=True)
     max_val: int = knob(10_000, "validation images used by the probes", machinery=True)
-    batch: int = knob(64, "images per forward", machinery=True)
+    batch: int = knob(64, "images per forward", machinery=True, most=1_000_000)
 
     def __post_init__(self) -> None:
+        check_most(self, "eval.")
         for key in ("k", "temperature", "max_train", "max_val", "batch"):
             check(getattr(self, key) > 0, f"eval.{key}", "positive", getattr(self, key))
 
@@ -94,12 +105,15 @@ class Run:
     save_every: int = knob(
         1000, "steps between checkpoints; the last step always saves", machinery=True
     )
-    keep_last: int = knob(2, "newest checkpoints kept", machinery=True)
+    keep_last: int = knob(2, "newest checkpoints kept", machinery=True, most=1_000_000)
     keep_every: int = knob(
         0, "keep each checkpoint whose step is a multiple of this; 0: off", machinery=True
     )
     keep_best: int = knob(
-        0, "keep so many checkpoints of the lowest training loss; 0: off", machinery=True
+        0,
+        "keep so many checkpoints of the lowest training loss; 0: off",
+        machinery=True,
+        most=1_000_000,
     )
     compile: Literal["none", "student", "teachers", "all"] = knob(
         "none", "whose transformer blocks run through torch.compile", machinery=True
@@ -122,23 +136,30 @@ class Run:
         "skipped steps in a row after which it goes back to the checkpoint before them, and on past"
         " their samples",
         machinery=True,
+        most=1_000_000,
     )
     max_rollbacks: int = knob(
-        3, "how often a run may go back; where it would again, it stops", machinery=True
+        3,
+        "how often a run may go back; where it would again, it stops",
+        machinery=True,
+        most=1_000_000,
     )
     hang_timeout: float = knob(
         120.0,
         "seconds without a sign of life after which a rank counts as dead and the run ends; 0: off",
         machinery=True,
+        most=1e9,
     )
     stall_timeout: float = knob(
         600.0,
         "seconds in which no rank gets on after which the run ends (four times as many while it"
         " builds, resumes or saves, twelve while it evaluates); 0: off",
         machinery=True,
+        most=1e9,
     )
 
     def __post_init__(self) -> None:
+        check_most(self, "run.")
         for key in ("log_every", "save_every", "keep_last", "rollback_after"):
             check(getattr(self, key) > 0, f"run.{key}", "positive", getattr(self, key))
         optional = ("stop_at", "keep_every", "keep_best", "spike", "max_rollbacks")
