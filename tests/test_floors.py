@@ -19,6 +19,7 @@ FLOORS = (
     {"formula", "chance", "home", "named", "pulse", "files", "printable"},
     {"config", "documents"},
     {"override", "methods"},
+    {"ds_keys"},
     {"tokens", "ops", "compiled", "optim", "average", "dist", "ds_config", "entry", "gpus"},
     {"balance", "ladder", "log", "guard", "counters"},
     {"data", "teachers", "student", "loss", "engine", "evaluate", "recipes", "quickstart"},

@@ -7,11 +7,14 @@ heavy is imported.
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from unic_ds import ds_keys
 from unic_ds.config import Config
+from unic_ds.documents import read_json
+from unic_ds.printable import printable
 
 SCIENCE = {
     "train_batch_size": "--optim.batch_size",
@@ -28,14 +31,18 @@ SCIENCE = {
 def read(path: str) -> dict[str, Any]:
     """The settings of a ds_config file; ValueError where it is missing, damaged or sets science."""
     file = Path(path)
-    if not file.is_file():
-        raise ValueError(
-            f"--ds_config {path!r} is no file; ds_configs/ holds zero1.json to zero3_offload.json"
-        )
+    with suppress(OSError):  # `read_json` says what is wrong
+        if not file.exists():
+            raise ValueError(
+                f"--ds_config {path!r} is no file; ds_configs/ holds zero1.json to"
+                " zero3_offload.json"
+            )
     try:
-        settings = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--ds_config {path!r} is no JSON: {error}") from None
+        settings = read_json(file)
+    except ValueError as error:
+        raise ValueError(
+            f"--ds_config {path!r} is no JSON file that can be read: {error}"
+        ) from None
     if not isinstance(settings, dict):
         raise ValueError(f"--ds_config {path!r} must hold a JSON object")
     check(path, settings)
@@ -43,47 +50,82 @@ def read(path: str) -> dict[str, Any]:
 
 
 def check(path: str, settings: dict[str, Any]) -> None:
-    """ValueError where a file sets science, or what this trainer cannot do."""
+    """ValueError where a file sets science, what this trainer cannot do, or what could do harm."""
+    checks = refuse_science, check_kinds, refuse_what_cannot_run, ds_keys.check, check_nvme
+    for holds in checks:
+        try:
+            holds(settings)
+        except ValueError as error:
+            raise ValueError(f"--ds_config {path!r}: {error}") from None
+
+
+def refuse_science(settings: dict[str, Any]) -> None:
+    """ValueError for a key that the run config owns."""
     for key in sorted(SCIENCE.keys() & settings.keys()):
-        raise ValueError(
-            f"--ds_config {path!r} sets {key!r}, which the run owns; remove it and use"
-            f" {SCIENCE[key]}"
-        )
+        raise ValueError(f"it sets {key!r}, which the run owns; remove it and use {SCIENCE[key]}")
+
+
+def check_kinds(settings: dict[str, Any]) -> None:
+    """ValueError where the keys that are looked at below are of another kind."""
     for key in ("fp16", "bf16", "zero_optimization", "data_types", "checkpoint"):
         if not isinstance(settings.get(key, {}), dict):
-            raise ValueError(
-                f"--ds_config {path!r}: {key!r} must be an object, got {settings[key]!r}"
-            )
+            raise ValueError(f"{key!r} must be an object, got {shown(settings[key])}")
     if stage(settings) not in (0, 1, 2, 3):
-        raise ValueError(
-            f"--ds_config {path!r}: the ZeRO stage must be 0 to 3, got {stage(settings)!r}"
-        )
+        raise ValueError(f"the ZeRO stage must be 0 to 3, got {shown(stage(settings))}")
+
+
+def refuse_what_cannot_run(settings: dict[str, Any]) -> None:
+    """ValueError for what DeepSpeed has and this trainer cannot do."""
     if settings.get("fp16", {}).get("enabled"):
-        raise ValueError(
-            f"--ds_config {path!r} asks for fp16; this trainer runs in bf16 or --precision fp32"
-        )
+        raise ValueError("it asks for fp16; this trainer runs in bf16 or --precision fp32")
     if settings.get("zero_optimization", {}).get("compute_grad_norm") is False:
         raise ValueError(
-            f"--ds_config {path!r} turns zero_optimization.compute_grad_norm off, by which steps"
-            " that are not finite are known; remove it"
+            "it turns zero_optimization.compute_grad_norm off, by which steps that are not finite"
+            " are known; remove it"
         )
     saving = settings | settings.get("checkpoint", {})
     for key in ("writer", "nebula", "datastates_ckpt"):
         if saving.get(key, False) is not False:
             raise ValueError(
-                f"--ds_config {path!r} asks for checkpoints by {key!r}, which return before they"
-                " are whole (docs/checkpoints.md); remove it"
+                f"it asks for checkpoints by {key!r}, which return before they are whole"
+                " (docs/checkpoints.md); remove it"
             )
     micro = settings.get("train_micro_batch_size_per_gpu")
     if not isinstance(micro, int) or isinstance(micro, bool) or micro < 1:
         raise ValueError(
-            f"--ds_config {path!r} needs a whole train_micro_batch_size_per_gpu >= 1, got {micro!r}"
+            f"it needs a whole train_micro_batch_size_per_gpu >= 1, got {shown(micro)}"
         )
     if "grad_accum_dtype" in settings.get("data_types", {}) and stage(settings) < 2:
         raise ValueError(
-            f"--ds_config {path!r} sets data_types.grad_accum_dtype, which goes with ZeRO-2 and 3,"
-            f" not {stage(settings)}; remove it"
+            f"it sets data_types.grad_accum_dtype, which goes with ZeRO-2 and 3, not"
+            f" {stage(settings)}; remove it"
         )
+
+
+def shown(value: object) -> str:
+    """A value of a file as a message shows it."""
+    return printable(repr(value), 60)
+
+
+def check_nvme(settings: dict[str, Any]) -> None:
+    """ValueError where weights or optimiser state would be swapped into a folder with other files.
+
+    DeepSpeed makes the folder, and removes there what an earlier run has left.
+    """
+    for key in ("offload_param", "offload_optimizer"):
+        offload = settings.get("zero_optimization", {}).get(key) or {}
+        if offload.get("device") != "nvme":
+            continue
+        given = offload.get("nvme_path") or ""
+        try:
+            there = {file.name for file in Path(given).iterdir()} if Path(given).exists() else set()
+        except OSError as error:
+            raise ValueError(f"{key}.nvme_path {printable(given)!r}: {error.strerror}") from None
+        if not Path(given).is_absolute() or there - {"zero_stage_3"}:
+            raise ValueError(
+                f"{key}.nvme_path must be the whole path of a folder of its own, empty or new,"
+                f" got {printable(given)!r}"
+            )
 
 
 def merge(settings: dict[str, Any], cfg: Config, world: int) -> dict[str, Any]:
