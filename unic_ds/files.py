@@ -9,7 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -49,14 +52,33 @@ def read_text(path: Path | str, limit: int = TEXT_LIMIT) -> str:
         raise ValueError(f"{str(path)!r} is not UTF-8 text (byte {error.start})") from None
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old or the new content, never a part."""
-    part = file.with_name(f".{file.name}.part")
-    with part.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(file)
+def write_whole(file: Path, text: str, errors: str = "strict") -> None:
+    """Write `text` in UTF-8 so that a reader sees the old or the new content, never a part."""
+    with replacing(file) as stream:
+        stream.write(text.encode("utf-8", errors))
+
+
+@contextmanager
+def replacing(file: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `file` when the block ends, or goes where it fails.
+
+    It lies beside `file` under a name that nobody can foresee, and is made here or not at all: in a
+    folder that others may write, a link under its name would be theirs. With `sync` it is on the
+    disk before it is renamed, so that a power cut leaves the old or the new content.
+    """
+    part = file.with_name(f".{file.name[:200]}.{secrets.token_hex(8)}.part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    number = os.open(part, flags, 0o666)  # less the umask
+    try:
+        with os.fdopen(number, "wb") as stream:
+            yield stream
+            stream.flush()
+            if sync:
+                os.fsync(stream.fileno())
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def apply_umask(file: Path) -> None:

@@ -33,6 +33,7 @@ from unic_ds.data.reader import measure, opened
 from unic_ds.data.shards import Member, MissingShard
 from unic_ds.data.source import FLAT, Source
 from unic_ds.data.twin import rgb, upright
+from unic_ds.files import write_whole
 
 FORMAT = 1
 MANIFEST, PARTIAL, BROKEN = "pack.json", "partial", "broken.txt"
@@ -330,6 +331,4 @@ def _name(number: int) -> str:
 
 def _write(file: Path, text: str) -> None:
     """A text file in one piece."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text, "utf-8", "surrogateescape")
-    part.replace(file)
+    write_whole(file, text, "surrogateescape")

@@ -29,6 +29,7 @@ from unic_ds.data.files import SUFFIXES, first_folder
 from unic_ds.data.names import Names
 from unic_ds.data.order import Run, Runs
 from unic_ds.data.source import FLAT, Source
+from unic_ds.files import replacing
 from unic_ds.home import home
 
 FORMAT = 1
@@ -303,13 +304,8 @@ def keep(tables: dict[str, NDArray[Any]], beside: Path, away: Path) -> Path:
 
 def write(tables: dict[str, NDArray[Any]], file: Path) -> Path:
     """Write an index in one piece."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as out:
-            np.savez(out, allow_pickle=False, **tables)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(file) as out:
+        np.savez(out, allow_pickle=False, **tables)
     return file
 
 

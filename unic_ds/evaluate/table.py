@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from unic_ds.files import write_whole
+
 Rows = Mapping[str, Mapping[str, float]]
 """Model -> evaluator -> accuracy in %, in the order of the table."""
 
@@ -48,9 +50,8 @@ def write(rows: Rows, folder: Path, log: Sequence[Mapping[str, Any]]) -> None:
     """
     curve = {row["step"]: row["loss"] for row in log if "step" in row and "loss" in row}
     plot(rows, sorted(curve.items()), folder / "results.png", title=folder.name)
-    part = folder / ".results.json.partial"
-    part.write_text(json.dumps({model: dict(values) for model, values in rows.items()}, indent=1))
-    part.replace(folder / "results.json")
+    plain = {model: dict(values) for model, values in rows.items()}
+    write_whole(folder / "results.json", json.dumps(plain, indent=1))
 
 
 def read(file: Path) -> dict[str, dict[str, float]]:

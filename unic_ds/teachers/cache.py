@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unic_ds import config
+from unic_ds.files import replacing
 from unic_ds.teachers import weights
 from unic_ds.tokens import Tokens
 
@@ -84,11 +85,9 @@ class Layout:
         assert x_BNC.shape == (len(span), 1 + self.tokens, self.widths[name])
         path = self.path(name, view, span[0] // self.chunk)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".partial")
-        with part.open("wb") as file:
+        with replacing(path, sync=False) as file:
             for block in encode(x_BNC, self.dtype):
                 file.write(block.tobytes())
-        part.replace(path)
 
     def read(self, name: str, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> Tokens:
         """A teacher's tokens of samples under views, in bf16 on the CPU."""
