@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "unic_ds").rglob("*.py"))
 
 FLOORS = (
-    {"formula", "chance", "home", "named", "pulse", "files", "printable"},
-    {"config", "documents"},
+    {"formula", "chance", "home", "named", "files", "printable"},
+    {"config", "documents", "pulse"},
     {"override", "methods"},
     {"ds_keys"},
     {"tokens", "ops", "compiled", "optim", "average", "dist", "ds_config", "entry", "gpus"},

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
+import os
 import shutil
+import stat
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unic_ds import checkpoint, events, job, log, pulse, recipes
+from unic_ds.documents import json_lines, parse_line
+from unic_ds.files import open_regular
+from unic_ds.printable import printable
 from unic_ds.pulse import Pulse
 
 AGAIN = "start the same command again"
 BAD = ("failed", "hung", "killed")
 WATCHED_S = 9  # in which a rank of another machine beats, were it alive
 HUNG = ("rank lost", "rank silent", "no progress")
+TAIL, EVENTS = 1 << 20, 1 << 28
+"""Bytes of the log's end, and of the longest file of events, that are read."""
+
+SHOWN = 100
+"""Reasons for skipped steps, and characters of each, that are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +54,7 @@ def run(out: Path, *, hashes: bool, as_json: bool) -> int:
     if as_json:
         print(json.dumps(asdict(found)))
         return 0 if found.good else 1
-    print(f"{out}: {found.state}. {found.says}")
+    print(f"{printable(out)}: {found.state}. {found.says}")
     for name, problem in found.checkpoints.items():
         print(f"  {name}: {problem or 'whole'}")
     for line in found.notes:
@@ -66,7 +77,8 @@ def examine(out: Path, *, hashes: bool) -> Finding:
     of = f"Stage {number + 1} of {len(stages)}: " if len(stages) > 1 else ""
     step, saved = last_step(folder), checkpoint.steps_in(folder / "checkpoints")
     problems = {p.name: problem(p, hashes) for p in saved}
-    state, says = state_of(folder, int(cfg.optim.steps))
+    told = read_events(folder)
+    state, says = state_of(folder, int(cfg.optim.steps), told)
     good = [name for name, wrong in problems.items() if not wrong]
     return Finding(
         state=state,
@@ -74,14 +86,20 @@ def examine(out: Path, *, hashes: bool) -> Finding:
         do=advice(state, good[-1] if good else "", STOPS.get(state, "")),
         step=step,
         checkpoints=problems,
-        notes=notes(folder, job.stop_files(out, whole.run.stop_file)),
+        notes=notes(folder, job.stop_files(out, whole.run.stop_file), told),
     )
 
 
 def last_step(out: Path) -> int:
-    """The step of the last log line."""
-    rows = log.read(out / "log.jsonl")
-    return int(rows[-1]["step"]) if rows else 0
+    """The step of the last log line that has one, among the file's last `TAIL` bytes."""
+    try:
+        with open_regular(out / "log.jsonl") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL))
+            lines = stream.read(TAIL).splitlines()
+    except OSError:
+        return 0
+    steps = (log.step_of(row) for row in map(parse_line, reversed(lines)) if row is not None)
+    return int(next((step for step in steps if step < math.inf), 0))
 
 
 STOPS = {
@@ -90,7 +108,7 @@ STOPS = {
 }
 
 
-def state_of(out: Path, steps: int) -> tuple[str, str]:
+def state_of(out: Path, steps: int, told: Told) -> tuple[str, str]:
     """State of a stage, of `steps` where they are known, and a sentence."""
     step = last_step(out)
     of = f"{step} of {steps}" if steps else str(step)
@@ -103,14 +121,15 @@ def state_of(out: Path, steps: int) -> tuple[str, str]:
     if not ranks:
         return ("stopped", f"It was asked to stop, and did after step {of}.") if step else NOT_BEGUN
     verdict = out / pulse.FOLDER / f"verdict_{ranks[0].start}.json"
-    told = [row for row in read_events(out) if row["event"] in HUNG]
-    if verdict.exists() and told:
-        return "hung", f"At step {of}: {told[-1]['says']}."
+    if verdict.exists() and told.hung:
+        return "hung", f"At step {of}: {told.hung}."
     if failed := [row for row in ranks if row.error]:
-        return "failed", f"{failed[0].who} at {failed[0].phase!r} of step {of}: {failed[0].error}"
+        who, phase, error = map(printable, (failed[0].who, failed[0].phase, failed[0].error))
+        return "failed", f"{who} at '{phase}' of step {of}: {error}"
     last = max(ranks, key=lambda row: row.time)
     return "killed", (
-        f"All ranks ended without a word; {last.who} was last at {last.phase!r} of step"
+        f"All ranks ended without a word; {printable(last.who)} was last at"
+        f" '{printable(last.phase)}' of step"
         f" {last.step} (killed from outside: a time limit, a cancelled job, or a lost node)."
     )
 
@@ -138,16 +157,13 @@ def alive(out: Path, row: Pulse) -> bool:
 
 def locked(out: Path) -> bool:
     """Whether a process holds the run's lock."""
-    file = out / ".lock"
-    if not file.exists():
-        return False
-    with file.open() as lock:
-        try:
+    try:
+        with open_regular(out / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # a file system without locks
-            return False
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, no right to read it, or a file system without locks
+        return False
     return False
 
 
@@ -159,17 +175,57 @@ def problem(folder: Path, hashes: bool) -> str:
     if not expected:
         return f"no readable {checkpoint.MANIFEST}"
     for name, facts in sorted(expected.items()):
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != facts["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {facts['bytes']}"
+        try:
+            found = (folder / name).stat()
+        except (OSError, ValueError):  # ValueError: a zero byte in the name
+            return f"{printable(name)} is missing"
+        if not stat.S_ISREG(found.st_mode):
+            return f"{printable(name)} is no file"
+        if found.st_size != facts["bytes"]:
+            return f"{printable(name)} has {found.st_size} bytes, not {facts['bytes']}"
     return ""
 
 
-def read_events(out: Path) -> list[dict[str, Any]]:
-    """The run's events, oldest first."""
-    return log.read(out / events.FILE)
+@dataclass(kw_only=True)
+class Told:
+    """What the events of a run say."""
+
+    skipped: int = 0
+    reasons: set[str] = field(default_factory=set)  # of the skipped steps
+    returns: int = 0
+    returned_to: str = ""  # the step, of the last time
+    hung: str = ""  # the last sentence about ranks that did not get on
+    odd: int = 0  # lines that are no events
+    unread: str = ""  # why the file was not read
+
+    def add(self, row: dict[str, Any] | None) -> None:
+        """Take a line of the file, None for one that is no event."""
+        event = row.get("event") if row else None
+        if row is None or not isinstance(event, str):
+            self.odd += 1
+        elif event == "skipped":
+            self.skipped += 1
+            if len(self.reasons) < SHOWN:
+                self.reasons.add(printable(row.get("why"), SHOWN))
+        elif event == "rolled back":
+            self.returns, self.returned_to = self.returns + 1, printable(row.get("to"), SHOWN)
+        elif event in HUNG:
+            self.hung = printable(row.get("says"))
+
+
+def read_events(out: Path) -> Told:
+    """What the run's events say, in the memory of one line."""
+    file, told = out / events.FILE, Told()
+    if not file.exists():
+        return told
+    size = file.stat().st_size
+    if size > EVENTS or not file.is_file():
+        what = f"has {size / 1e6:.0f} MB" if file.is_file() else "is no file"
+        told.unread = f"{events.FILE} {what} and was not read"
+        return told
+    for row in json_lines(file):
+        told.add(row)
+    return told
 
 
 def advice(state: str, newest: str, first: str) -> str:
@@ -182,18 +238,25 @@ def advice(state: str, newest: str, first: str) -> str:
     return f"{first}, then {start}" if first else start
 
 
-def notes(out: Path, stops: list[Path]) -> list[str]:
+def notes(out: Path, stops: list[Path], told: Told) -> list[str]:
     """What else is worth knowing."""
-    found = []
-    skipped = [row for row in read_events(out) if row["event"] == "skipped"]
-    back = [row for row in read_events(out) if row["event"] == "rolled back"]
-    if skipped:
-        why = ", ".join(sorted({row["why"] for row in skipped}))
-        found.append(f"{len(skipped)} steps were skipped ({why}): {out / events.FILE} names them")
-    if back:
-        found.append(f"it went back {len(back)} times, last to step {back[-1]['to']}")
+    found = [told.unread] if told.unread else []
+    if told.odd:
+        found.append(f"{told.odd} lines of {events.FILE} are no events")
+    if odd := len(list(pulse.files(out))) - len(pulse.read_all(out)):
+        found.append(f"{odd} files of {pulse.FOLDER}/ hold no heartbeat")
+    name = printable(out / events.FILE)
+    if told.skipped:
+        why = ", ".join(sorted(told.reasons))
+        found.append(f"{told.skipped} steps were skipped ({why}): {name} names them")
+    if told.returns:
+        found.append(f"it went back {told.returns} times, last to step {told.returned_to}")
+    if not last_step(out) and (out / "log.jsonl").exists():
+        found.append("log.jsonl has no line with a step")
     found += [
-        f"{file} is there: a start would stop at once; remove it" for file in stops if file.exists()
+        f"{printable(file)} is there: a start would stop at once; remove it"
+        for file in stops
+        if job.kind_of(str(file))
     ]
     if any((out / "checkpoints").glob(".saving_*")):
         found.append("a save was cut short; the next one removes what it left")
@@ -206,5 +269,6 @@ def notes(out: Path, stops: list[Path]) -> list[str]:
                 f"{free / 1e9:.1f} GB are free, a checkpoint has {size / 1e9:.1f}: free some"
             )
     if stacks := sorted((out / pulse.FOLDER).glob("stacks_*.txt")):
-        found.append(f"where each rank's threads were: {stacks[0].parent}/stacks_*.txt")
+        where = printable(stacks[0].parent)
+        found.append(f"where each rank's threads were: {where}/stacks_*.txt")
     return found

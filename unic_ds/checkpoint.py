@@ -27,7 +27,8 @@ from torch import Tensor
 
 from unic_ds import config, dist, log
 from unic_ds.engine import copies, order
-from unic_ds.files import write_whole
+from unic_ds.files import read_text, write_whole
+from unic_ds.printable import printable
 from unic_ds.reshard import load_anew
 
 LOG = logging.getLogger("unic_ds.checkpoint")
@@ -210,16 +211,21 @@ def verify(folder: Path) -> str:
         return problem
     for name in sorted(expected):
         if found.get(name) != expected[name]:
-            return f"{name} is {'damaged' if name in found else 'missing'}"
+            return f"{printable(name)} is {'damaged' if name in found else 'missing'}"
     return ""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the files of a checkpoint should be; nothing where that cannot be read."""
+    """Size and SHA-256 of a checkpoint's files; nothing where that cannot be read."""
     try:
-        return json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+        rows = json.loads(read_text(folder / MANIFEST))
+    except (OSError, ValueError, RecursionError):
         return {}
+    known = isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
+    if not known or any(type(row.get("bytes")) is not int for row in rows.values()):
+        return {}
+    outside = any(Path(name).is_absolute() or ".." in Path(name).parts for name in rows)
+    return {} if outside else rows
 
 
 def find(folder: Path, resume: str) -> Path | None:
@@ -307,7 +313,7 @@ def lowest_loss(steps: list[Path], count: int) -> list[Path]:
     """The `count` checkpoints saved at the lowest training loss; the newer of equals."""
     losses = {}
     for step in reversed(steps) if count else ():
-        with suppress(OSError, ValueError, KeyError):  # a damaged one is no good
+        with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is no good
             loss = json.loads((step / FACTS).read_text())["loss"]
             if math.isfinite(loss):
                 losses[step] = loss

@@ -100,7 +100,7 @@ class _Loader(yaml.SafeLoader):
     level = count = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()
         self.count += 1
         if isinstance(event, yaml.AliasEvent):
             _refuse(event, f"an alias, *{event.anchor}, which settings do without,")
@@ -109,7 +109,7 @@ class _Loader(yaml.SafeLoader):
         if event.tag:
             _refuse(event, f"a tag, {event.tag}, which settings do without,")
         self.level += 1
-        node: Any = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        node: Any = super().compose_node(parent, index)
         self.level -= 1
         kind = node.tag.rpartition(":")[2]
         if kind in ("int", "float") and len(node.value) > DIGITS:
@@ -119,7 +119,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
-        node: Any = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        node: Any = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):

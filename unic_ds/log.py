@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from unic_ds import dist
+from unic_ds.documents import json_lines
+from unic_ds.files import write_whole
 from unic_ds.gpus import peak_tflops
 
 T = TypeVar("T")
@@ -49,10 +51,8 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         file = folder / "log.jsonl"
-        kept = [row for row in read(file) if row["step"] < first]
-        part = file.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        part.replace(file)
+        kept = [row for row in read(file) if step_of(row) < first]
+        write_whole(file, "".join(json.dumps(row) + "\n" for row in kept))
         self.lines = file.open("a", buffering=1)
         self.board = SummaryWriter(str(folder / "tb"), purge_step=first)
         if sys.stdout.isatty():
@@ -194,16 +194,14 @@ def memory_gb() -> float:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; a last line that was cut short is left out."""
-    if not file.is_file():
-        return []
-    rows = []
-    for line in file.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """The objects of a log's lines; a line that is none, as a kill leaves one, is left out."""
+    return [row for row in json_lines(file) if row is not None]
+
+
+def step_of(row: dict[str, Any]) -> float:
+    """The step of a log's line; infinite where it has none."""
+    step = row.get("step")
+    return step if type(step) is int and 0 < step < 2**63 else math.inf
 
 
 def say(text: str) -> None:

@@ -7,12 +7,16 @@ on a disk that has become full. A reader that meets half a record keeps the one 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import socket
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+
+from unic_ds.files import read_limited
 
 FOLDER = "heartbeats"
 SIZE = 2048  # bytes of a record, whatever it says
@@ -104,14 +108,28 @@ def record(pulse: Pulse) -> str:
 
 
 def read(file: Path) -> Pulse | None:
-    """What a file says; None where there is none, or half of one."""
+    """What a file says; None where there is none, half of one, or something else."""
     try:
-        return Pulse(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):
+        found = Pulse(**json.loads(read_limited(file, 32 * SIZE)))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    return found if is_whole(found) else None
+
+
+def is_whole(pulse: Pulse) -> bool:
+    """Return true where every field is of its type, and `start` may be part of a file's name."""
+    kinds = {"str": (str,), "int": (int,), "float": (int, float)}
+    values = [(getattr(pulse, f.name), kinds[str(f.type)]) for f in fields(pulse)]
+    typed = all(type(value) in kind for value, kind in values)
+    return typed and math.isfinite(pulse.time) and bool(re.fullmatch(r"[\w-]{1,64}", pulse.start))
+
+
+def files(out: Path) -> list[Path]:
+    """The files of a run's pulses, in rank order."""
+    return sorted((out / FOLDER).glob("rank_*.json"))
 
 
 def read_all(out: Path) -> list[Pulse]:
     """Every pulse of a run folder, of whichever start."""
-    found = (read(file) for file in sorted((out / FOLDER).glob("rank_*.json")))
+    found = map(read, files(out))
     return [pulse for pulse in found if pulse]
