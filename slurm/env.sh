@@ -42,6 +42,10 @@ export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 # Ranks on a node (as many as the job has GPUs there), and each one's CPU threads.
 NPROC=${UNIC_DS_NPROC:-${SLURM_GPUS_ON_NODE:-1}}
+if [[ ! $NPROC =~ ^[1-9][0-9]*$ ]]; then # arithmetic would run what stands in it
+  printf '%s\n' "unic_ds: error: UNIC_DS_NPROC must be a number of ranks, got ${NPROC@Q}" >&2
+  return 2
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((${SLURM_CPUS_PER_TASK:-1} + NPROC - 1) / NPROC))}
 
 # Seconds that ranks which are told to end have for a step and a save before torchrun kills them, and

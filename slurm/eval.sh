@@ -8,14 +8,14 @@ if [ ! -f slurm/env.sh ]; then
   echo "unic_ds: error: no slurm/env.sh in $PWD; submit there, or with --chdir=REPOSITORY" >&2
   exit 2
 fi
-source slurm/env.sh
+source slurm/env.sh || exit
 run=${1:-}
 if [ ! -f "$run/config.yaml" ]; then
-  echo "unic_ds: error: ${run:-nothing} is no run folder; sbatch slurm/eval.sh runs/RECIPE" >&2
+  printf '%s\n' "unic_ds: error: ${run@Q} is no run folder; sbatch slurm/eval.sh runs/RECIPE" >&2
   exit 2
 fi
 if [ -f "$run/student/model.safetensors" ] && [ -f "$run/results.json" ]; then
-  exec "${CONTAINER[@]}" unic-ds train --recipe "$run/config.yaml" --out "$run" \
+  exec "${CONTAINER[@]}" unic-ds train "--recipe=$run/config.yaml" "--out=$run" \
     --ds_config ds_configs/zero2.json
 fi
-exec "${CONTAINER[@]}" unic-ds export --run "$run"
+exec "${CONTAINER[@]}" unic-ds export "--run=$run"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A node's share of a training job: srun starts it once on each, and it becomes torchrun.
 set -uo pipefail
-source slurm/env.sh
+source slurm/env.sh || exit
 
 # Or ranks that start again in the same job would meet at the addresses of the dead.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

@@ -8,6 +8,8 @@ if [ ! -f slurm/env.sh ]; then
   echo "unic_ds: error: no slurm/env.sh in $PWD; submit there, or with --chdir=REPOSITORY" >&2
   exit 2
 fi
-source slurm/env.sh
-case " $* " in *" --gpu "* | *" --gpu="*) ;; *) set -- --gpu "$GPU" "$@" ;; esac
-exec "${CONTAINER[@]}" unic-ds plan "$@"
+source slurm/env.sh || exit
+for word; do
+  case $word in --gpu | --gpu=*) exec "${CONTAINER[@]}" unic-ds plan "$@" ;; esac
+done
+exec "${CONTAINER[@]}" unic-ds plan "--gpu=$GPU" "$@"

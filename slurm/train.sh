@@ -6,18 +6,31 @@
 set -uo pipefail
 
 main() {
-  source slurm/env.sh
+  source slurm/env.sh || exit
   local code ranks=$((SLURM_JOB_NUM_NODES * NPROC))
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from sbatch
   OPTIONS=("$@")
+  GIVEN=
   default recipe "$RECIPE"
   default ds_config "$DS_CONFIG"
   default data.train "$DATA"
-  case ${OUT:-$(given out || given recipe)} in
-    *.yaml | *.yml) say "refused: a recipe from a file needs --out, or UNIC_DS_OUT" && exit 2 ;;
+  given recipe
+  local wanted=$GIVEN
+  if ! given out && [ -z "$OUT" ]; then
+    case $wanted in
+      *.yaml | *.yml) say "refused: a recipe from a file needs --out, or UNIC_DS_OUT" && exit 2 ;;
+    esac
+    if [[ ! $wanted =~ ^[A-Za-z0-9_][A-Za-z0-9_.+-]*$ ]]; then
+      say "refused: no recipe is called ${wanted@Q}; unic-ds --help names them" && exit 2
+    fi
+  fi
+  default out "${OUT:-$RUNS/$wanted}"
+  given out
+  OUT=$GIVEN
+  case $OUT in
+    '') say "refused: --out is empty" && exit 2 ;;
+    -*) OUT=./$OUT ;; # no option of mkdir, rm or grep
   esac
-  default out "${OUT:-$RUNS/$(basename "$(given recipe)")}"
-  OUT=$(given out)
   asked= # to stop: by the time limit or by a preemption
   timer= # of the time limit: the process that waits for LATE seconds
   mkdir -p "$OUT" || exit 2
@@ -28,30 +41,32 @@ main() {
     rm -f "$OUT/slurm.failed"
     refuse "$ranks"
   fi
-  say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, $ranks ranks, in $OUT"
+  say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, $ranks ranks, in ${OUT@Q}"
   train
   code=$?
   if [ "$code" -eq 0 ] && { [ -z "$asked" ] || finished; }; then return 0; fi
   again "$code"
 }
 
-say() { echo "unic_ds: job $SLURM_JOB_ID: $*" >&2; }
+say() { printf '%s\n' "unic_ds: job $SLURM_JOB_ID: $*" >&2; }
 
-# The value of an option that the command line gives; else fails. `-` in a name reads as `_`.
+# Put the value of an option that the command line gives into GIVEN; else fail. `-` in a name reads
+# as `_`.
 given() {
   local -i i
   local name
   for ((i = 0; i < ${#OPTIONS[@]}; i++)); do
     name=${OPTIONS[i]%%=*}
     if [ "${name//-/_}" != "__$1" ]; then continue; fi
-    if [ "$name" = "${OPTIONS[i]}" ]; then echo "${OPTIONS[i + 1]-}"; else echo "${OPTIONS[i]#*=}"; fi
+    if [ "$name" = "${OPTIONS[i]}" ]; then GIVEN=${OPTIONS[i + 1]-}; else GIVEN=${OPTIONS[i]#*=}; fi
     return
   done
+  GIVEN=
   return 1
 }
 
 # Add an option where there is a value and the command line gives none.
-default() { if [ -n "$2" ] && ! given "$1" >/dev/null; then OPTIONS+=("--$1" "$2"); fi; }
+default() { if [ -n "$2" ] && ! given "$1"; then OPTIONS+=("--$1=$2"); fi; }
 
 # Refuse what the trainer would refuse, or what the GPUs could not hold.
 refuse() {
@@ -151,7 +166,7 @@ hopeful() {
     say "failed twice without a newer checkpoint (${here:-none yet}); not requeued"
     return 1
   fi
-  echo "$here" >"$OUT/slurm.failed"
+  printf '%s\n' "$here" >"$OUT/slurm.failed"
 }
 
 main "$@"

@@ -23,7 +23,6 @@ from unic_ds.config import (
     Teacher,
 )
 from unic_ds.override import from_dict, nearest, override
-from unic_ds.printable import printable
 
 YAML = (".yaml", ".yml")
 
@@ -167,17 +166,17 @@ def read(file: Path) -> Config:
     """The Config that a YAML file holds; ValueError where it is missing or holds something else."""
     from unic_ds.documents import read_yaml
 
-    name = printable(file)
+    name = repr(str(file))
     try:
         plain = read_yaml(file)
     except ValueError as error:
-        raise ValueError(f"'{name}' cannot be read as a run's settings: {error}") from None
+        raise ValueError(f"{name} cannot be read as a run's settings: {error}") from None
     if not isinstance(plain, dict):
-        raise ValueError(f"'{name}' holds no settings; a run's config.yaml does")
+        raise ValueError(f"{name} holds no settings; a run's config.yaml does")
     try:
         return from_dict(plain)
     except ValueError as error:
-        raise ValueError(f"'{name}': {error}") from None
+        raise ValueError(f"{name}: {error}") from None
 
 
 def folder_name(name: str) -> str:
