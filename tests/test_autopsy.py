@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 from runs import DEMONSTRATION
 
-from unic_ds import autopsy, cli
+from unic_ds import autopsy, cli, entry
 
 pytestmark = DEMONSTRATION
 
@@ -90,6 +91,72 @@ def test_a_run_that_ended_badly_says_how(copy, end, says):
     assert (found.state, found.good) == (end, False)
     assert says in found.says
     assert "goes on from step_0000004" in found.do
+
+
+ESCAPES = "a\n\x1b[2J"
+PULSE = {"start": "b", "rank": 0, "host": ESCAPES, "realm": "", "pid": 1, "born": "1", "time": 1.0}
+MANIFEST = "checkpoints/step_0000002/manifest.json"
+ODD = [
+    ("log.jsonl", b'[1]\n{"step": "x"}\n{"step": NaN}\n', "log.jsonl has no line with a step"),
+    ("log.jsonl", b"\xff\x00" * 5000, "log.jsonl has no line with a step"),
+    ("log.jsonl", b"[" * 100_000 + b"\n", "log.jsonl has no line with a step"),
+    ("log.jsonl", b'{"step": 7}\n{"ste', "after step 7"),
+    ("log.jsonl", None, "log.jsonl has no line with a step"),
+    ("events.jsonl", b'3\n{}\n{"event": ["a"]}\n\xff\n', "4 lines of events.jsonl are no events"),
+    ("events.jsonl", b'{"ev\n{"event": "skipped", "why": "loss"}\n', "1 steps were skipped (loss)"),
+    ("events.jsonl", b'{"event": "skipped", "why": ["\\n\\u001b"]}\n', "(['\\n\\x1b'])"),
+    ("events.jsonl", b'{"event": "rolled back"}\n', "last to step None"),
+    ("events.jsonl", None, "events.jsonl is no file and was not read"),
+    ("heartbeats/rank_00000.json", b"[1]", "1 files of heartbeats/ hold no heartbeat"),
+    ("heartbeats/rank_00000.json", None, "1 files of heartbeats/ hold no heartbeat"),
+    *(
+        ("heartbeats/rank_00000.json", json.dumps(PULSE | odd).encode(), "hold no heartbeat")
+        for odd in ({"rank": "x"}, {"time": float("nan")}, {"start": "../../x"}, {"more": 1})
+    ),
+    (
+        "heartbeats/rank_00000.json",
+        json.dumps(PULSE | {"error": f"{ESCAPES}unic_ds: error: all is well"}).encode(),
+        "failed. rank 0 (a\\n\\x1b[2J, pid 1) at '' of step 2: a\\n\\x1b[2Junic_ds: error",
+    ),
+    (MANIFEST, b"[1]", "step_0000002: no readable manifest.json"),
+    (MANIFEST, b'{"a": {"bytes": "x"}}', "step_0000002: no readable manifest.json"),
+    (MANIFEST, b'{"../../log.jsonl": {"bytes": 12}}', "step_0000002: no readable manifest.json"),
+    (MANIFEST, b'{"a\\n\\u0000": {"bytes": 3}}', "step_0000002: a\\n\\x00 is missing"),
+    (MANIFEST, None, "step_0000002: no readable manifest.json"),
+    (".lock", None, "after step 2"),
+    ("config.yaml", b"[", "cannot be read as a run's settings"),
+    ("config.yaml", None, "is no run folder"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "says"), ODD, ids=range(len(ODD)))
+def test_whatever_a_run_folder_holds_is_read(name, content, says, tmp_path, capsys):
+    """Files of anybody's making; None stands for a pipe that nobody writes to."""
+    (tmp_path / "heartbeats").mkdir()
+    (tmp_path / "checkpoints" / "step_0000002").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("{}\n")
+    (tmp_path / "log.jsonl").write_text('{"step": 2}\n')
+    (tmp_path / name).unlink(missing_ok=True)
+    if content is None:
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    assert entry.run(cli.verb, ["doctor", str(tmp_path)]) in (0, 1, 2)
+    printed = capsys.readouterr()
+    assert says in printed.out + printed.err
+    assert all(line.isprintable() for line in (printed.out + printed.err).splitlines())
+
+
+def test_large_files_are_read_by_their_end_or_not_at_all(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("{}\n")
+    for name in ("log.jsonl", "events.jsonl"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(1 << 36)
+            file.seek(0, os.SEEK_END)
+            file.write(b'\n{"step": 9}\n')
+    cli.verb(["doctor", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "after step 9" in printed and "events.jsonl has 68719 MB and was not read" in printed
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -4,9 +4,18 @@ import errno
 import os
 import stat
 
+import numpy as np
 import pytest
 
-from unic_ds.files import apply_umask, open_regular, read_limited, read_text, write_whole
+from unic_ds.data import shards
+from unic_ds.files import (
+    apply_umask,
+    open_regular,
+    read_limited,
+    read_text,
+    replacing,
+    write_whole,
+)
 from unic_ds.printable import markdown, printable
 
 
@@ -74,3 +83,20 @@ def test_a_written_file_is_whole_and_has_the_mode_of_the_umask(tmp_path):
     assert file.read_text("utf-8") == "é\n"
     assert stat.S_IMODE(file.stat().st_mode) == 0o640
     assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_part_follows_no_link_and_is_removed_where_writing_fails(tmp_path):
+    """In a shared folder somebody else may have made links under any name that can be foreseen."""
+    theirs, file = tmp_path / "theirs", tmp_path / "file"
+    theirs.write_text("theirs")
+    for name in ("file.part", ".file.part", "file.partial", f"file.{os.getpid()}.part"):
+        (tmp_path / name).symlink_to(theirs)
+    names = {path.name for path in tmp_path.iterdir()}
+    write_whole(file, "ours")
+    shards.write({"a": np.zeros(1)}, tmp_path / "file")
+    with pytest.raises(RuntimeError), replacing(file) as stream:
+        stream.write(b"half")
+        raise RuntimeError
+    assert theirs.read_text() == "theirs"
+    assert np.load(file)["a"] == 0
+    assert {path.name for path in tmp_path.iterdir()} == names | {"file"}
