@@ -18,7 +18,7 @@ from deepspeed.runtime.zero.offload_config import (
 )
 from runs import DEMONSTRATION, ROOT, curve, environment, launch, run, two
 
-from unic_ds import config, initial
+from unic_ds import config, ds_keys, initial
 from unic_ds.export import export
 from unic_ds.ladder import Head
 from unic_ds.student import Student
@@ -157,3 +157,20 @@ def test_deepspeed_knows_every_key_of_a_shipped_file_and_the_page_explains_it(fi
         assert keys.keys() <= known
         assert all(f"`{key}`" in page for key in keys)
     assert all(f"`{key}`" in page for key in given)
+
+
+@pytest.mark.parametrize(
+    ("model", "taken"),
+    [
+        (DeepSpeedZeroConfig, ds_keys.ZERO),
+        (DeepSpeedZeroOffloadParamConfig, ds_keys.ZERO["offload_param"]),
+        (DeepSpeedZeroOffloadOptimizerConfig, ds_keys.ZERO["offload_optimizer"]),
+    ],
+)
+def test_files_may_set_every_flag_and_number_that_deepspeed_has(model: Any, taken: Any) -> None:
+    known, plain = set(), set()
+    for name, field in model.model_fields.items():
+        names = {name, field.alias or name}
+        known |= names
+        plain |= names if field.annotation in (bool, int, float, bool | None) else set()
+    assert plain <= taken.keys() <= known

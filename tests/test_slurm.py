@@ -191,7 +191,9 @@ def test_a_job_that_cannot_run_is_refused_before_it_trains(lab, tmp_path):
     unknown = "unknown option --optim.lrr (did you mean optim.lr?)"
     assert unknown in wrong(lab.train(tmp_path / "run", "--optim.lrr", "1"))
     words = ["--ds-config", "ds_configs/zero1.json", "--optim.lrr", "1"]
-    assert unknown in wrong(lab.submit(*SIZE, "slurm/unic_b_8gpu.sh", *words, "--data.train=x"))
+    words += ["--data.train", "$(touch ran); touch ran\n* `touch ran`"]  # read by no shell
+    assert unknown in wrong(lab.submit(*SIZE, "slurm/unic_b_8gpu.sh", *words))
+    assert not (ROOT / "ran").exists()
     recipe = tmp_path / "mine.yaml"
     assert "needs --out" in wrong(lab.submit(*SIZE, "slurm/unic_b_8gpu.sh", f"--recipe={recipe}"))
     assert not list((tmp_path / "run").iterdir())

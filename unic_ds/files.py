@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,7 +65,7 @@ def replacing(file: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     folder that others may write, a link under its name would be theirs. With `sync` it is on the
     disk before it is renamed, so that a power cut leaves the old or the new content.
     """
-    part = file.with_name(f".{file.name[:200]}.{secrets.token_hex(8)}.part")
+    part = file.with_name(f".{file.name[:200]}.{os.urandom(8).hex()}.part")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     number = os.open(part, flags, 0o666)  # less the umask
     try:

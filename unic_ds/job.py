@@ -18,7 +18,7 @@ DOOR = {
     "ds_config": "ds_configs/zero1.json, zero2, zero3 or zero3_offload, or your own (needed)",
     "recipe": f"{', '.join(recipes.RECIPES)}; a method on one, like quickstart+radio"
     f" ({', '.join(methods.METHODS)}); or a run's config.yaml [quickstart]",
-    "out": "run folder; the same command again resumes there [runs/RECIPE]",
+    "out": "run folder; the same command again resumes there [runs/RECIPE; for x.yaml runs/x]",
     "resume": "auto (go on where the folder stands), never, or the PATH of a checkpoint [auto]",
 }
 
