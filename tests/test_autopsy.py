@@ -162,6 +162,8 @@ def test_large_files_are_read_by_their_end_or_not_at_all(tmp_path, capsys):
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.yaml"):
         cli.verb(["doctor", str(tmp_path)])
+    with pytest.raises(ValueError, match="cannot be read"):
+        cli.verb(["doctor", "x" * 300])
     with pytest.raises(ValueError, match="one run folder at most"):
         cli.verb(["doctor", "one", "two"])
     with pytest.raises(ValueError, match="unknown option --hush"):

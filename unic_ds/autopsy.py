@@ -50,7 +50,10 @@ class Finding:
 
 def run(out: Path, *, hashes: bool, as_json: bool) -> int:
     """The verb: print what was found; exit code 1 where something went wrong."""
-    found = examine(out, hashes=hashes)
+    try:
+        found = examine(out, hashes=hashes)
+    except OSError as error:  # another user's, or no name that a file can have
+        raise ValueError(f"{str(out)!r} cannot be read ({error.strerror})") from None
     if as_json:
         print(json.dumps(asdict(found)))
         return 0 if found.good else 1
