@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from pictures import encode, orientation, photo
-from PIL import Image
+from PIL import Image, ImageChops
 
 from unic_ds.config import Data
 from unic_ds.data import draw, twin
@@ -121,14 +123,56 @@ def test_flip_and_window_are_what_they_say():
         assert image_B3HW[1, :, 50, 90].tolist() == [0, 0, 255]
 
 
+def without_adobe(encoded):
+    """A JPEG without the segment that says what its four components are."""
+    data = encoded.tobytes()
+    at = data.index(b"\xff\xee")
+    return np.frombuffer(data[:at] + data[at + 2 + data[at + 3] :], dtype=np.uint8)
+
+
+def chunk(name, payload):
+    """A chunk of a PNG."""
+    body = name + payload
+    return struct.pack(">I", len(payload)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def deep_png(image_HWC, kind):
+    """A PNG of 16 bits a channel, which PIL does not write."""
+    height, width = image_HWC.shape[:2]
+    rows = b"".join(b"\0" + row.tobytes() for row in image_HWC.astype(">u2"))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return np.frombuffer(data, dtype=np.uint8)
+
+
+def turned_behind_its_pixels(encoded, value):
+    """A PNG with an orientation after its pixels, where ExifTool writes it."""
+    data = encoded.tobytes()
+    late = chunk(b"eXIf", orientation(value).removeprefix(b"Exif\0\0"))
+    return np.frombuffer(data[:-12] + late + data[-12:], dtype=np.uint8)
+
+
 def kinds():
     """Files that decode, by what is special about them."""
     rgb = photo(120, 80)
     alpha = Image.fromarray(np.dstack([np.asarray(rgb), np.full((80, 120), 99, np.uint8)]))
     grey16 = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257)
+    more = {"save_all": True, "append_images": [photo(120, 80, seed=1)]}
+    deep = np.asarray(rgb).astype(np.uint16) * 257
+    ycck = encode(rgb.convert("CMYK"))
+    ycck[ycck.tobytes().index(b"Adobe") + 11] = 2
     files = {
         "grey": encode(rgb.convert("L")),
         "cmyk": encode(rgb.convert("CMYK")),
+        "cmyk without adobe": without_adobe(encode(ImageChops.invert(rgb.convert("CMYK")))),
+        "ycck": ycck,
+        "grey and alpha": encode(rgb.convert("LA"), "PNG"),
+        "palette and alpha": encode(rgb.convert("P"), "PNG", transparency=3),
+        "rgb 16 bit": deep_png(deep, 2),
+        "grey and alpha 16 bit": deep_png(deep[:, :, :2], 4),
+        "animated png": encode(rgb, "PNG", **more),
+        "animated webp": encode(rgb, "WEBP", **more),
+        "bmp palette": encode(rgb.convert("P"), "BMP"),
         "progressive": encode(rgb, progressive=True),
         "png": encode(rgb, "PNG"),
         "palette": encode(rgb.convert("P"), "PNG"),
@@ -140,6 +184,13 @@ def kinds():
         "webp turned": encode(rgb, "WEBP", exif=orientation(6)),
         "bmp": encode(rgb, "BMP"),
         "png turned": encode(rgb, "PNG", exif=orientation(8)),
+        "png turned late": turned_behind_its_pixels(encode(rgb, "PNG"), 6),
+        "exif without a type": encode(
+            rgb, exif=orientation(6).replace(b"\x12\0\3\0\0", b"\x12\0\x63\0\0")
+        ),
+        "exif of too many": encode(
+            rgb, exif=orientation(6).replace(b"\0\1\1\x12", b"\1\xf4\1\x12")
+        ),
         "broken exif": encode(rgb, exif=b"Exif\0\0not a TIFF header"),
     }
     return files | {f"exif {i}": encode(rgb, exif=orientation(i)) for i in range(1, 9)}
@@ -154,7 +205,17 @@ def test_every_kind_of_file_agrees_and_shows_the_picture():
     assert distance(ours[112], theirs[112]) < 2
     plain = both([KINDS["png"]], Data(augment="none"))[0][112]
     square = decoders(Data(augment="none"), batch=1)[0]
-    for name in ("cmyk", "progressive", "alpha", "webp", "webp lossless", "bmp", "exif 1"):
+    for name in (
+        "cmyk",
+        "cmyk without adobe",
+        "rgb 16 bit",
+        "progressive",
+        "alpha",
+        "webp",
+        "webp lossless",
+        "bmp",
+        "exif 1",
+    ):
         square.push([KINDS[name]], drawn([KINDS[name]], Data(augment="none")))
         assert distance(square.pop()[112], plain) < 6, name
 

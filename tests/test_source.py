@@ -6,8 +6,12 @@ import os
 
 import numpy as np
 import pytest
+from pictures import encode, photo
 
+from unic_ds import cli
+from unic_ds.config import Config, Data
 from unic_ds.data import scan, split
+from unic_ds.data.reader import Reader
 
 
 def touch(root, *names):
@@ -44,6 +48,160 @@ def test_links_are_followed_and_loops_are_not(tmp_path):
     source = scan(data)
     assert list(source.names) == ["a/1.jpg", "a/2.jpg", "a/4.jpg", "b/3.jpg"]
     assert source.read(2).tobytes() == b"3.jpg"
+
+
+def test_hidden_names_are_no_images_and_other_files_are_counted(tmp_path, capsys):
+    touch(tmp_path, "c0/1.jpg", "c0/2.jfif", "c1/3.JPE", "c1/.4.jpg", ".5.jpg", "6.jpg")
+    touch(
+        tmp_path,
+        ".ipynb_checkpoints/7.jpg",
+        "c0/.thumbs/8.jpg",
+        "__MACOSX/c0/._1.jpg",
+        "c0/._1.jpg",
+    )
+    touch(tmp_path, "c0/9.tif", "c1/9.TIF", "c1/9.gif", "c1/9.h\nic", "README")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    source = scan(tmp_path)
+    assert list(source.names) == ["6.jpg", "c0/1.jpg", "c0/2.jfif", "c1/3.JPE"]
+    assert source.classes == ("c0", "c1")
+    passed_over, unlabelled = capsys.readouterr().out.splitlines()
+    assert passed_over == (
+        f"{tmp_path}: 12 files were passed over: 2 .tif, 1 without an ending, 1 .gif, 1 .h\\nic,"
+        " 6 hidden (a dot first, or __MACOSX), 1 not regular"
+    )
+    assert unlabelled.startswith(f"{tmp_path}: 1 of 4 images have no class")
+    with pytest.raises(ValueError, match=r"no \.jpg.* \(1 file was passed over: 1 hidden"):
+        scan(touch(tmp_path / "c2", ".a.jpg"))
+
+
+def test_a_verb_that_prints_json_prints_nothing_else(tmp_path, capsys):
+    (touch(tmp_path, "notes.md") / "1.jpg").write_bytes(encode(photo()).tobytes())
+    cli.judges(Config(data=Data(train=str(tmp_path), backend="torch")))
+    said = capsys.readouterr()
+    assert said.out == "" and "1 file was passed over: 1 .md" in said.err
+
+
+def test_a_folder_is_listed_once_and_names_choose_its_path(tmp_path, capsys):
+    """Links that fan out, two a level, would lead to two to the power of 40 images."""
+    for root, names in ((tmp_path / "1", "ab"), (tmp_path / "2", "ba")):
+        touch(root, "z/real/0.jpg", "dead/1.jpg")
+        (root / "dead" / "c").symlink_to("c")
+        (root / "dead" / "x.jpg").symlink_to("x.jpg")
+        (root / "dead" / "y.jpg").symlink_to("nothing")
+        (root / "a").symlink_to(root / "z" / "real")
+        for level in range(40):
+            touch(tmp_path, f"fan{level}/{level}.jpg")
+            for name in names:
+                link = (root if level == 0 else tmp_path / f"fan{level - 1}") / f"to_{name}"
+                if not link.is_symlink():
+                    link.symlink_to(tmp_path / f"fan{level}")
+    found = [list(scan(tmp_path / side).names) for side in "12"]
+    down = ["to_a/" * (level + 1) + f"{level}.jpg" for level in range(40)]
+    assert found[0] == found[1] == sorted(["dead/1.jpg", *down, "z/real/0.jpg"])
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2
+    for line in said:
+        assert "44 files were passed over: 41 linked to a folder that is listed already" in line
+        assert "3 linked to nothing" in line
+
+
+def test_folders_may_lie_deep(tmp_path):
+    deep = touch(tmp_path, "0.jpg")
+    for _ in range(1050):
+        deep = deep / "d"
+        deep.mkdir()
+    try:
+        assert list(scan(touch(tmp_path, "d/1.jpg")).names) == ["0.jpg", "d/1.jpg"]
+    finally:  # pytest would remove it recursively
+        (tmp_path / "d" / "1.jpg").unlink()
+        os.removedirs(deep)
+
+
+LISTS = {
+    "as it was": (b"a/1.jpg\nb/2.jpg\tcat\n", [("a/1.jpg", "a"), ("b/2.jpg", "cat")]),
+    "of windows": (b"\xef\xbb\xbfa/1.jpg\r\n\r\n2.jpg \t\r\n", [("a/1.jpg", "a"), ("2.jpg", "")]),
+    "of caffe": (
+        b"n01/n01_1.JPEG 0\nval 2.JPEG  17 \n",
+        [("n01/n01_1.JPEG", "0"), ("val 2.JPEG", "17")],
+    ),
+    "words": (b"1.jpg cat\n/x/y/my cat 2.png\n", [("1.jpg", "cat"), ("/x/y/my cat 2.png", "y")]),
+    "blanks in names": (
+        b"a b/c 1\nd.jpg e.jpg\nf.jpg 2\t\n",
+        [("a b/c 1", "a b"), ("d.jpg e.jpg", ""), ("f.jpg 2", "")],
+    ),
+    "odd characters": (
+        "a\u2028b\x0bc\x85d.jpg\ne.jpg\tf\u2029g\n".encode() + b"h\xff.jpg",
+        [("a\u2028b\x0bc\x85d.jpg", ""), ("e.jpg", "f\u2029g"), ("h\udcff.jpg", "")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_is_read_as_people_write_it(name, tmp_path):
+    text, rows = LISTS[name]
+    (tmp_path / "list.txt").write_bytes(text)
+    source = scan(tmp_path / "list.txt")
+    classes = [source.classes[k] if k >= 0 else "" for k in source.label_N]
+    assert list(zip(source.names, classes, strict=True)) == rows
+
+
+@pytest.mark.parametrize(
+    "text, wrong",
+    [
+        (b"1.jpg\n2\0.jpg\n", "line 2 .* has a zero byte"),
+        ("1.jpg\n".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
+        (
+            b"1.jpg\tn01\t0\t32\n",
+            r"line 1 .* is '1\.jpg\\tn01\\t0\\t32'; a line of a list is a path",
+        ),
+        (b"1.jpg\n\tn01\n", "line 2 .* a line of a list is a path"),
+        (b"1.jpg" * 20_000, "line 1 .* has more than 65536 bytes"),
+        (b"../1.jpg 3\n", "line 1 .* leaves the list's folder"),
+        (b" \r\n", "names no image"),
+    ],
+)
+def test_what_is_wrong_with_a_list_is_said(text, wrong, tmp_path):
+    (tmp_path / "list.txt").write_bytes(text)
+    with pytest.raises(ValueError, match=wrong) as said:
+        scan(tmp_path / "list.txt")
+    assert "\n" not in str(said.value)
+
+
+def test_a_list_names_what_is_no_image(tmp_path, capsys):
+    """Devices, pipes, folders and what is too large cost their samples, no time and no memory."""
+    touch(tmp_path, "folder/1.gif")
+    (tmp_path / "good.jpg").write_bytes(encode(photo()).tobytes())
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with (tmp_path / "sparse.jpg").open("wb") as file:
+        file.truncate(1 << 40)
+    odd = [
+        "/dev/zero",
+        "/proc/kmsg",
+        "/proc/kcore",
+        "pipe.jpg",
+        "folder",
+        "folder/1.gif",
+        "sparse.jpg",
+    ]
+    (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in ["good.jpg", *odd]))
+    source = scan(tmp_path / "list.txt")
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "5 of 8 lines end in none of .jpg" in line
+    assert "(4 without an ending, 1 .gif)" in line
+    reader = Reader(source, Data(bad_limit=1))
+    assert {reader.read(i).index for i in range(8)} == {0}
+    bad = dict(reader.listed())
+    assert bad.keys() == set(odd)
+    assert (
+        bad["/dev/zero"]
+        == bad["pipe.jpg"]
+        == bad["folder"]
+        == "cannot be read (is not a regular file)"
+    )
+    assert bad["sparse.jpg"] == "has 1099511627776 bytes, more than data.max_mb 256"
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ValueError, match=r"cannot be read \(is not a regular file\)"):
+        scan(tmp_path / "pipe.txt")
 
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):

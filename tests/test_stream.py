@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import struct
 import subprocess
 import sys
+import tarfile
 import zlib
 
 import numpy as np
@@ -182,6 +185,8 @@ def test_a_bad_file_costs_its_slot_and_nothing_else(backend, how, pictures, tmp_
         expect_neighbour(take(ours, 12), straight, bad, COUNT)
     assert [row[0] for row in ours.bad] == [name]
     assert len(caplog.records) == 1 and name in caplog.text and ours.bad[0][1] in caplog.text
+    if how == "decoder":  # by the same words, whatever decodes
+        assert ours.bad[0][1] == "cannot be decoded (image file is truncated)"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -270,6 +275,159 @@ def test_a_decompression_bomb_is_not_decoded(pictures, tmp_path):
     ours = stream(root)
     take(ours, 6)
     assert ours.bad == [(name, "has 20000 x 20000 pixels, more than data.max_megapixels 50")]
+
+
+def segment(marker, payload):
+    """A segment of a JPEG."""
+    return struct.pack(">BBH", 0xFF, marker, len(payload) + 2) + payload
+
+
+def chunk(kind, payload=b""):
+    """A chunk of a PNG."""
+    body = kind + payload
+    return struct.pack(">I", len(payload)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def with_inside(kind, extra):
+    """A picture with those bytes near the begin of its file."""
+    data = encode(photo(60, 40), kind).tobytes()
+    at = 2 if kind == "JPEG" else 33
+    return data[:at] + extra + data[at:]
+
+
+def with_scans(count, *, before=b"", behind=b""):
+    """A progressive JPEG with `count` scans of nothing more than encoders make."""
+    data = encode(photo(60, 40), progressive=True).tobytes()
+    empty = segment(0xDA, b"\1\1\0\1\x3f\0") + b"\0"
+    return data[:-2] + empty * count + before + data[-2:] + behind
+
+
+FILM = b"\xff\xda" * 500  # as by chance among random bytes
+HEAVY = {
+    "segments": (lambda: with_inside("JPEG", segment(0xE4, b"x" * 60_000) * 300), "16000000 bytes"),
+    "exif": (
+        lambda: with_inside("JPEG", segment(0xE1, b"Exif\0\0MM\0*" + b"x" * 60_000) * 300),
+        "16000000 bytes before its first scan",
+    ),
+    "small segments": (lambda: with_inside("JPEG", segment(0xE1, b"x") * 2000), "1024 segments"),
+    "fill": (lambda: with_inside("JPEG", b"\xff" * 70_000), "belong to no segment"),
+    "scans": (lambda: with_scans(200), "more than 100 scans"),
+    "scans behind a false end": (
+        lambda: with_scans(200, before=segment(0xFE, b"\xff\xd9") + FILM),
+        "more than 100 scans",
+    ),
+    "tables": (lambda: with_scans(0, before=segment(0xFE, b"") * 900 + FILM), "100 scans"),
+    "small chunks": (lambda: with_inside("PNG", chunk(b"abCd") * 70_000), "65536 chunks"),
+    "empty pixels": (lambda: with_inside("PNG", chunk(b"IDAT") * 70_000), "65536 chunks"),
+    "large chunk": (
+        lambda: with_inside("PNG", chunk(b"eXIf", b"MM\0*" + bytes(9_000_000))),
+        "too many bytes beside its pixels",
+    ),
+    "inflated profile": (
+        lambda: with_inside("PNG", chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(1 << 24), 1))),
+        "Decompressed data too large",
+    ),
+    "pixels that no row needs": (
+        lambda: with_inside(
+            "PNG", chunk(b"IDAT", zlib.compress(bytes(1 << 20)) + bytes(4_100_000))
+        ),
+        "inflates to more than twice the size of its pixels",
+    ),
+    "webp chunks": (
+        lambda: encode(photo(60, 40), "WEBP").tobytes() + b"abcd\0\0\0\0" * 70_000,
+        "65536 chunks",
+    ),
+    "bmp of 16 bits": (
+        lambda: encode(photo(60, 40), "BMP").tobytes().replace(b"\x18\0", b"\x10\0", 1),
+        "16 bits a pixel",
+    ),
+    "bmp of run lengths": (
+        lambda: b"BM" + bytes(12) + struct.pack("<IiiHHI", 40, 6000, 6000, 1, 8, 1) + bytes(1064),
+        "run lengths",
+    ),
+    "animated png": (
+        lambda: encode(
+            photo(60, 40),
+            "PNG",
+            save_all=True,
+            append_images=[photo(60, 40, 1)] * 2,
+            default_image=True,
+        ).tobytes(),
+        "no frame of it",
+    ),
+}
+
+
+def test_an_image_above_the_limit_in_bytes_is_not_read(pictures, tmp_path):
+    """As a file, as a member of a shard, and in a mixture."""
+    root = shutil.copytree(pictures, tmp_path / "copy")
+    names = list(scan(root).names)
+    size = (root / names[1]).write_bytes(encode(photo(400, 400)).tobytes())
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        for name in names[:3]:
+            tar.add(root / name, name[-7:])
+    for what, count in (("copy", 24), ("1.tar", 3), ("copy,1.tar=0.5", 27)):
+        source = scan(",".join(str(tmp_path / part) for part in what.split(",")))
+        reader = Reader(source, Data(max_mb=0.04, bad_limit=1))
+        assert len({reader.read(i).index for i in range(count)}) == count - what.count(",") - 1
+        wrong = f"has {size} bytes, more than data.max_mb 0.04"
+        assert [row[1] for row in reader.listed()] == [wrong] * (what.count(",") + 1)
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_what_costs_too_much_is_a_broken_image(name):
+    make, wrong = HEAVY[name]
+    with pytest.raises(ValueError, match=wrong):
+        measure(np.frombuffer(make(), dtype=np.uint8), 50)
+
+
+def test_what_cameras_write_is_measured():
+    """A long profile, 30 scans, a preview before the picture and a film behind it."""
+    exif = b"Exif\0\0" + orientation(6) + encode(photo(20, 20), progressive=True).tobytes()
+    icc = segment(0xE2, b"ICC_PROFILE\0\1\1" + bytes(60_000)) * 60
+    for data in (
+        with_scans(20, behind=FILM),
+        with_inside("JPEG", segment(0xE2, FILM) + icc + segment(0xE1, exif[:60_000])),
+        with_inside("PNG", chunk(b"tEXt", b"k\0" + b"x" * 4_100_000)),
+    ):
+        assert sorted(measure(np.frombuffer(data, dtype=np.uint8), 50)) == [40, 60]
+
+
+def test_broken_exif_prints_nothing(recwarn):
+    """200 entries whose values lie outside, and then an orientation."""
+    entries = b"".join(struct.pack(">HHII", i + 1, 7, 9000, 1 << 20) for i in range(200))
+    exif = b"MM\0*" + struct.pack(">IH", 8, 201) + entries + struct.pack(">HHIHH", 274, 3, 1, 6, 0)
+    for kind, extra in (
+        ("JPEG", segment(0xE1, b"Exif\0\0" + exif)),
+        ("PNG", chunk(b"eXIf", exif)),
+    ):
+        encoded = np.frombuffer(with_inside(kind, extra), dtype=np.uint8)
+        assert measure(encoded, 50) == (40, 60)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_names_that_are_no_text_are_read_and_printed(backend, tmp_path, caplog):
+    """A class and files whose bytes are not UTF-8, break lines or move a terminal's cursor."""
+    need(backend)
+    root = os.fsencode(tmp_path) + b"/caf\xe9\n\x1b[2J"
+    os.mkdir(root)  # noqa: PTH102 - no text
+    for i in range(4):
+        with open(root + b"/%d\xff\nunic_ds: error: all is well.png" % i, "wb") as file:  # noqa: PTH123
+            data = encode(photo(60, 40), "PNG").tobytes()
+            file.write(data[: len(data) // 2] if i == 0 else data)
+    ours = stream(tmp_path, Data(backend=backend))
+    with caplog.at_level(logging.WARNING, "unic_ds.data"):
+        assert set(take(ours, 1)[0].index_B.tolist()) <= {1, 2, 3}
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.isprintable() and said.encode()
+    assert said.startswith("caf\\udce9\\n\\x1b[2J/0\\udcff\\nunic_ds: error")
+    with pytest.raises(ValueError, match="4 images cannot be read") as stop:
+        harmed = Reader(ours._reader.source, Data(bad_limit=0))
+        harmed.mark(0, "is cut off")
+        harmed.mark(1, "is cut off")
+    assert all(line.isprintable() for line in str(stop.value).split("\n"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

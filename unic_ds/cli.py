@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,8 @@ def judges(cfg: Config) -> tuple[Any, str]:
     if not where and quickstart.ready():
         where = str(quickstart.root() / quickstart.PARTS[0])
     if where:
-        return parts.few(cfg, data.scan(where)), where
+        with redirect_stdout(sys.stderr):  # what a scan says is no part of a table or of JSON
+            return parts.few(cfg, data.scan(where)), where
     return parts.noise, "noise, for there are no images; give --data.train"
 
 
@@ -183,7 +185,8 @@ def export(options: dict[str, str]) -> int:
     with torch.device("meta"):  # for the names alone
         heads = heads_of(cfg, {name: row["width"] for name, row in teachers.items()})
         ladder = ladder_on(build_encoder(cfg.student), cfg.ladder, heads)
-    images = finish.sample(data.scan(cfg.data.train), cfg, 8)
+    with redirect_stdout(sys.stderr):  # a script reads the exported folder's path
+        images = finish.sample(data.scan(cfg.data.train), cfg, 8)
     statistics = initial.read(found / checkpoint.STATISTICS)
     beside = {
         initial.LADDER: ladder.published(parts["ladder"]),

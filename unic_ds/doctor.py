@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -249,7 +250,8 @@ def images(name: str, patient: Patient) -> Row:
     cfg = patient.cfg
     if not cfg.data.train:
         return row_of(name, "not checked", remedy="give --data.train DIR", state=WARNING)
-    source = data.scan(cfg.data.train)
+    with redirect_stdout(sys.stderr):  # what a scan says is no part of a table or of JSON
+        source = data.scan(cfg.data.train)
     chosen_N = np.linspace(0, len(source) - 1, min(IMAGES, len(source))).astype(np.int64)
     batches = data.passes(
         source,

@@ -51,6 +51,12 @@ class Data:
     bad_limit: float = knob(
         0.01, "stop when more than this share of the images cannot be read", machinery=True
     )
+    max_mb: float = knob(
+        256.0,
+        "a file of more bytes counts as unreadable, and is not read",
+        machinery=True,
+        most=100_000.0,
+    )
     max_megapixels: float = knob(
         50.0, "a larger image counts as unreadable (decompression bombs)", most=100_000.0
     )
@@ -73,4 +79,5 @@ class Data:
         )
         check(self.threads >= 0, "data.threads", ">= 0", self.threads)
         check(self.prefetch >= 1, "data.prefetch", ">= 1", self.prefetch)
+        check(self.max_mb > 0, "data.max_mb", "positive", self.max_mb)
         check(self.max_megapixels > 0, "data.max_megapixels", "positive", self.max_megapixels)

@@ -124,7 +124,7 @@ def _cause(error: Exception) -> str:
     """The line of DALI's message that says what happened, without its tracebacks."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     after = lines.index("encountered:") + 1 if "encountered:" in lines else 0
-    return lines[after] if after < len(lines) else "DALI gave up"
+    return lines[after].rstrip(" :") if after < len(lines) else "DALI gave up"
 
 
 @pipeline_def(enable_conditionals=True)

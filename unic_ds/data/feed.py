@@ -27,7 +27,7 @@ from unic_ds import dist
 from unic_ds.config import Data
 from unic_ds.data import memory
 from unic_ds.data.draw import Draws, draw
-from unic_ds.data.reader import Reader, Sample, Undecodable
+from unic_ds.data.reader import Reader, Sample, Undecodable, fault
 
 READERS = 4  # files read at once, against the latency of a network file system
 log = logging.getLogger("unic_ds.data")
@@ -249,12 +249,13 @@ class Feed:
             self._alone = decoder(
                 self._cfg, self._sizes, batch=1, depth=1, threads=1, device=self._device
             )
-        self._alone.push([work.samples[b].encoded], work.draws.one(b))
+        encoded = work.samples[b].encoded
+        self._alone.push([encoded], work.draws.one(b))
         try:
             self._alone.pop()
         except Undecodable as error:
             self._alone.restart()
-            return str(error) or "no reason given"
+            return fault(encoded) or f"PIL decodes it, this decoder does not: {error}"
         return ""
 
     def _replaced(self, work: Work, b: int) -> Work:

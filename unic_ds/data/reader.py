@@ -9,25 +9,36 @@ from __future__ import annotations
 
 import io
 import logging
+import struct
 import threading
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
 from unic_ds.config import Data
+from unic_ds.data import limits
 from unic_ds.data.source import Source
+from unic_ds.printable import printable
 
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 turn the image by a quarter
 END_OF_JPEG = b"\xff\xd9"  # cannot occur inside a scan
+TAIL = 65536  # bytes of a PNG that are searched for EXIF
 LISTED = 20  # bad files named when the run stops
 log = logging.getLogger("unic_ds.data")
 
 
 class Undecodable(Exception):
     """A decoder gave up on a batch."""
+
+
+class Jpeg(JpegImagePlugin.JpegImageFile):
+    """PIL's JPEG without its resolution."""
+
+    def _read_dpi_from_exif(self) -> None:
+        """Leave EXIF unread: `orientation` reads what is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +58,13 @@ def measure(encoded: NDArray[np.uint8], max_megapixels: float) -> tuple[int, int
     only where a window reaches the missing part.
     """
     data = encoded.tobytes()
+    limits.check(data)
     try:
         with opened(data) as image:
             width, height = image.size
             bytes_of_header = image.fp.tell() if image.fp else 0
             turned = orientation(image) in (5, 6, 7, 8)
+            strange = getattr(image, "default_image", False)
             cut = image.format == "JPEG" and data.rfind(END_OF_JPEG) < bytes_of_header
     except ValueError:
         raise
@@ -60,9 +73,12 @@ def measure(encoded: NDArray[np.uint8], max_megapixels: float) -> tuple[int, int
         raise ValueError(f"has a header that cannot be read ({reason})") from error
     if cut:
         raise ValueError("is cut off")
+    if strange:
+        raise ValueError("is an animated PNG whose still picture is no frame of it")
     if width * height > max_megapixels * 1e6:
         limit = f"data.max_megapixels {max_megapixels:g}"
         raise ValueError(f"has {width} x {height} pixels, more than {limit}")
+    limits.check_inflated(data, width, height)
     return (height, width) if turned else (width, height)
 
 
@@ -74,9 +90,9 @@ def opened(data: bytes) -> ImageFile:
     if not data:
         raise ValueError("is empty")
     if data.startswith(b"\xff\xd8\xff"):
-        return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+        return Jpeg(io.BytesIO(data))
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return PngImagePlugin.PngImageFile(io.BytesIO(data))
+        return _with_late_exif(PngImagePlugin.PngImageFile(io.BytesIO(data)), data)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return WebPImagePlugin.WebPImageFile(io.BytesIO(data))
     if data.startswith(b"BM"):
@@ -84,16 +100,45 @@ def opened(data: bytes) -> ImageFile:
     raise ValueError("is no JPEG, PNG, WebP or BMP, whatever its name says")
 
 
+def _with_late_exif(image: PngImagePlugin.PngImageFile, data: bytes) -> ImageFile:
+    """A PNG with the EXIF that stands behind its pixels, which PIL finds when it decodes them."""
+    at = data.rfind(b"eXIf", max(0, len(data) - TAIL))
+    if at > 0 and "exif" not in image.info:
+        image.info["exif"] = data[at + 4 : at + 4 + int.from_bytes(data[at - 4 : at])]
+    return image
+
+
 def orientation(image: ImageFile) -> int:
-    """EXIF orientation, or 1; PIL's own `getexif` would believe XMP too, which no decoder does."""
-    if "exif" not in image.info:
+    """EXIF orientation, or 1: of the first directory, as decoders read it.
+
+    PIL's own `getexif` would believe XMP too, read every value and print a warning for each that is
+    broken, 10,000 from one picture.
+    """
+    block = image.info.get("exif", b"")
+    if image.format != "WEBP":
+        block = block.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4], "")
+    if not order or len(block) < 10:
         return 1
+    (at,) = struct.unpack_from(f"{order}I", block, 4)
+    count = int.from_bytes(block[at : at + 2], "little" if order == "<" else "big")
+    if image.format == "JPEG" and 12 * count > len(block):  # decoders believe no such block
+        return 1
+    for place in range(at + 2, min(at + 2 + 12 * count, len(block) - 9), 12):
+        tag, value = struct.unpack_from(f"{order}H6xH", block, place)
+        if tag == ORIENTATION:
+            return int(value)
+    return 1
+
+
+def fault(encoded: NDArray[np.uint8]) -> str:
+    """Why PIL does not decode an image; empty if it does."""
     try:
-        exif = Image.Exif()
-        exif.load(image.info["exif"])
-        return int(exif.get(ORIENTATION, 1))
-    except Exception:  # a broken tag on a sound picture: decoders take it as upright
-        return 1
+        with opened(encoded.tobytes()) as image:
+            image.load()
+    except Exception as error:  # on hostile bytes PIL raises SyntaxError, OSError, KeyError, ...
+        return str(error) or type(error).__name__
+    return ""
 
 
 class Reader:
@@ -112,7 +157,7 @@ class Reader:
             if at in self.bad:
                 continue
             try:
-                encoded = self.source.read(at)
+                encoded = self.source.read(at, self.cfg.max_mb)
                 return Sample(at, encoded, *measure(encoded, self.cfg.max_megapixels))
             except OSError as error:
                 self.mark(at, f"cannot be read ({error.strerror or error})")
@@ -126,7 +171,8 @@ class Reader:
             if index in self.bad:
                 return
             self.bad[index] = reason
-        log.warning("%s %s: replaced by its neighbour", self.source.names[index], reason)
+        name = printable(self.source.names[index])
+        log.warning("%s %s: replaced by its neighbour", name, printable(reason))
         if len(self.bad) > max(1, self.cfg.bad_limit * len(self.source)):
             raise ValueError(
                 self._report(f"{len(self.bad)} of {len(self.source)} images cannot be read")
@@ -139,7 +185,7 @@ class Reader:
 
     def _report(self, what: str) -> str:
         """One sentence, the first bad files, and the remedy."""
-        rows = [f"  {name} {reason}" for name, reason in self.listed()]
+        rows = [f"  {printable(name)} {printable(reason)}" for name, reason in self.listed()]
         more = [f"  and {len(rows) - LISTED} more"] if len(rows) > LISTED else []
         limit = f"data.bad_limit allows {self.cfg.bad_limit:g} of them"
         head = f"{what} below {str(self.source.folder)!r} ({limit}); repair or remove them:"

@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 from unic_ds.data.files import SUFFIXES, first_folder
 from unic_ds.data.names import Names
 from unic_ds.data.order import Run, Runs
-from unic_ds.data.source import FLAT, Source
+from unic_ds.data.source import FLAT, MAX_MB, Source, refuse_large
 from unic_ds.files import replacing
 from unic_ds.home import home
 
@@ -106,8 +106,12 @@ class Shards(Source):
     size_N: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     files: OpenFiles = field(default_factory=OpenFiles)
 
-    def read(self, index: int) -> NDArray[np.uint8]:
-        """A sample's bytes, still encoded; MissingShard where the shard is gone."""
+    def read(self, index: int, max_mb: float = MAX_MB) -> NDArray[np.uint8]:
+        """A sample's bytes, still encoded; MissingShard where the shard is gone.
+
+        ValueError for more than `max_mb` MB, before anything is read.
+        """
+        refuse_large(int(self.size_N[index]), max_mb)
         path = self.folder / self.shards[self.shard_N[index]]
         try:
             data = self.files.read(path, int(self.offset_N[index]), int(self.size_N[index]))

@@ -7,6 +7,7 @@ other image between training and validation.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +16,22 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from unic_ds import chance
+from unic_ds import chance, log
+from unic_ds.config import Data
 from unic_ds.data import order
 from unic_ds.data.names import Names, together
 from unic_ds.data.order import Run, Runs
+from unic_ds.files import open_regular
+from unic_ds.printable import printable
 
 FLAT = -1  # label of a sample without a class
+MAX_MB = Data().max_mb
+
+
+def refuse_large(size: int, max_mb: float) -> None:
+    """ValueError for a sample of more than `max_mb` MB."""
+    if size > max_mb * 1e6:
+        raise ValueError(f"has {size} bytes, more than data.max_mb {max_mb:g}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +49,16 @@ class Source:
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, index: int) -> NDArray[np.uint8]:
-        """A sample's bytes, still encoded; OSError where the file system refuses."""
-        return np.frombuffer((self.folder / self.names[index]).read_bytes(), dtype=np.uint8)
+    def read(self, index: int, max_mb: float = MAX_MB) -> NDArray[np.uint8]:
+        """A sample's bytes, still encoded; OSError where the file system refuses.
+
+        OSError too for what is no regular file, ValueError for more than `max_mb` MB, both before
+        anything is read.
+        """
+        with open_regular(self.folder / self.names[index]) as file:
+            size = os.fstat(file.fileno()).st_size
+            refuse_large(size, max_mb)
+            return np.frombuffer(file.read(size) or b"", dtype=np.uint8)
 
     @property
     def per_epoch(self) -> int:
@@ -86,11 +104,11 @@ class Mixture(Source):
     def _start_M(self) -> NDArray[np.int64]:
         return np.cumsum([0, *map(len, self.parts)])
 
-    def read(self, index: int) -> NDArray[np.uint8]:
+    def read(self, index: int, max_mb: float = MAX_MB) -> NDArray[np.uint8]:
         """A sample's bytes from the source that has it."""
         start_M = self._start_M
         part = int(np.searchsorted(start_M, index, "right")) - 1
-        return self.parts[part].read(index - int(start_M[part]))
+        return self.parts[part].read(index - int(start_M[part]), max_mb)
 
     def runs(self, window: int) -> Runs:
         """Those of the parts, weighted."""
@@ -120,10 +138,20 @@ class Mixture(Source):
         return replace(self, names=names, label_N=label_N, parts=left, weights=weights)
 
 
+def say_unlabelled(where: Path, label_N: NDArray[np.int32]) -> None:
+    """Print how many images of a source have no class, if any."""
+    if flat := int((label_N == FLAT).sum()):
+        count = f"{flat} of {len(label_N)} images have no class"
+        log.say(f"{printable(where)}: {count}: training shows them, evaluation leaves them out")
+
+
 def mixture(where: str, parts: Sequence[Source], weights: Sequence[float]) -> Mixture:
     """One source of several; their classes are joined by name."""
     classes = tuple(sorted({name for part in parts for name in part.classes}))
     same = tuple(part.relabelled(classes) for part in parts)
+    for part in parts:
+        if classes and not part.classes:
+            say_unlabelled(part.folder, part.label_N)
     return Mixture(
         Path(where),
         together([part.names for part in same]),

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageChops
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 from torch.nn import functional as F
@@ -125,7 +125,13 @@ def upright(image: ImageFile) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Three channels of 8 bits: alpha is dropped, 16 bits lose the lower 8."""
+    """Three channels of 8 bits: alpha is dropped, 16 bits lose the lower 8.
+
+    PIL takes every CMYK for Adobe's, which stores inverses, and inverts it; libjpeg and DALI only
+    those with Adobe's marker.
+    """
+    if image.mode == "CMYK" and "adobe_transform" not in image.info:
+        image = ImageChops.invert(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode == "P":  # straight to RGB PIL warns of a transparent palette
