@@ -36,6 +36,26 @@ FINISHED = {"optim__steps": 4, "run__save_every": 2}
 PARTIAL = {"optim__steps": 6, "run__save_every": 2, "eval__on": "false"}
 """The run that the fixture `stopped` stops after four steps."""
 
+TINY = {
+    "ds_config": "ds_configs/zero2.json",
+    "recipe": "unic_b",
+    "precision": "fp32",
+    "teachers": "narrow=python:small_teacher:narrow,wide=python:small_teacher:wide",
+    "student.model": "test_vit",
+    "student.size": 32,
+    "student.drop_path": 0.1,
+    "ladder.rungs": "2,5",
+    "ladder.width": 96,
+    "optim.batch_size": 8,
+    "optim.warmup_epochs": 0,
+    "optim.steps": 3,
+    "data.threads": 1,
+    "eval.k": 3,
+    "run.log_every": 1,
+    "run.save_every": 2,
+}
+"""A run of seconds with teachers that cost nothing, evaluated where there are images for it."""
+
 LOST = {
     f"teachers__{name}__{key}": None
     for name in ("dinov2", "effnet")
@@ -54,6 +74,13 @@ def options(out, zero="zero2", **more):
     pairs |= {key.replace("__", "."): str(value) for key, value in more.items()}
     kept = {key: value for key, value in pairs.items() if value != "None"}
     return [word for key, value in kept.items() for word in (f"--{key}", value)]
+
+
+def tiny(folder, out, more):
+    """The words of a run of `TINY` settings on the images `folder`/train and `folder`/val."""
+    images = {f"data.{side}": folder / side for side in ("train", "val")}
+    pairs = TINY | images | {"out": folder / out} | more
+    return [word for key, value in pairs.items() for word in (f"--{key}", str(value))]
 
 
 def environment():

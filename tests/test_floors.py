@@ -23,7 +23,7 @@ FLOORS = (
     {"tokens", "ops", "compiled", "optim", "average", "dist", "ds_config", "entry", "gpus"},
     {"balance", "ladder", "log", "guard", "counters"},
     {"data", "teachers", "student", "loss", "engine", "evaluate", "recipes", "quickstart"},
-    {"reshard"},
+    {"reshard", "extension"},
     {"checkpoint", "job", "initial", "tracing", "events"},
     {"export", "plan", "parts", "rollback", "heartbeat"},
     {"finish", "published", "planner", "folder"},
@@ -41,7 +41,18 @@ OWNERS = {
     "deepspeed": {"engine.py", "reshard.py"},
     "nvidia.dali": {"data/dali.py"},
 }
-LIGHT = ("config", "chance", "ds_config", "entry", "quickstart", "recipes", "job", "train", "cli")
+LIGHT = (
+    "config",
+    "chance",
+    "ds_config",
+    "entry",
+    "quickstart",
+    "recipes",
+    "extension",
+    "job",
+    "train",
+    "cli",
+)
 HEAVY = {
     *("torch", "torchvision", "deepspeed", "timm", "open_clip", "nvidia", "tensorboard"),
     *("sklearn", "scipy", "matplotlib", "onnx", "safetensors", "PIL", "huggingface_hub"),

@@ -252,7 +252,8 @@ def find(folder: Path, resume: str) -> Path | None:
     if given or problem:
         raise ValueError(
             f"no whole checkpoint in {str(given or folder)!r}{f' ({problem})' if problem else ''};"
-            " give --resume another, or start in a fresh --out"
+            " give --resume another, or start a new run in another --out, from weights alone by"
+            " --student.init if you like"
         )
     return None
 
@@ -270,7 +271,9 @@ def load(
         if facts.get(key) != value and key not in LAYOUT:
             raise ValueError(
                 f"checkpoint {str(folder)!r} was saved with {key} {facts.get(key)!r},"
-                f" this run has {value!r}; use the same, or start in a fresh --out"
+                f" this run has {value!r}; use the same (with --run.extend true --optim.steps and"
+                " --optim.epochs may be more), or start a new run from its weights: another --out"
+                f" and --student.init {str(folder.absolute().parent.parent / 'student')!r}"
             )
     if any(facts[key] != expected[key] for key in LAYOUT):
         there, here = (

@@ -242,16 +242,17 @@ def disk_clock(name: str, patient: Patient) -> Row:
 
 
 def images(name: str, patient: Patient) -> Row:
-    """Decode a few of the run's images."""
+    """Decode a few of the run's images, of those to train on and of --data.val."""
     import numpy as np
 
-    from unic_ds import data, dist
+    from unic_ds import data, dist, parts
+    from unic_ds.evaluate import table
 
     cfg = patient.cfg
     if not cfg.data.train:
         return row_of(name, "not checked", remedy="give --data.train DIR", state=WARNING)
     with redirect_stdout(sys.stderr):  # what a scan says is no part of a table or of JSON
-        source = data.scan(cfg.data.train)
+        source, val = parts.scan(cfg)
     chosen_N = np.linspace(0, len(source) - 1, min(IMAGES, len(source))).astype(np.int64)
     batches = data.passes(
         source,
@@ -266,6 +267,13 @@ def images(name: str, patient: Patient) -> Row:
     text = f"{len(source)} images, {data.backend(cfg.data)} decodes"
     if len(times) > 1:  # the first batch has what is done once
         text += f" {sum(n for _, n in times[1:]) / max(seconds, 1e-3):.0f} a second"
+    if not cfg.eval.on or val is None:
+        return row_of(name, text)
+    text += f"; {len(val)} to evaluate on"
+    if not parts.can_evaluate(source, val):
+        return row_of(name, text, remedy=f"no evaluation: {table.NEEDS}", state=WARNING)
+    if problem := parts.unreadable(cfg, val):
+        raise ValueError(problem)
     return row_of(name, text)
 
 

@@ -6,30 +6,49 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unic_ds import chance, config, data, dist, engine, export, initial, job, log
+from unic_ds import chance, config, data, dist, engine, entry, export, initial, job, log
 from unic_ds.evaluate import features, table
+from unic_ds.parts import can_evaluate
 from unic_ds.student import Student
 
 
 def finish(task: job.Job, parts: Any) -> None:
     """Write `student/`, then `results.json`, `results.png` and the table; every rank calls it.
 
-    Rank 0 fits the probes alone: the others are done, and wait for nothing.
+    Rank 0 fits the probes alone: the others are done, and wait for nothing. RuntimeError if the
+    evaluation fails: `student/` is there then, and no `results.json`.
     """
     publish(task, parts)
     dist.barrier()
     let_go(parts)
-    rows = measure(task, parts) if measurable(task, parts) else {}
+    student, on = task.out / "student", task.cfg.eval.on
+    rows = {}
+    if on and can_evaluate(parts.train, parts.val):
+        rows = evaluate(task, parts, student)
     if dist.rank() == 0:
         table.write(rows, task.out, log.read(task.out / "log.jsonl"))
-        if rows:
-            print(f"\n{table.render(rows)}", flush=True)
+        end = f"\n{table.render(rows)}" if rows else table.unevaluated(student, on=on)
+        print(end, flush=True)
+
+
+def evaluate(task: job.Job, parts: Any, student: Path) -> dict[str, dict[str, float]]:
+    """The rows of `measure`; RuntimeError with the way on where it cannot read what it needs."""
+    try:
+        return measure(task, parts)
+    except (OSError, RuntimeError, ValueError) as error:
+        if not entry.ours(error):
+            raise
+        raise RuntimeError(
+            f"the student is in {str(student)!r}, but it could not be evaluated; mend this and"
+            f" start the same command again, which evaluates without training: {error}"
+        ) from error
 
 
 def publish(task: job.Job, parts: Any) -> None:
@@ -41,7 +60,7 @@ def publish(task: job.Job, parts: Any) -> None:
         export.LADDER: parts.engine.module.ladder.published(own),
         export.STATISTICS: parts.teachers.state_dict(),
     }
-    images, out = sample(parts.val or parts.train, task.cfg, 8), task.out / "student"
+    images, out = sample(parts.train, task.cfg, 8), task.out / "student"
     path = export.export(state, task.cfg, images, out, teachers=parts.manifest, beside=beside)
     log.say(f"exported encoder: {path}")
 
@@ -52,17 +71,6 @@ def let_go(parts: Any) -> None:
     parts.engine = None
     gc.collect()  # DeepSpeed's objects know each other
     torch.cuda.empty_cache()  # DALI takes memory beside torch's; nothing where there is no GPU
-
-
-def measurable(task: job.Job, parts: Any) -> bool:
-    """Whether there are labelled images to measure on, saying why not."""
-    if not task.cfg.eval.on:
-        return False
-    sides = [side for side in (parts.train, parts.val) if side is not None]
-    if len(sides) < 2 or min(len(set(side.label_N[side.label_N >= 0])) for side in sides) < 2:
-        log.say("no evaluation: it needs class folders, and --data.val DIR or --data.val_share")
-        return False
-    return True
 
 
 def sample(source: Any, cfg: config.Config, count: int) -> Tensor:

@@ -6,26 +6,32 @@ import fcntl
 import json
 import time
 from dataclasses import replace
+from itertools import chain, count
+from pathlib import Path
 from typing import IO, Any
 
-from unic_ds import ds_config, job, override
+from unic_ds import ds_config, extension, job, optim, override, recipes
 from unic_ds.parts import Parts, fit_statistics
 
 BALANCE, GUARD = "balance/", "guard/"
 """Before the entries of others among a checkpoint's statistics; no teacher's name has a slash."""
 
+EXTENDED = (
+    "extended from step {step} of {of} to {to} steps; the learning rate goes from {lr_before:.4g}"
+    " to {lr:.4g}, on the schedule of the new length"
+)
+
 LEASE_S = 120.0
 """So long a file server may keep the lock of a node that is lost."""
 
 
-def record(task: job.Job, manifest: dict[str, Any], whole: job.Job) -> IO[str]:
+def record(task: job.Job, parts: Parts, whole: job.Job) -> IO[str]:
     """Write what the run is: config.yaml, teachers.json, ds_config.json; the folder's lock.
 
-    `whole` is the run that `task` is a stage of. ValueError where another job holds the lock; where
-    a launcher tries again by itself, after a while: it may be a lost node's.
+    `whole` is the run that `task` is a stage of. The results of a shorter run are set aside first.
+    ValueError where another job holds the lock; where a launcher tries again by itself, after a
+    while: it may be a lost node's.
     """
-    import yaml
-
     from unic_ds import dist, events, files, log
 
     task.out.mkdir(parents=True, exist_ok=True)
@@ -46,15 +52,54 @@ def record(task: job.Job, manifest: dict[str, Any], whole: job.Job) -> IO[str]:
             )
     except OSError as error:  # Lustre without -o flock, for one
         log.say(f"{str(task.out)!r} cannot be locked ({error.strerror}): start no second job there")
+    extended = extension.pending(task.cfg, task.out) or not (task.out / "config.yaml").exists()
+    set_aside(task, parts)
     contents = {
-        whole.out / "config.yaml": yaml.safe_dump(override.to_dict(whole.cfg), sort_keys=False),
-        task.out / "config.yaml": yaml.safe_dump(override.to_dict(task.cfg), sort_keys=False),
-        task.out / "teachers.json": json.dumps(manifest, indent=1) + "\n",
+        task.out / "config.yaml": settings_of(task),
+        task.out / "teachers.json": json.dumps(parts.manifest, indent=1) + "\n",
         task.out / "ds_config.json": json.dumps(task.settings, indent=1) + "\n",
     }
+    if not extension.pending(whole.cfg, whole.out):
+        contents |= {whole.out / "config.yaml": settings_of(whole)}
+    if parts.extension and extended:
+        events.write(task.out, "extended", **parts.extension)
     for file, text in contents.items():
         files.write_whole(file, text)
     return lock
+
+
+def settings_of(task: job.Job) -> str:
+    """The text of a run's config.yaml; --run.extend is of one start, not of the run."""
+    import yaml
+
+    cfg = replace(task.cfg, run=replace(task.cfg.run, extend=False))
+    return yaml.safe_dump(override.to_dict(cfg), sort_keys=False)
+
+
+def set_aside(task: job.Job, parts: Parts) -> None:
+    """Rename the results of the shorter run that `task` extends, by the step they are of.
+
+    Before config.yaml says the new length, and results.json first: after a kill at any moment the
+    run is either still the old one or an extended one that is not finished.
+    """
+    if not extension.pending(task.cfg, task.out):
+        return
+    shorter = recipes.read(task.out / "config.yaml").optim
+    step = f"step_{shorter.step_count(parts.train.per_epoch):07d}"
+    for name, aside in (
+        ("results.json", f"results_{step}.json"),
+        ("results.png", f"results_{step}.png"),
+        ("student", f"encoders/{step}"),
+    ):
+        if (task.out / name).exists():
+            (task.out / aside).parent.mkdir(exist_ok=True)
+            (task.out / name).rename(unused(task.out / aside))
+
+
+def unused(path: Path) -> Path:
+    """That path, or the first with _2, _3, ... before its suffix at which there is nothing."""
+    numbered = (path.with_name(f"{path.stem}_{n}{path.suffix}") for n in count(2))
+    return next(free for free in chain([path], numbered) if not free.exists())
 
 
 def hold(lock: IO[str], wait_s: float) -> bool:
@@ -111,11 +156,14 @@ def resume(task: job.Job, parts: Parts) -> int:
     """Load the newest whole checkpoint, if there is one; the step it was saved after, else 0."""
     from unic_ds import checkpoint, log, rollback
 
-    parts.rollbacks = rollback.settle(task.out)
+    parts.rollbacks, parts.extension = rollback.settle(task.out), {}
     found = checkpoint.find(task.out / "checkpoints", task.resume)
     step = 0
     if found:
-        facts, statistics = checkpoint.load(parts.engine, found, identity(task, parts))
+        expected = identity(task, parts)
+        if task.cfg.run.extend:
+            expected |= extend(task, parts, found)
+        facts, statistics = checkpoint.load(parts.engine, found, expected)
         for prefix, part in ((BALANCE, parts.balance), (GUARD, parts.guard)):
             its = {k: statistics.pop(k) for k in list(statistics) if k.startswith(prefix)}
             part.load_state_dict({k.removeprefix(prefix): v for k, v in its.items()})
@@ -123,7 +171,30 @@ def resume(task: job.Job, parts: Parts) -> int:
         parts.rollbacks = parts.rollbacks or facts["rollbacks"]
         step = facts["step"]
         log.say(f"resumed after step {step} from {found}")
+        if parts.extension:
+            log.say(EXTENDED.format(**parts.extension))
     elif task.cfg.standardise.fitted:
         fit_statistics(task, parts)
     parts.stream.seek(step, rollback.left_out(parts.rollbacks))
     return step
+
+
+def extend(task: job.Job, parts: Parts, found: Path) -> dict[str, str]:
+    """Facts of the checkpoint `found` in which an extended run may differ from it.
+
+    `parts.extension` tells from there on by how much. ValueError if the run would not go on.
+    """
+    facts, here, images = extension.read_facts(found), task.cfg.optim, parts.train.per_epoch
+    theirs = {name: facts[name] for key in extension.ALLOWED if (name := f"--{key}") in facts}
+    epochs, steps = (theirs[f"--{key}"] for key in extension.LENGTH)
+    there, step = replace(here, epochs=float(epochs), steps=int(steps)), int(facts["step"])
+    if there != here:
+        extension.check_longer(here, parts.steps, after=step)
+        parts.extension = {
+            "step": step,
+            "of": there.step_count(images),
+            "to": parts.steps,
+            "lr_before": optim.learning_rate(step, there, images),
+            "lr": optim.learning_rate(step + 1, here, images),
+        }
+    return theirs

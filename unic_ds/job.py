@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from unic_ds import ds_config, methods, named, quickstart, recipes
+from unic_ds import ds_config, extension, methods, named, quickstart, recipes
 from unic_ds.config import Config, Teacher
-from unic_ds.override import nearest, option_names, options_of, override_all, science
+from unic_ds.override import nearest, option_names, options_of, override_all
 from unic_ds.printable import printable
 
 DOOR = {
@@ -19,7 +19,8 @@ DOOR = {
     "recipe": f"{', '.join(recipes.RECIPES)}; a method on one, like quickstart+radio"
     f" ({', '.join(methods.METHODS)}); or a run's config.yaml [quickstart]",
     "out": "run folder; the same command again resumes there [runs/RECIPE; for x.yaml runs/x]",
-    "resume": "auto (go on where the folder stands), never, or the PATH of a checkpoint [auto]",
+    "resume": "auto (go on where the folder stands), never, or the PATH of a run folder or"
+    " checkpoint with the same settings [auto]",
 }
 
 
@@ -36,8 +37,8 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether the folder holds this run's end: its exported student and its table."""
-        return ended(self.out)
+        """True if the folder holds the end of this run: its exported student and its table."""
+        return ended(self.out) and not extension.pending(self.cfg, self.out)
 
 
 def ended(out: Path) -> bool:
@@ -73,10 +74,10 @@ def resolve(options: dict[str, str], ranks: int | None = None) -> Job:
         settings = ds_config.merge(file, stage, ranks)
         jobs.append(Job(cfg=stage, settings=settings, out=folder, resume=resume, init=init))
         init = str(folder / "student")
-    for job in jobs:
-        check_folder(job)
     if len(jobs) > 1 and resume not in ("auto", "never"):
         raise ValueError(f"--resume {resume!r} is of one stage; add --stages '' to train one alone")
+    for job in jobs:
+        check_folder(job, last=job is jobs[-1])
     check_inputs(cfg)
     check_room(out)
     return replace(jobs[-1], before=tuple(jobs[:-1]))
@@ -191,13 +192,16 @@ def prepare_demonstration(cfg: Config) -> None:
         quickstart.prepare()
 
 
-def check_folder(job: Job) -> None:
-    """ValueError where the run folder cannot be one, or `resume` names nothing."""
+def check_folder(job: Job, *, last: bool) -> None:
+    """Raise ValueError if the run folder cannot be one, or `resume` names nothing to go on with."""
     if job.out.exists() and not job.out.is_dir():
         raise ValueError(f"--out {str(job.out)!r} is a file; give a folder")
     if job.resume not in ("auto", "never") and not Path(job.resume).is_dir():
-        raise ValueError(f"--resume {job.resume!r} is neither auto, never nor a checkpoint folder")
-    refuse_foreign(job)
+        raise ValueError(
+            f"--resume {job.resume!r} is neither auto, never nor a run folder or checkpoint;"
+            " weights alone start a new run by --student.init"
+        )
+    extension.check(job.cfg, job.out, resume=job.resume, last=last)
 
 
 def check_room(out: Path) -> None:
@@ -208,29 +212,6 @@ def check_room(out: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--out {str(out)!r} cannot be written ({error.strerror})") from None
-
-
-def refuse_foreign(job: Job) -> None:
-    """ValueError where the run folder belongs to other science, or must not be resumed."""
-    file = job.out / "config.yaml"
-    begun = any((job.out / "checkpoints").glob("step_*")) or job.finished
-    if not file.is_file() or not begun:
-        return
-    if job.resume == "never":
-        raise ValueError(
-            f"--out {str(job.out)!r} holds a run already; choose another --out or drop"
-            " --resume never"
-        )
-    there, here = science(recipes.read(file)), science(job.cfg)
-    keys = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
-    if keys:
-        said = "; ".join(
-            f"{k} was {there.get(k, 'absent')!r}, now {here.get(k, 'absent')!r}" for k in keys[:5]
-        )
-        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-        raise ValueError(
-            f"--out {str(job.out)!r} holds another run ({said}{more}); choose another --out"
-        )
 
 
 def help_text(usage: str) -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 from unic_ds import config, job, override
+from unic_ds.printable import printable
 
 FEW = 8
-"""Real images that a quantised teacher is judged by."""
+"""Real images that a quantised teacher is judged by, and validation images that are tried."""
+
+CHANCE = 1e-3
+"""Least probability of what is found among a few images, if data.bad_limit holds for all."""
 
 
 @dataclass
@@ -32,6 +37,7 @@ class Parts:
     steps: int
     flops: float
     rollbacks: list[dict[str, Any]] = field(default_factory=list)  # how often it went back so far
+    extension: dict[str, Any] = field(default_factory=dict)  # of a shorter run's checkpoint
 
 
 def build(task: job.Job) -> Parts:
@@ -44,6 +50,7 @@ def build(task: job.Job) -> Parts:
     train, val = find_images(cfg)
     held_out = f", {len(val)} held out" if val else ""
     log.say(f"{len(train)} training images in {cfg.data.train}{held_out}")
+    check_validation(cfg, train, val)
     cache = FeatureCache(cfg.cache, cfg.teachers, draws_of(cfg, train)) if cfg.cache else None
     teachers, manifest = find_teachers(cfg, train, cache)
     student, init = start_student(task, teachers)
@@ -124,13 +131,91 @@ def find_images(cfg: config.Config) -> tuple[Any, Any]:
     from unic_ds import data, dist
 
     with dist.in_turn():  # the first builds an index where there is none
-        train, val = data.scan(cfg.data.train), None
-        if cfg.data.val:
-            val = data.scan(cfg.data.val).relabelled(train.classes)
+        train, val = scan(cfg)
     if cfg.data.val_share:
         train, val = data.split(train, cfg.data.val_share, cfg.seed)
     agree(train.fingerprint())
     return train, val
+
+
+def scan(cfg: config.Config) -> tuple[Any, Any]:
+    """What --data.train and --data.val name (None if not given), on this rank."""
+    from unic_ds import data
+
+    train = data.scan(cfg.data.train)
+    return train, data.scan(cfg.data.val).relabelled(train.classes) if cfg.data.val else None
+
+
+def can_evaluate(train: Any, val: Any) -> bool:
+    """True if both sides have images of two classes or more, and a class in common."""
+    if train is None or val is None:
+        return False
+    classes, held_out = (set(side.label_N[side.label_N >= 0].tolist()) for side in (train, val))
+    return min(len(classes), len(held_out)) > 1 and bool(classes & held_out)
+
+
+def check_validation(cfg: config.Config, train: Any, val: Any) -> None:
+    """Try a few images that the evaluation will read, or say that there will be none.
+
+    ValueError, on every rank, if too many of them cannot be read.
+    """
+    from unic_ds import dist, log
+    from unic_ds.evaluate import table
+
+    if not cfg.eval.on:
+        return
+    if not can_evaluate(train, val):
+        log.say(f"no evaluation: {table.NEEDS}")
+        return
+    if problem := dist.share(unreadable(cfg, val) if dist.rank() == 0 else ""):
+        raise ValueError(problem)
+
+
+def unreadable(cfg: config.Config, val: Any) -> str:
+    """A sentence if a few labelled validation images tell that the evaluation would fail, or ""."""
+    import numpy as np
+    import torch
+
+    from unic_ds import data, entry
+
+    data.backend(cfg.data)  # raises its own error if there is no decoder
+    labelled_N = np.flatnonzero(val.label_N >= 0)
+    chosen = np.linspace(0, len(labelled_N) - 1, min(FEW, len(labelled_N))).astype(int)
+    tried, shown = val.subset(labelled_N[chosen]), []
+    batches = data.passes(
+        tried,
+        replace(cfg.data, bad_limit=1.0),
+        sizes=(cfg.student.size,),
+        batch=len(tried),
+        indices=np.arange(len(tried)),
+        device=torch.device("cpu"),
+    )
+    try:
+        shown = [i for batch in batches for i in batch.index_B.tolist()]
+    except ValueError as error:  # none can be read
+        if not entry.ours(error):
+            raise
+    bad = [name for i, name in enumerate(tried.names) if i not in shown]
+    if not too_many(len(bad), len(tried), limit=cfg.data.bad_limit, total=len(labelled_N)):
+        return ""
+    named = ", ".join(printable(name, 80) for name in bad)
+    return (
+        f"{len(bad)} of {len(tried)} validation images that were tried, below"
+        f" {str(val.folder)!r}, cannot be read ({named}): the evaluation would fail after the last"
+        " step; repair or remove such images, or train without evaluation: --eval.on false"
+    )
+
+
+def too_many(bad: int, tried: int, *, limit: float, total: int) -> bool:
+    """True if a `limit` for the share of bad images among `total` is passed, or all tried are bad.
+
+    Passed for certain, or, by the binomial distribution, all but certainly.
+    """
+    chance = sum(
+        math.comb(tried, k) * limit**k * (1 - limit) ** (tried - k) for k in range(bad, tried + 1)
+    )
+    allowed = max(1, limit * total)
+    return bad == tried or bad > allowed or (total > tried and bad > 1 and chance < CHANCE)
 
 
 def few(cfg: config.Config, source: Any) -> Callable[[int], Any]:

@@ -17,7 +17,7 @@ if __name__ == "__main__":
     # other packages.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from unic_ds import config, entry, job, optim
+from unic_ds import config, entry, job, optim, recipes
 
 USAGE = """\
 Distil frozen vision teachers into one ViT student.
@@ -80,12 +80,16 @@ def announce(stage: job.Job, task: job.Job) -> None:
 
 
 def show(task: job.Job) -> int:
-    """Print the table of a finished run; the exit code."""
+    """Print the table of a finished run, or why it has none; the exit code."""
     from unic_ds.evaluate import table
 
     if os.environ.get("RANK", "0") == "0":
-        print(f"{task.out} is finished (choose another --out to train again):\n")
-        print(table.render(table.read(task.out / "results.json")))
+        again = "--run.extend true trains longer, with more --optim.steps or --optim.epochs"
+        print(f"{task.out} is finished (choose another --out to train again; {again})\n")
+        rows, file = table.read(task.out / "results.json"), task.out / "config.yaml"
+        cfg = recipes.read(file) if file.is_file() else task.cfg
+        none = table.unevaluated(task.out / "student", on=cfg.eval.on)
+        print(table.render(rows) if rows else none)
     return 0
 
 
@@ -110,7 +114,7 @@ def distil(task: job.Job, beat: Callable[[str, int], None], *, whole: job.Job) -
         parts = build(task)
         beat("resuming", 0)
         first, last = resume(task, parts) + 1, parts.steps
-        lock = record(task, parts.manifest, whole)
+        lock = record(task, parts, whole)
     stops = job.stop_files(whole.out, whole.cfg.run.stop_file)
     request = dist.StopRequest(*stops)
     step = None

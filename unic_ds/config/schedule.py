@@ -121,6 +121,12 @@ class Run:
     stop_at: int = knob(
         0, "save and stop after this step, to be resumed; 0: at the end", machinery=True
     )
+    extend: bool = knob(
+        False,
+        "train a run further than it was started for: --optim.steps or --optim.epochs may be more,"
+        " in its --out or from --resume OLD; the schedules are those of the new length",
+        machinery=True,
+    )
     stop_file: str = knob(
         "",
         "save and stop, to be resumed, when this file is there, as for OUT/STOP",

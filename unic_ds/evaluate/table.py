@@ -17,6 +17,11 @@ Rows = Mapping[str, Mapping[str, float]]
 
 TITLES = {"knn": "kNN %", "linear": "linear %"}
 
+NEEDS = (
+    "it needs class folders, two or more and some in common, and --data.val DIR or --data.val_share"
+)
+"""Why a run is not evaluated although --eval.on is true."""
+
 
 def render(rows: Rows, title: str = "Frozen features, unseen images") -> str:
     """The table as plain text."""
@@ -43,6 +48,12 @@ def evaluators(rows: Rows) -> list[str]:
     return list(dict.fromkeys(name for values in rows.values() for name in values))
 
 
+def unevaluated(student: Path, *, on: bool) -> str:
+    """The line in place of a table, for a run that ended without one; `on` is its --eval.on."""
+    why = NEEDS if on else "--eval.on false"
+    return f"finished; student in {str(student)!r}; it was not evaluated: {why}"
+
+
 def write(rows: Rows, folder: Path, log: Sequence[Mapping[str, Any]]) -> None:
     """Write `results.png`, then `results.json` (whole or not at all), into `folder`.
 
@@ -60,16 +71,25 @@ def read(file: Path) -> dict[str, dict[str, float]]:
 
 
 def plot(rows: Rows, curve: Sequence[tuple[int, float]], file: Path, title: str = "") -> Path:
-    """Draw the loss curve (left) and every model's accuracies (right) as a PNG; the file."""
+    """Draw the loss curve and, right of it, each model's accuracies if there are any; the PNG."""
     from matplotlib.figure import (
         Figure,
     )  # heavy, and only drawing needs it; without pyplot it has no display
 
     figure = Figure(figsize=(12, 0.45 * len(rows) + 3), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+    left, *more = figure.subplots(1, 2, width_ratios=(2, 3)) if rows else [figure.subplots()]
     left.plot([step for step, _ in curve], [loss for _, loss in curve], color="C0")
     left.set(title="Distillation loss", xlabel="optimiser step", ylabel="loss")
     left.grid(alpha=0.3)
+    for right in more:
+        draw_bars(right, rows)
+    figure.suptitle(title)
+    figure.savefig(file, dpi=120)
+    return file
+
+
+def draw_bars(right: Any, rows: Rows) -> None:
+    """Draw every model's accuracies on matplotlib's axes `right`."""
     names, models = evaluators(rows), list(rows)
     height = 0.8 / max(len(names), 1)
     for place, name in enumerate(names):
@@ -90,6 +110,3 @@ def plot(rows: Rows, curve: Sequence[tuple[int, float]], file: Path, title: str 
     right.invert_yaxis()  # the first row on top, as in the table
     if names:
         right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=len(names))
-    figure.suptitle(title)
-    figure.savefig(file, dpi=120)
-    return file
