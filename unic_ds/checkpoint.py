@@ -27,7 +27,7 @@ from torch import Tensor
 
 from unic_ds import config, dist, log
 from unic_ds.engine import copies, order
-from unic_ds.files import read_text, write_whole
+from unic_ds.files import encodable, read_text, write_whole
 from unic_ds.printable import printable
 from unic_ds.reshard import load_anew
 
@@ -284,7 +284,7 @@ def load(
         load_anew(engine, folder / SHARDS)
     elif engine.load_checkpoint(str(folder), tag=SHARDS)[0] is None:
         raise OSError(f"DeepSpeed found nothing to load in {str(folder)!r}")
-    return facts, load_file(folder / STATISTICS)
+    return facts, load_file(encodable(folder / STATISTICS))
 
 
 def forget(folder: Path, newest: Path, keep: config.Run) -> None:

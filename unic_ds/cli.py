@@ -49,7 +49,8 @@ unic-ds VERB [--option value ...]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb and leave with its exit code."""
-    sys.exit(entry.run(verb, sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    entry.start(verb, words, trains=words[:1] == ["train"])
 
 
 def verb(argv: Sequence[str]) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
+
+from unic_ds import files, interrupt, meeting
 
 
 def rank() -> int:
@@ -73,14 +76,42 @@ def start(timeout_s: int = 1800) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if world() == 1 and "MASTER_PORT" not in os.environ:
         td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1)
-    else:
-        try:
-            td.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        except td.DistNetworkError as error:
-            raise RuntimeError(
-                f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-                f" ({str(error).split(':')[-1].strip()}); give the launcher another --master_port"
-            ) from error
+        return
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        if file := meeting.file():
+            store = meet(file, timeout)
+            td.init_process_group(
+                backend, store=store, rank=rank(), world_size=world(), timeout=timeout
+            )
+            file.unlink(missing_ok=True)  # all have met
+        else:
+            td.init_process_group(backend, timeout=timeout)
+    except td.DistNetworkError as error:
+        raise RuntimeError(
+            f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            f" ({str(error).split(':')[-1].strip()}); give the launcher another --master_port"
+        ) from error
+
+
+def meet(file: Path, timeout: timedelta) -> td.Store:
+    """A store at a free port of this machine, which rank 0 writes to `file` for the others.
+
+    TimeoutError where it does not.
+    """
+    host = os.environ["MASTER_ADDR"]
+    if rank() == 0:
+        store = td.TCPStore(host, 0, world(), True, timeout, wait_for_workers=False)
+        files.write_whole(file, str(store.port))
+        os.environ["MASTER_PORT"] = str(store.port)
+        return store
+    last = time.monotonic() + timeout.total_seconds()
+    while not file.exists():
+        if time.monotonic() > last:
+            raise TimeoutError(f"rank 0 did not start within {timeout.total_seconds():.0f} s")
+        time.sleep(0.05)
+    os.environ["MASTER_PORT"] = files.read_text(file)
+    return td.TCPStore(host, int(os.environ["MASTER_PORT"]), world(), False, timeout)
 
 
 def stop() -> None:
@@ -186,36 +217,46 @@ def node_mesh() -> Any:
 
 
 class StopRequest:
-    """Whether the run was asked to stop: SIGUSR1 or SIGTERM to any rank, or a file rank 0 sees.
+    """True once the run was asked to stop: by a signal to any rank, or a file that rank 0 sees.
 
     All ranks learn it at the same step. What each has heard is summed while the next step runs, so
     that nobody waits for it.
     """
 
-    SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+    SIGNALS = interrupt.SIGNALS
 
     def __init__(self, *files: Path):
-        self.files, self.heard = files, False
+        self.files, self.heard = files, 0
         # On the CPU, and looked at through NumPy: neither device nor torch is asked.
         self.votes = torch.zeros(1)
         self.yes_1 = self.votes.numpy()
         self.sum: td.Work | None = None
-        for number in self.SIGNALS:
-            signal.signal(number, self.hear)
+        interrupt.handle(self.hear)
 
     def hear(self, number: int, _: FrameType | None) -> None:
         """Take note of a signal, however often it comes.
 
-        Slurm tells the ranks and their launcher, and that tells the ranks again: a repeated SIGTERM
-        must not end them while they save. What ends a rank that does not listen is SIGKILL.
+        A launcher passes on what the terminal or Slurm has sent to the ranks as well (a Ctrl-C
+        arrives as SIGINT and SIGTERM under deepspeed, as two SIGINT under torchrun): a repeated
+        signal must not end them while they save. SIGKILL and SIGQUIT (Ctrl-\\) end a rank at once.
         """
-        self.heard = True
+        if not self.heard and rank() == 0:
+            name = signal.Signals(number).name
+            with suppress(OSError):  # not print: the signal may have interrupted one
+                os.write(2, f"unic_ds: {name}: the run saves and stops after this step\n".encode())
+        self.heard = number
+
+    def close(self) -> None:
+        """Let signals end the process again; Interrupted where one came too late to be heeded."""
+        interrupt.install()
+        if self.heard:
+            raise interrupt.Interrupted(self.heard)
 
     def agreed(self) -> bool:
         """Whether any rank had been asked when all last called this; every rank calls it."""
         if self.sum is not None:
             self.sum.wait()
         asked = bool(self.yes_1[0])
-        self.yes_1[0] = self.heard or (rank() == 0 and any(map(Path.exists, self.files)))
+        self.yes_1[0] = bool(self.heard) or (rank() == 0 and any(map(Path.exists, self.files)))
         self.sum = td.all_reduce(self.votes, async_op=True) if world() > 1 else None
         return asked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -34,6 +34,12 @@ def append(out: Path, event: str, **facts: Any) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def failed(out: Path, says: str, *, step: int, phase: str) -> None:
+    """Append a line about the exception that ends the run; nothing where `out` cannot take it."""
+    with suppress(OSError):
+        append(out, "failed", rank=dist.rank(), step=step, phase=phase, error=says)
 
 
 def end(out: Path, event: str, says: str, **facts: Any) -> None:

@@ -20,6 +20,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from unic_ds import config
+from unic_ds.files import encodable, write_whole
 from unic_ds.initial import LADDER, STATISTICS, WEIGHTS
 from unic_ds.student import arguments, build_encoder, has_cls
 from unic_ds.tokens import Normalise, Tokens, split_prefix
@@ -62,7 +63,8 @@ def export(
     try:
         encoder = load(state, cfg.student)
         write(encoder, cfg, part)
-        (part / "README.md").write_text(card(encoder, cfg, teachers or {}, origin))
+        text = card(encoder, cfg, teachers or {}, origin)
+        write_whole(part / "README.md", text)
         for name, tensors in (beside or {}).items():
             save_file({k: whole(v) for k, v in tensors.items()}, part / name)
         prove(encoder, cfg.student, part, images.cpu())
@@ -127,6 +129,7 @@ def prove(encoder: Any, cfg: config.Student, folder: Path, image_B3HW: Tensor) -
             **arguments(cfg),
         ),
     }
+    folder = encodable(folder)
     own = tokens(encoder, cfg, image_B3HW)
     for way, create in loaders.items():
         loaded = tokens(create().eval(), cfg, image_B3HW)

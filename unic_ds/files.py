@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,8 +52,39 @@ def read_text(path: Path | str, limit: int = TEXT_LIMIT) -> str:
         raise ValueError(f"{str(path)!r} is not UTF-8 text (byte {error.start})") from None
 
 
-def write_whole(file: Path, text: str, errors: str = "strict") -> None:
-    """Write `text` in UTF-8 so that a reader sees the old or the new content, never a part."""
+def encodable(path: Path) -> Path:
+    """A path to the same existing file or folder for libraries that take UTF-8 paths alone.
+
+    It is good as long as this process lives. A file's suffix stays, by which formats are known.
+    """
+    if is_utf8(str(path)):
+        return path
+    if not path.is_dir() and not is_utf8(path.name):
+        _links.append(tempfile.TemporaryDirectory(prefix="unic_ds_"))
+        link = Path(_links[-1].name) / f"file{path.suffix if is_utf8(path.suffix) else ''}"
+        link.symlink_to(path.absolute())
+        return link
+    folder, *name = (path,) if path.is_dir() else (path.parent, path.name)
+    return Path(f"/proc/self/fd/{os.open(folder, os.O_RDONLY | os.O_CLOEXEC)}", *name)
+
+
+_links: list[tempfile.TemporaryDirectory[str]] = []  # removed at the end of the process
+
+
+def is_utf8(text: str) -> bool:
+    """True where a path has no bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def write_whole(file: Path, text: str, errors: str = "backslashreplace") -> None:
+    """Write `text` in UTF-8 so that a reader sees the old or the new content, never a part.
+
+    Bytes of a path that are not UTF-8 become escapes, unless `errors` says otherwise.
+    """
     with replacing(file) as stream:
         stream.write(text.encode("utf-8", errors))
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from unic_ds import events, pulse
+from unic_ds import entry, events, interrupt, pulse
 from unic_ds.config import Run
 from unic_ds.pulse import Pulse
 
@@ -60,6 +60,7 @@ class Heart:
         self.next: Pulse | None = None
         self.quiet_s = 0.0  # since the next rank's pulse changed
         self.verdict = out / pulse.FOLDER / f"verdict_{start}.json"
+        self.failed = out / pulse.FOLDER / f"failed_{start}"  # the rank that reports made it
         self.left = threading.Event()
         self.thread = threading.Thread(target=self.beat, name="heartbeat", daemon=True)
 
@@ -82,15 +83,36 @@ class Heart:
     ) -> None:
         # A failed save is an OSError, whatever it met.
         cause = error.__cause__ or error if error else None
-        if isinstance(cause, RuntimeError) and self.world > 1:
+        if isinstance(cause, RuntimeError) and self.world > 1 and not self.failed.exists():
             self.blame(cause)
         self.left.set()
         self.thread.join()
-        if error is None or (isinstance(error, ValueError) and not self.at[1]):
+        refused = isinstance(error, ValueError) and entry.ours(error) and not self.at[1]
+        if error is None or refused:
             self.clear()
             return
+        self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Leave a record of an exception, and settle which of the ranks reports it."""
+        first = self.first_to_fail()
+        entry.mute(error, unless=first)
+        says = entry.summary(interrupt.cause(error))
         with suppress(OSError):
-            self.tell(0.0, error=f"{type(error).__name__}: {error}"[:400])
+            self.tell(0.0, error=says)
+        if first:
+            phase, step = self.at
+            events.failed(self.out, says, step=step, phase=phase)
+
+    def first_to_fail(self) -> bool:
+        """True on the one rank of a start that fails first; on the first rank where OUT is full."""
+        try:
+            self.failed.open("x").close()
+        except FileExistsError:
+            return False
+        except OSError:
+            return self.rank == 0
+        return True
 
     def tell(self, ran_s: float, error: str = "") -> None:
         """Write this rank's pulse, `ran_s` seconds after the last."""
@@ -186,7 +208,10 @@ class Heart:
         time.sleep(4 * self.every_s)  # another may know better: our thread then ends us here
 
     def end(self, event: str, culprits: list[Pulse], rows: list[Pulse] | None = None) -> None:
-        """Say what is wrong, once a job, and end this process, as all the others will."""
+        """Report what is wrong, once a job, and end this process, as all the others will.
+
+        A rank that failed with an exception has reported it already.
+        """
         says = sentence(event, culprits, rows or [], self.run.hang_timeout)
         blamed = culprits if len(culprits) < self.world else []  # where all hang, each ends itself
         try:
@@ -198,9 +223,11 @@ class Heart:
         except OSError:  # no room: then each says it for itself
             pass
         facts = [{k: asdict(row)[k] for k in ("rank", "host", "pid", "phase")} for row in culprits]
-        with suppress(OSError):
-            events.append(self.out, event, step=culprits[0].step, says=says, ranks=facts[:8])
-        os.write(sys.stderr.fileno(), f"unic_ds: error: {says}; {AGAIN}\n".encode())
+        if not self.failed.exists():
+            with suppress(OSError):
+                events.append(self.out, event, step=culprits[0].step, says=says, ranks=facts[:8])
+            with suppress(OSError):
+                os.write(2, f"unic_ds: error: {says}; {AGAIN}\n".encode())
         self.leave(blamed)
 
     def obey(self) -> None:

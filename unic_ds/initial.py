@@ -21,6 +21,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from unic_ds import dist, engine, log
+from unic_ds.files import encodable
 from unic_ds.teachers.weights import sha256
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def outlines(file: Any) -> dict[str, Tensor]:
 def stored(file: Path) -> Iterator[Any]:
     """A safetensors file whose tensors are read when asked for; ValueError where it is damaged."""
     try:
-        opened = safe_open(file, "pt")
+        opened = safe_open(encodable(file), "pt")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{str(file)!r} cannot be read as safetensors ({error})") from None
     with opened as tensors:
@@ -142,7 +143,7 @@ def resized(pos_1ND: Tensor, encoder: Any, path: str) -> Tensor:
 def read(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; ValueError where it is missing or damaged."""
     try:
-        return load_file(file)
+        return load_file(encodable(file))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{str(file)!r} cannot be read as safetensors ({error})") from None
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unic_ds import dist
 from unic_ds.documents import json_lines
-from unic_ds.files import write_whole
+from unic_ds.files import encodable, write_whole
 from unic_ds.gpus import peak_tflops
 
 T = TypeVar("T")
@@ -54,7 +54,9 @@ class Log:
         kept = [row for row in read(file) if step_of(row) < first]
         write_whole(file, "".join(json.dumps(row) + "\n" for row in kept))
         self.lines = file.open("a", buffering=1)
-        self.board = SummaryWriter(str(folder / "tb"), purge_step=first)
+        board = folder / "tb"
+        board.mkdir(exist_ok=True)
+        self.board = SummaryWriter(str(encodable(board)), purge_step=first)
         if sys.stdout.isatty():
             self.bar = progress_bar()
             self.bar.start()

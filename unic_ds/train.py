@@ -17,7 +17,7 @@ if __name__ == "__main__":
     # other packages.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from unic_ds import config, entry, job, optim, recipes
+from unic_ds import config, entry, interrupt, job, optim, recipes
 
 USAGE = """\
 Distil frozen vision teachers into one ViT student.
@@ -32,6 +32,7 @@ The same command again resumes; a finished run prints its table."""
 
 def main(argv: Sequence[str]) -> int:
     """Check the command line, then train; the exit code."""
+    interrupt.install()
     words, options = entry.parse(argv)
     if entry.wants_help(options):
         print(job.help_text(USAGE))
@@ -58,10 +59,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def heart(stage: job.Job) -> Any:
-    """Joins the ranks, and beats from then on: ends the run where one of them is dead or stuck."""
-    from unic_ds import dist, heartbeat
+    """Join the ranks; the context in which one that is dead or stuck ends the run."""
+    from unic_ds import dist, events, heartbeat
 
-    dist.start(timeout_s=heartbeat.longest_s(stage.cfg.run))
+    try:
+        dist.start(timeout_s=heartbeat.longest_s(stage.cfg.run))
+    except Exception as error:
+        if dist.rank() == 0:  # OUT may not be there yet
+            events.failed(stage.out, entry.summary(error), step=0, phase="meeting")
+        raise
     return heartbeat.Heart(
         stage.out,
         stage.cfg.run,
@@ -111,7 +117,8 @@ def distil(task: job.Job, beat: Callable[[str, int], None], *, whole: job.Job) -
 
     events.raise_last(task.out)
     with events.refusals(task.out):
-        parts = build(task)
+        with entry.warnings_held():
+            parts = build(task)
         beat("resuming", 0)
         first, last = resume(task, parts) + 1, parts.steps
         lock = record(task, parts, whole)
@@ -127,6 +134,7 @@ def distil(task: job.Job, beat: Callable[[str, int], None], *, whole: job.Job) -
             first = resume(task, parts) + 1
     parts.stream.close()
     if step == last:
+        request.close()
         beat("evaluating", step)
         finish.finish(task, parts)
     else:
@@ -241,25 +249,5 @@ def uniforms(cfg: config.Config, step: int, position_B: Any, engine: Any) -> tup
     return to_device(drop_BT.T.copy()), to_device(path_BK)
 
 
-def leave(code: int) -> None:
-    """End this process with an exit code.
-
-    One rank's failure ends it here and now: NCCL's groups cannot be left in order while the others
-    wait inside a collective, and would be waited for at Python's own exit.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(code)
-    sys.exit(code)
-
-
-def fail(*error: Any) -> None:
-    """What Python calls with an error that nobody caught: it is printed, as ever."""
-    sys.__excepthook__(*error)
-    leave(1)
-
-
 if __name__ == "__main__":
-    sys.excepthook = fail
-    leave(entry.run(main, sys.argv[1:]))
+    entry.start(main, sys.argv[1:], trains=True)

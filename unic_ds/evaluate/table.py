@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unic_ds.files import write_whole
+from unic_ds.printable import printable
 
 Rows = Mapping[str, Mapping[str, float]]
 """Model -> evaluator -> accuracy in %, in the order of the table."""
@@ -83,7 +84,7 @@ def plot(rows: Rows, curve: Sequence[tuple[int, float]], file: Path, title: str 
     left.grid(alpha=0.3)
     for right in more:
         draw_bars(right, rows)
-    figure.suptitle(title)
+    figure.suptitle(printable(title), parse_math=False)
     figure.savefig(file, dpi=120)
     return file
 

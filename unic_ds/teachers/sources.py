@@ -15,6 +15,7 @@ from timm.models import load_state_dict
 from torch import nn
 
 from unic_ds import config
+from unic_ds.files import encodable
 from unic_ds.override import nearest
 from unic_ds.teachers import towers, weights
 
@@ -104,7 +105,12 @@ def from_file(row: config.Teacher, grid: int) -> Source:
         raise ValueError(f"teachers.{row.name}.source: timm has no arch {arch!r}{near}")
     classes = classes_of(row, path, arch)
     # The head is built as the file has it: timm is strict only where their classes agree.
-    overlay = {"file": str(path), "num_classes": classes, "label_offset": 0, "custom_load": False}
+    overlay = {
+        "file": str(encodable(path)),
+        "num_classes": classes,
+        "label_offset": 0,
+        "custom_load": False,
+    }
     source = timm_source(row, grid, arch, overlay, num_classes=classes)
     return source._replace(licence=licence_of(path))
 
@@ -112,7 +118,7 @@ def from_file(row: config.Teacher, grid: int) -> Source:
 def classes_of(row: config.Teacher, path: Path, arch: str) -> int:
     """Classes of the classifier in a weight file (0: none); ValueError where it cannot be read."""
     try:
-        state = load_state_dict(str(path), weights_only=True)
+        state = load_state_dict(str(encodable(path)), weights_only=True)
         cfg = timm.get_pretrained_cfg(arch)
         names = (cfg and cfg.classifier) or ()
         heads = [
@@ -132,7 +138,7 @@ def licence_of(path: Path) -> str:
     """The `licence` entry of a safetensors file's metadata, or nothing."""
     if path.suffix != ".safetensors":
         return ""
-    with safe_open(path, "pt") as file:
+    with safe_open(encodable(path), "pt") as file:
         return (file.metadata() or {}).get("licence", "")
 
 

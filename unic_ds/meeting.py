@@ -1,0 +1,61 @@
+"""Where the ranks of one machine meet when the deepspeed launcher was given no port. Stdlib only.
+
+The launcher then gives port 29500 to every job, so that two jobs of a machine would collide.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+LAUNCHER = b"deepspeed.launcher.launch"
+USUAL_PORT = "29500"
+
+
+def file() -> Path | None:
+    """A file that the ranks of one launch share, for the port that rank 0 found free.
+
+    None where a port was chosen, where the launcher is another, and with several machines.
+    """
+    if os.environ.get("MASTER_PORT") != USUAL_PORT or os.environ.get("CROSS_SIZE") != "1":
+        return None
+    pid = os.getppid()
+    while pid > 1 and LAUNCHER not in command(pid):
+        pid, _ = parent_and_start(pid)
+    if pid <= 1:
+        return None
+    runner, start = parent_and_start(pid)
+    if any(word.startswith(b"--master_port") for word in command(runner)):
+        return None
+    folder = private_folder()
+    return folder / f"port_{pid}_{start}" if folder else None
+
+
+def private_folder() -> Path | None:
+    """A folder for temporary files that no other user can write to; None where there is none."""
+    folder = Path(tempfile.gettempdir()) / f"unic_ds_{os.getuid()}"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+        if mine and not status.st_mode & 0o022:
+            return folder
+    return None
+
+
+def command(pid: int) -> list[bytes]:
+    """The command line of a process; empty where it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return []
+
+
+def parent_and_start(pid: int) -> tuple[int, str]:
+    """(process id of its parent, start time in ticks since boot) of a process; (0, "") of none."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[1]), fields[19]
+    return 0, ""
