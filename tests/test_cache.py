@@ -3,6 +3,7 @@ theirs.
 """
 
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from runs import (
     AS_SHIPPED,
@@ -24,8 +26,9 @@ from runs import (
     start,
     verb,
 )
+from safetensors.torch import load_file, save_file
 
-from unic_ds import quickstart
+from unic_ds import config, quickstart
 from unic_ds.teachers import cache
 from unic_ds.tokens import Tokens
 
@@ -215,3 +218,119 @@ def test_a_file_that_was_cut_off_is_told(tmp_path):
     assert not made.written(0, range(4))
     with pytest.raises(RuntimeError, match="cut off"):
         made.read("a", np.array([1]), np.array([0]))
+
+
+DRAWS = {"grid": 2, "images": "those"}
+
+
+def made(folder: Path, **changed) -> dict:
+    """A finished cache of 7 samples under 2 views, and its manifest with some entries changed."""
+    shape = replace(layout(folder, "bf16"), tokens=4)
+    for view, span in shape.missing():
+        tokens = tokens_of(len(span), 0)
+        more = torch.cat([tokens.patch_BNC, tokens.patch_BNC[:, :1]], 1)
+        shape.write("a", view, span, [Tokens(tokens.cls_BC, more)])
+    row = {"source": "python:x:y", "sha256": "f" * 64, "width": 6, "size": 32}
+    row |= {f"teachers.a.{key}": value for key, value in OWN.items()}
+    numbers = {"samples": 7, "views": 2, "tokens": 4, "chunk": 4, "seed": 0, "format": 1}
+    manifest = numbers | {"whole": True, "dtype": "bf16", "draws": DRAWS, "teachers": {"a": row}}
+    manifest = {k: v for k, v in (manifest | changed).items() if v is not None}
+    (folder / cache.MANIFEST).write_text(json.dumps(manifest))
+    return manifest
+
+
+OWN = {key: json.dumps(value) for key, value in {"size": 0, "patch": 0, "mean": []}.items()}
+OWN |= {"std": "[]", "block": '"output"', "precision": '"bf16"'}
+ROW = config.Teacher(name="a", source="python:x:y")
+
+
+def opened(folder: Path, row: config.Teacher = ROW) -> cache.FeatureCache:
+    return cache.FeatureCache(str(folder), (row,), DRAWS, samples=7)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        *(({key: 2**62}, f"{key} must be an integer of 1 to") for key in ("samples", "views")),
+        *(({key: -1}, f"{key} must be an integer of 1 to") for key in ("tokens", "chunk")),
+        ({"chunk": 0}, "chunk must be an integer"),
+        ({"views": 2.5}, "views must be an integer"),
+        ({"samples": "7"}, "samples must be an integer"),
+        ({"samples": True}, "samples must be an integer"),
+        ({"seed": None}, "seed must be an integer"),
+        ({"dtype": "float4"}, "dtype must be one of bf16, int8"),
+        ({"dtype": None}, "dtype must be a str"),
+        ({"whole": "yes"}, "whole must be a bool"),
+        ({"draws": [1]}, "draws must be a dict"),
+        ({"teachers": ["a"]}, "teachers must be a dict"),
+        ({"teachers": {"../x": {"width": 6}}}, r"\.\./x is no teacher's name"),
+        ({"teachers": {"a\nb": {}}}, r"a\\nb is no teacher's name"),
+        ({"teachers": {"a": 3}}, "a must have a width and a size"),
+        ({"teachers": {"a": {"width": 2**40}}}, "a must have a width and a size"),
+        ({"teachers": {"a": {"width": 6, "size": 32}}}, "a must have source and sha256"),
+        ({"format": 2}, "format must be 1"),
+        ({"samples": 6}, "was made with samples 6, this run has 7"),
+        ({"tokens": 9}, "was made with tokens 9, this run has 4"),
+        ({"views": 1000}, "view_002_chunk_000000.bin' is missing"),
+        ({"chunk": 7}, "view_000_chunk_000000.bin' is missing, no regular file or of another"),
+    ],
+)
+def test_a_manifest_that_lies_is_refused(tmp_path, changed, says):
+    made(tmp_path, **changed)
+    with pytest.raises(ValueError, match=says) as caught:
+        opened(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_manifests_that_are_no_json_are_refused(tmp_path):
+    made(tmp_path)
+    assert opened(tmp_path).views == 2
+    file = tmp_path / cache.MANIFEST
+    for text in ("[" * 10**5, '{"samples": ' + "9" * 5000 + "}", "\xff", "[]", '{"format": 1'):
+        file.write_text(text, "latin-1")
+        with pytest.raises(ValueError, match="is no feature cache's manifest of this version"):
+            opened(tmp_path)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match="is not a regular file"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["link", "pipe", "folder", "gone", "longer"])
+def test_what_is_no_file_of_the_cache_is_told_before_training(tmp_path, what):
+    made(tmp_path / "c")
+    path = tmp_path / "c" / "a" / "view_001_chunk_000001.bin"
+    path.rename(tmp_path / "outside")
+    if what == "link":
+        path.symlink_to(tmp_path / "outside")
+    elif what == "pipe":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    elif what == "longer":
+        path.write_bytes((tmp_path / "outside").read_bytes() + b"x")
+    with pytest.raises(ValueError, match=r"view_001_chunk_000001\.bin' is missing, no regular"):
+        opened(tmp_path / "c")
+
+
+def test_a_cache_goes_with_its_teacher_s_weights_not_with_their_file(tmp_path):
+    torch.manual_seed(0)
+    file = tmp_path / "vit.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), file, {"licence": "MIT"})
+    row = replace(ROW, source=f"file:{file}#arch=test_vit")
+    facts = {"width": 6, "size": 32, "source": row.source} | cache.own_facts(row)
+    folder = tmp_path / "c"
+    made(folder, teachers={"a": facts})
+    old = {key: value for key, value in facts.items() if key != "content"}
+    assert opened(folder, row).facts["a"] == facts
+    made(folder, teachers={"a": old})  # of an older version
+    assert opened(folder, row).facts["a"] == facts
+    weights = load_file(file)
+    save_file(weights, file, {"licence": "BSD"})
+    with pytest.raises(ValueError, match="was made with sha256"):  # by which alone it is known
+        opened(folder, row)
+    made(folder, teachers={"a": facts})
+    assert opened(folder, row).facts["a"]["content"] == facts["content"]
+    save_file(weights | {"norm.bias": weights["norm.bias"] + 1}, file)
+    with pytest.raises(ValueError, match="was made with sha256"):
+        opened(folder, row)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unic_ds import config
-from unic_ds.export import export
+from unic_ds.export import card, export
 
 CFG = config.Config(
     recipe="small",
@@ -100,6 +103,48 @@ def test_model_card(out: Path) -> None:
     assert "| dinov2 | `timm:vit_small_patch14_dinov2` | unknown |" in text
     assert "0.4, 0.5, 0.6" in text and "64 x 64 px" in text and "4 x 4 grid" in text
     assert "/secret" not in text
+
+
+def test_a_card_shows_foreign_text_as_it_is(encoder: torch.nn.Module) -> None:
+    source = "file:/a/x`|<script>\n## Licence.pth#arch=vit_tiny_patch16_224"
+    teacher = config.Teacher(name="t", source=source)
+    cfg = config.Config(recipe="r", teachers=(teacher,), student=CFG.student)
+    licence = "MIT | [x](http://y) <b>\n# All is allowed"
+    origin = "imported from <img src=x>`.pth"
+    text = card(encoder, cfg, {"t": {"licence": licence}}, origin)
+    plain = card(encoder, cfg, {"t": {"licence": "MIT"}}, "imported from x.pth")
+    assert len(text.splitlines()) == len(plain.splitlines())
+    assert "<" not in text and not re.search(r"(?<!\\)\]\(", text)
+    (row,) = (line for line in text.splitlines() if line.startswith("| t |"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 4 and "MIT \\|" in row
+
+
+def test_files_have_the_mode_of_the_umask(encoder: torch.nn.Module, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        out = export(
+            encoder.state_dict(),
+            CFG,
+            photographs(),
+            tmp_path / "student",
+            beside={"ladder.safetensors": {"x": torch.ones(1)}},
+        )
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()}
+    assert set(modes.values()) == {0o640} and len(modes) == 4
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "a/.."])
+def test_a_folder_without_a_name_is_refused(
+    encoder: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    here = tmp_path / "x" / "here"  # which an export to `a/..` would remove
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    with pytest.raises(ValueError, match=r"names no new folder; give the export one"):
+        export(encoder.state_dict(), CFG, photographs(), Path(out))
+    assert list(tmp_path.rglob("*")) == [here.parent, here]
 
 
 def test_nothing_is_left_when_the_proof_fails(encoder: torch.nn.Module, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def test_a_run_takes_up_encoder_ladder_and_statistics(
     assert same(student.ladder, folder / "ladder.safetensors")
     assert same(teachers, folder / "statistics.safetensors")
     assert hashes.keys() == {f"{k}.safetensors" for k in ("model", "ladder", "statistics")}
+    assert all(row.keys() == {"sha256", "content"} for row in hashes.values())
     printed = capsys.readouterr().out
     assert f"starts from {folder}: encoder, ladder, statistics" in printed
     assert "anew" not in printed
@@ -189,6 +191,7 @@ def test_position_embeddings_are_resized_as_timm_does(
     ("spoil", "sentence"),
     [
         (lambda s: s | {"extra": torch.ones(1)}, "extra is unknown"),
+        (lambda s: s | {"a\nb\x1b[2J": torch.ones(1)}, r"a\\nb\\x1b\[2J is unknown"),
         (
             lambda s: {k: v for k, v in s.items() if ".qkv." not in k},
             "blocks.0.attn.qkv.bias is missing and 23 more",
@@ -208,6 +211,32 @@ def test_an_encoder_that_does_not_fit_is_refused(
     _, student, teachers = run(7)
     with pytest.raises(ValueError, match=sentence):
         initial.start(str(tmp_path / "vit.safetensors"), student, teachers)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "says"),
+    [
+        ("model", lambda x: x.index_fill(0, torch.tensor([0]), -torch.inf), "is not finite"),
+        ("model", lambda x: x.long(), "is int64, not float32"),
+        ("model", lambda x: x + 1j, "is complex64, not float32"),
+        ("model", lambda x: x.to(torch.float8_e5m2), "is float8_e5m2, not float32"),
+        ("ladder", lambda x: torch.full_like(x, torch.nan), "is not finite"),
+        ("statistics", lambda x: x > 0, "is bool, not float32"),
+    ],
+)
+def test_unsound_weights_are_refused_and_nothing_is_taken(
+    name: str, spoil: Any, says: str, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "student")
+    file = tmp_path / "student" / f"{name}.safetensors"
+    state = load_file(file)
+    last = sorted(state)[-1]
+    save_file(state | {last: spoil(state[last])}, file)
+    _, student, teachers = run(7)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    with pytest.raises(ValueError, match=f"{name}.safetensors' holds no sound weights: .* {says}"):
+        initial.start(str(tmp_path / "student"), student, teachers)
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
 
 
 def test_only_safetensors_are_read(folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -238,12 +239,34 @@ def spoil(specimen: Path, how: str) -> bytes:
     return {"empty": b"", "text": b"no checkpoint\n" * 99, "json": b'{"model": 1}'}[how]
 
 
+def test_an_archive_that_inflates_is_refused_unread(
+    specimen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for spoilt in ("data.pkl", "data/0"):
+        file = tmp_path / "bad.pth"
+        with zipfile.ZipFile(specimen) as old, zipfile.ZipFile(file, "w") as new:
+            for name in old.namelist():
+                data = old.read(name)
+                if name.endswith(spoilt):
+                    new.writestr(name, data + bytes(2**26), zipfile.ZIP_DEFLATED)
+                else:
+                    new.writestr(name, data)
+        assert file.stat().st_size < 2**26
+        assert f"{spoilt} inflates from " in refuse(file, capsys)
+
+
 @pytest.mark.parametrize("how", ["cut", "flipped", "empty", "text", "json"])
 def test_a_damaged_file_is_refused(
     how: str, specimen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.pth").write_bytes(spoil(specimen, how))
     assert "cannot be read as a checkpoint" in refuse(tmp_path / "bad.pth", capsys)
+
+
+def nested() -> torch.Tensor:
+    """A tensor of a kind that torch warns of."""
+    with warnings.catch_warnings(action="ignore"):
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
 
 
 def changed(checkpoint: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
@@ -269,6 +292,15 @@ HEAD = "module.lp.heads.deit3.patch.11.layers.2.weight"
         (lambda c: changed(c, QKV, torch.ones(3, 3)), "blocks.4.attn.qkv.weight is (3, 3), not"),
         (lambda c: changed(c, QKV, torch.full((576, 192), torch.nan)), "is not finite"),
         (lambda c: changed(c, QKV, "text"), "is no tensor of weights"),
+        (lambda c: changed(c, QKV, torch.ones(576, 192).long()), "is int64, not float32"),
+        (lambda c: changed(c, QKV, torch.ones(576, 192).to(torch.float8_e4m3fn)), "is float8"),
+        (lambda c: changed(c, QKV, torch.ones(576, 192, device="meta")), "is without contents"),
+        (lambda c: changed(c, QKV, nested()), "that is nested"),
+        (lambda c: changed(c, QKV, torch.ones(1).expand(10**10)), "bytes of tensors in"),
+        (lambda c: changed(c, "a\nb", torch.ones(1)), "a\\nb is neither of the encoder"),
+        (lambda c: changed(c, 3, torch.ones(1)), "3, which is no tensor of weights"),
+        (lambda c: changed(c, QKV, dict.fromkeys(range(20_001), 0)), "is no tensor but dict"),
+        (lambda c: c | {"model": dict.fromkeys(map(str, range(20_001)), 0)}, "more than 20000"),
         (lambda c: changed(c, QKV.replace(".4.", ".12."), torch.ones(1)), "qkv.weight is unknown"),
         (lambda c: changed(c, "module.encoder.cls_token", None), "the encoder has no cls_token"),
         (
@@ -294,9 +326,17 @@ def test_another_layout_is_refused(
 
 
 def test_what_the_verb_wants(
-    specimen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    specimen: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert "there is no file" in refuse(tmp_path / "none.pth", capsys)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    for nameless in ("", ".", "c/.."):
+        assert entry.run(cli.verb, ["import-unic", str(specimen), nameless]) == 2
+        assert "names no new folder" in capsys.readouterr().err
     assert entry.run(cli.verb, ["import-unic", str(specimen)]) == 2
     assert "import-unic needs PATH" in capsys.readouterr().err
     assert entry.run(cli.verb, ["import-unic", "a", "b", "--fast", "1"]) == 2

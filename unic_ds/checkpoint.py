@@ -17,17 +17,16 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unic_ds import config, dist, log
+from unic_ds import config, dist, log, tensor_files
 from unic_ds.engine import copies, order
-from unic_ds.files import encodable, read_text, write_whole
+from unic_ds.files import read_text, write_whole
 from unic_ds.printable import printable
 from unic_ds.reshard import load_anew
 
@@ -58,9 +57,9 @@ def save(
             str(part), tag=SHARDS, save_latest=False, client_state={"order": order(engine)}
         )
         if dist.rank() == 0:
-            save_file({k: v.cpu().contiguous() for k, v in statistics.items()}, part / STATISTICS)
+            tensor_files.save(statistics, part / STATISTICS)
             write_whole(part / FACTS, json.dumps(facts | {"step": step}, indent=1))
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError) as error:
         raise OSError(f"cannot save {final.name} ({error}); {newest_name(folder)}") from error
     dist.barrier()
     hashes = fingerprints(part, written=True)
@@ -259,14 +258,19 @@ def find(folder: Path, resume: str) -> Path | None:
 
 
 def load(
-    engine: Any, folder: Path, expected: dict[str, Any]
+    engine: Any,
+    folder: Path,
+    expected: dict[str, Any],
+    *,
+    content_of: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Load a checkpoint's weights and optimiser state; returns its facts and statistics.
 
-    One that other ranks or another ZeRO stage saved is laid out anew. ValueError where it belongs
-    to other images, teachers or settings.
+    One that other ranks or another ZeRO stage saved is laid out anew. `content_of` maps the hash of
+    a weight file, which older versions recorded, to that of its tensors. ValueError where it
+    belongs to other images, teachers or settings.
     """
-    facts = json.loads((folder / FACTS).read_text())
+    facts = in_contents(json.loads((folder / FACTS).read_text()), content_of or {})
     for key, value in expected.items():
         if facts.get(key) != value and key not in LAYOUT:
             raise ValueError(
@@ -284,7 +288,15 @@ def load(
         load_anew(engine, folder / SHARDS)
     elif engine.load_checkpoint(str(folder), tag=SHARDS)[0] is None:
         raise OSError(f"DeepSpeed found nothing to load in {str(folder)!r}")
-    return facts, load_file(encodable(folder / STATISTICS))
+    return facts, tensor_files.read(folder / STATISTICS)
+
+
+def in_contents(facts: dict[str, Any], content_of: Mapping[str, str]) -> dict[str, Any]:
+    """Facts with hashes of weight files replaced by those of their tensors."""
+    teachers = [[name, content_of.get(found, found)] for name, found in facts.get("teachers") or ()]
+    init = facts.get("init")
+    init = init and {file: content_of.get(found, found) for file, found in init.items()}
+    return facts | {"teachers": teachers, "init": init}
 
 
 def forget(folder: Path, newest: Path, keep: config.Run) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from unic_ds import entry, job, recipes, train
 from unic_ds.config import EIGHT_BITS, Config, check
 from unic_ds.override import coerce, nearest
+from unic_ds.printable import printable
 
 USAGE = """\
 unic-ds VERB [--option value ...]
@@ -114,7 +115,10 @@ def teachers_check(options: dict[str, str]) -> int:
 
     if own:
         return fidelity(cfg, own["precision"], as_json)
-    show(describe(cfg.teachers, grid=grid_of(cfg.student), device=dist.device()), as_json)
+    rows = describe(cfg.teachers, grid=grid_of(cfg.student), device=dist.device())
+    show(rows, as_json)
+    if wrong := [row["name"] for row in rows if not row["finite"]]:
+        raise RuntimeError(f"tokens of {', '.join(wrong)} are not finite; leave such teachers out")
     return 0
 
 
@@ -214,7 +218,7 @@ def import_unic(words: list[str], options: dict[str, str]) -> int:
         )
     from unic_ds import published
 
-    print(published.import_unic(Path(words[0]), Path(words[1])))
+    print(printable(published.import_unic(Path(words[0]), Path(words[1])), 4096))
     return 0
 
 
@@ -304,12 +308,14 @@ def show(rows: list[dict[str, Any]], as_json: bool) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text  # foreign text may look like rich's markup
 
     for row in rows:
-        grid = Table(show_header=False, title=row["name"], title_justify="left", box=None)
+        title = Text(printable(row["name"]))
+        grid = Table(show_header=False, title=title, title_justify="left", box=None)
         for key, value in row.items():
             if key != "name":
-                grid.add_row(key, str(value))
+                grid.add_row(key, Text(printable(value)))
         Console(soft_wrap=True).print(grid)
 
 

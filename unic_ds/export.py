@@ -8,6 +8,7 @@ stream, normalised.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,18 +16,20 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor
 
-from unic_ds import config
-from unic_ds.files import encodable, write_whole
+from unic_ds import config, tensor_files
+from unic_ds.files import apply_umask, encodable, write_whole
 from unic_ds.initial import LADDER, STATISTICS, WEIGHTS
+from unic_ds.printable import markdown
 from unic_ds.student import arguments, build_encoder, has_cls
 from unic_ds.tokens import Normalise, Tokens, split_prefix
 
 TOLERANCE = 1e-5
 FILES = {WEIGHTS, "config.json", "README.md", LADDER, STATISTICS}
+PLAIN = re.compile(r"[A-Za-z0-9_ .,:;/()#=@+-]{,400}")
+"""Text that Markdown and HTML show as it is, in a line that something else begins."""
 FOREIGN = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "description")
 """What timm's registry says of the weights it would have downloaded: not true of these."""
 
@@ -48,7 +51,8 @@ def export(
     `origin` says there where the weights are from, if not of the run. `beside` are ladder and
     statistics, tensors by file name.
     RuntimeError where features differ: nothing is left at `out`, but an earlier export stays.
-    ValueError where `out` holds something that is no export, or weights or images do not fit.
+    ValueError where `out` holds something that is no export, or weights or images do not fit;
+    OSError where it cannot be written.
     """
     refuse_foreign(out)
     size = cfg.student.size
@@ -59,17 +63,20 @@ def export(
         )
     part = out.with_name(f".{out.name}.partial")
     shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
-    part.mkdir(parents=True)
     try:
+        part.mkdir(parents=True)
         encoder = load(state, cfg.student)
         write(encoder, cfg, part)
         text = card(encoder, cfg, teachers or {}, origin)
         write_whole(part / "README.md", text)
         for name, tensors in (beside or {}).items():
-            save_file({k: whole(v) for k, v in tensors.items()}, part / name)
+            tensor_files.save({k: whole(v) for k, v in tensors.items()}, part / name)
         prove(encoder, cfg.student, part, images.cpu())
+        refuse_foreign(out)  # something may be there by now
         shutil.rmtree(out, ignore_errors=True)
         return part.rename(out)
+    except OSError as error:
+        raise OSError(f"{str(out)!r} cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -81,6 +88,8 @@ def whole(x: Tensor) -> Tensor:
 
 def refuse_foreign(out: Path) -> None:
     """ValueError unless `out`, which will be replaced, is absent, empty or an earlier export."""
+    if out.name in ("", ".."):
+        raise ValueError(f"{str(out)!r} names no new folder; give the export one, as ./student")
     if out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= FILES):
         raise ValueError(f"{str(out)!r} holds something that is no export; choose another folder")
 
@@ -117,6 +126,7 @@ def write(encoder: Any, cfg: config.Config, folder: Path) -> None:
         "crop_pct": 1.0,
     }
     save_for_hf(encoder, str(folder), safe_serialization=True, data_config=preprocessing)
+    apply_umask(folder / WEIGHTS)
 
 
 def prove(encoder: Any, cfg: config.Student, folder: Path, image_B3HW: Tensor) -> None:
@@ -156,11 +166,11 @@ def card(encoder: Any, cfg: config.Config, teachers: Mapping[str, Any], origin: 
     sources = dict.fromkeys(teachers, "unknown") | {t.name: source(t.source) for t in cfg.teachers}
     licences = {name: row.get("licence") for name, row in teachers.items()}
     rows = "\n".join(
-        f"| {name} | `{where}` | {licences.get(name) or 'unknown'} |"
+        f"| {cell(name)} | {code(where)} | {cell(str(licences.get(name) or 'unknown'))} |"
         for name, where in sources.items()
     )
     return CARD.format(
-        origin=origin or f"distilled by unic_ds ({cfg.recipe or 'a custom run'})",
+        origin=cell(origin or f"distilled by unic_ds ({cfg.recipe or 'a custom run'})"),
         model=student.model,
         millions=millions,
         width=encoder.num_features,
@@ -186,6 +196,16 @@ def source(text: str) -> str:
     """A teacher's source without the folders of the machine that trained."""
     kind, _, rest = text.partition(":")
     return f"file:{Path(rest).name}" if kind == "file" else text
+
+
+def cell(text: str) -> str:
+    """Foreign text in Markdown, as it is unless it has characters that could be markup."""
+    return text if PLAIN.fullmatch(text) else markdown(text)
+
+
+def code(text: str) -> str:
+    """Foreign text as code in Markdown, where it has no character that could end the code."""
+    return f"`{text}`" if PLAIN.fullmatch(text) else markdown(text)
 
 
 INITIAL_NORM = "The final norm has its initial affine (scale 1, offset 0): it was not trained."

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from unic_ds import ds_config, extension, job, optim, override, recipes
-from unic_ds.parts import Parts, fit_statistics
+from unic_ds.parts import Parts, decoder_of, fit_statistics
 
 BALANCE, GUARD = "balance/", "guard/"
 """Before the entries of others among a checkpoint's statistics; no teacher's name has a slash."""
@@ -117,19 +117,27 @@ def hold(lock: IO[str], wait_s: float) -> bool:
 
 def identity(task: job.Job, parts: Parts) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes it."""
-    from unic_ds import data, dist
+    from unic_ds import dist
+    from unic_ds.teachers.weights import known_by
 
+    init = {name: known_by(row) for name, row in (parts.init or {}).items()} or None
     return {
         "images": parts.train.fingerprint(),
-        "teachers": [[name, row["sha256"]] for name, row in parts.manifest.items()],
-        "init": parts.init,
+        "teachers": [[name, known_by(row)] for name, row in parts.manifest.items()],
+        "init": init,
         "feature cache": parts.cache.identity if parts.cache else None,
-        "decoder": data.backend(task.cfg.data),
+        "decoder": decoder_of(task.cfg),
         "ranks": dist.world(),
         "zero_stage": ds_config.stage(task.settings),
         "bf16": ds_config.bf16(task.settings),
         **{f"--{key}": value for key, value in override.science(task.cfg).items()},
     }
+
+
+def contents(parts: Parts) -> dict[str, str]:
+    """Hash of each weight file of a run -> that of its tensors."""
+    rows = (*parts.manifest.values(), *(parts.init or {}).values())
+    return {row["sha256"]: row["content"] for row in rows if row.get("content")}
 
 
 def save(task: job.Job, parts: Parts, step: int, *, loss: float) -> None:
@@ -163,7 +171,9 @@ def resume(task: job.Job, parts: Parts) -> int:
         expected = identity(task, parts)
         if task.cfg.run.extend:
             expected |= extend(task, parts, found)
-        facts, statistics = checkpoint.load(parts.engine, found, expected)
+        facts, statistics = checkpoint.load(
+            parts.engine, found, expected, content_of=contents(parts)
+        )
         for prefix, part in ((BALANCE, parts.balance), (GUARD, parts.guard)):
             its = {k: statistics.pop(k) for k in list(statistics) if k.startswith(prefix)}
             part.load_state_dict({k.removeprefix(prefix): v for k, v in its.items()})

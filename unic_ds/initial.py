@@ -9,20 +9,18 @@ are taken whole, or start anew and a line says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from unic_ds import dist, engine, log
-from unic_ds.files import encodable
-from unic_ds.teachers.weights import sha256
+from unic_ds.printable import printable
+from unic_ds.teachers import weights
+from unic_ds.tensor_files import Safetensors, is_finite, not_floating, read, unlike_weights
 
 if TYPE_CHECKING:
     from unic_ds.student import Student
@@ -33,12 +31,14 @@ STATISTICS = "statistics.safetensors"
 NONE = "there are none"
 
 
-def start(path: str, student: Student, teachers: Teachers) -> dict[str, str]:
-    """Start `student` and the teachers' statistics from `path`; SHA-256 of each file it has.
+def start(path: str, student: Student, teachers: Teachers) -> dict[str, dict[str, str]]:
+    """Start `student` and the teachers' statistics from `path`; `weights.hashes` of each file.
 
-    Every rank calls it. ValueError where the encoder's weights are missing or do not fit.
+    Every rank calls it. ValueError where the encoder's weights are missing, do not fit or are not
+    finite.
     """
     files = files_of(path)
+    hashes = examined(files)
     start_encoder(path, student.encoder)
     taken = ["encoder"]
     if wrong := start_ladder(files.get(LADDER), student.ladder):
@@ -52,8 +52,39 @@ def start(path: str, student: Student, teachers: Teachers) -> dict[str, str]:
         teachers.load_state_dict(state)
         taken.append("statistics")
     log.say(f"starts from {path}: {', '.join(taken)}")
-    hashes = {name: sha256(file) for name, file in files.items()} if dist.rank() == 0 else None
-    return dist.share(hashes)
+    return hashes
+
+
+def examined(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+    """`weights.hashes` of files that rank 0 reads; ValueError on all ranks for unsound weights."""
+    found: dict[str, dict[str, str]] = {}
+    problem = ""
+    try:
+        for name, file in files.items() if dist.rank() == 0 else ():
+            if problem := unsound(Safetensors(file)):
+                raise ValueError(f"student.init {str(file)!r} holds no sound weights: {problem}")
+            found[name] = weights.hashes(file)
+    except ValueError as error:
+        problem = str(error)
+    found, problem = dist.share((found, problem))
+    if problem:
+        raise ValueError(problem)
+    return found
+
+
+def unsound(state: Mapping[str, Tensor]) -> str:
+    """The first tensor that is not floating or not finite, in words; or nothing."""
+    for name, value in state.items():
+        if name.endswith(".num_batches_tracked"):
+            continue
+        why = unlike_weights(value)
+        if not why and not value.is_floating_point():
+            why = not_floating(value)
+        if not why and not is_finite(value):
+            why = "is not finite"
+        if why:
+            return f"{printable(name)} {why}"
+    return ""
 
 
 def files_of(path: str) -> dict[str, Path]:
@@ -73,18 +104,18 @@ def start_encoder(path: str, encoder: Any) -> None:
     are read one at a time, under ZeRO-3 by rank 0 alone.
     """
     own = encoder.state_dict(keep_vars=True)
-    with stored(files_of(path)[WEIGHTS]) as file:
-        found = {k: v for k, v in outlines(file).items() if not k.startswith("head.")}
-        changed = {}
-        if "pos_embed" in found and getattr(encoder, "pos_embed", None) is not None:
-            changed["pos_embed"] = resized(file.get_tensor("pos_embed"), encoder, path)
-        if wrong := misfit(found | changed, own):
-            model = encoder.pretrained_cfg.get("architecture", "the student")
-            raise ValueError(f"student.init {path!r} does not fit {model}: {wrong}")
-        for name, value in own.items():
-            with engine.whole(value) as ours:
-                if ours:
-                    value.copy_(changed[name] if name in changed else file.get_tensor(name))
+    file = Safetensors(files_of(path)[WEIGHTS])
+    found = {name: value for name, value in file.items() if not name.startswith("head.")}
+    changed = {}
+    if "pos_embed" in found and getattr(encoder, "pos_embed", None) is not None:
+        changed["pos_embed"] = resized(found["pos_embed"], encoder, path)
+    if wrong := misfit(found | changed, own):
+        model = encoder.pretrained_cfg.get("architecture", "the student")
+        raise ValueError(f"student.init {path!r} does not fit {model}: {wrong}")
+    for name, value in own.items():
+        with engine.whole(value) as ours:
+            if ours:
+                value.copy_(changed.get(name, found[name]))
 
 
 @torch.no_grad()
@@ -94,35 +125,19 @@ def start_ladder(path: Path | None, ladder: Any) -> str:
         return NONE
     own = dict(ladder.named_parameters())
     want = ladder.published({k: outline(engine.shape(v)) for k, v in own.items()})
-    with stored(path) as file:
-        if wrong := misfit(outlines(file), want):
-            return wrong
-        for name, regions in ladder.parts().items():
-            with engine.whole(own[name]) as ours:
-                for published, at in regions.items() if ours else ():
-                    own[name][at].copy_(file.get_tensor(published))
+    file = Safetensors(path)
+    if wrong := misfit(file, want):
+        return wrong
+    for name, regions in ladder.parts().items():
+        with engine.whole(own[name]) as ours:
+            for published, at in regions.items() if ours else ():
+                own[name][at].copy_(file[published])
     return ""
 
 
 def outline(shape: Any) -> Tensor:
     """A tensor of that shape, and nothing in it."""
     return torch.empty(tuple(shape), device="meta")
-
-
-def outlines(file: Any) -> dict[str, Tensor]:
-    """Names and shapes of the tensors in an open file."""
-    return {name: outline(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-
-@contextmanager
-def stored(file: Path) -> Iterator[Any]:
-    """A safetensors file whose tensors are read when asked for; ValueError where it is damaged."""
-    try:
-        opened = safe_open(encodable(file), "pt")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read as safetensors ({error})") from None
-    with opened as tensors:
-        yield tensors
 
 
 def resized(pos_1ND: Tensor, encoder: Any, path: str) -> Tensor:
@@ -140,27 +155,19 @@ def resized(pos_1ND: Tensor, encoder: Any, path: str) -> Tensor:
     return resample_abs_pos_embed(pos_1ND, new_size=list(grid), num_prefix_tokens=prefix)
 
 
-def read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError where it is missing or damaged."""
-    try:
-        return load_file(encodable(file))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read as safetensors ({error})") from None
-
-
 def misfit(state: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> str:
     """How names and shapes of weights differ from those wanted, in words; nothing where they fit.
 
     Of every kind of difference the first is named.
     """
     shapes = [
-        f"{k} is {tuple(v.shape)}, not {tuple(engine.shape(want[k]))}"
+        f"{printable(k)} is {tuple(v.shape)}, not {tuple(engine.shape(want[k]))}"
         for k, v in state.items()
         if k in want and v.shape != engine.shape(want[k])
     ]
     kinds = (
         [f"{name} is missing" for name in sorted(want.keys() - state.keys())],
-        [f"{name} is unknown" for name in sorted(state.keys() - want.keys())],
+        [f"{printable(name)} is unknown" for name in sorted(state.keys() - want.keys())],
         shapes,
     )
     said = [

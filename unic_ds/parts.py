@@ -30,7 +30,7 @@ class Parts:
     teachers: Any
     cache: Any  # features of teachers that are not run, or None
     manifest: dict[str, Any]
-    init: dict[str, str] | None
+    init: dict[str, dict[str, str]] | None  # hashes of the files that the student starts from
     engine: Any
     balance: Any
     guard: Any
@@ -51,7 +51,9 @@ def build(task: job.Job) -> Parts:
     held_out = f", {len(val)} held out" if val else ""
     log.say(f"{len(train)} training images in {cfg.data.train}{held_out}")
     check_validation(cfg, train, val)
-    cache = FeatureCache(cfg.cache, cfg.teachers, draws_of(cfg, train)) if cfg.cache else None
+    cache = None
+    if cfg.cache:
+        cache = FeatureCache(cfg.cache, cfg.teachers, draws_of(cfg, train), samples=len(train))
     teachers, manifest = find_teachers(cfg, train, cache)
     student, init = start_student(task, teachers)
     flops = count_flops(cfg, teachers, device)
@@ -96,7 +98,8 @@ def find_teachers(cfg: config.Config, train: Any, cache: Any) -> tuple[Any, dict
     )
     manifest = dist.share(teachers.manifest() if dist.rank() == 0 else None)
     for name, facts in manifest.items():
-        log.say(f"teacher {name}: {facts['source']}, {facts['width']} wide, {facts['size']} px")
+        source = printable(facts["source"])  # a cache's manifest may be a stranger's
+        log.say(f"teacher {name}: {source}, {facts['width']} wide, {facts['size']} px")
     for teacher in teachers.teachers.values():
         if teacher.fidelity:
             near = ", ".join(f"{kind} {value:.4f}" for kind, value in teacher.fidelity.items())
@@ -104,7 +107,7 @@ def find_teachers(cfg: config.Config, train: Any, cache: Any) -> tuple[Any, dict
     return teachers, manifest
 
 
-def start_student(task: job.Job, teachers: Any) -> tuple[Any, dict[str, str] | None]:
+def start_student(task: job.Job, teachers: Any) -> tuple[Any, dict[str, dict[str, str]] | None]:
     """The student on this rank's device, and the hashes of the files that it starts from."""
     from unic_ds import dist, engine, initial
     from unic_ds.ladder import heads_of
@@ -251,13 +254,20 @@ def noise(size: int) -> Any:
 
 def draws_of(cfg: config.Config, train: Any) -> dict[str, Any]:
     """What the images and their augmentation depend on, but the seed."""
-    from unic_ds import data
     from unic_ds.student import grid_of
 
     science = override.science(cfg)
     said: dict[str, Any] = {k: v for k, v in science.items() if k.startswith("data.")}
     said |= {"student.size": cfg.student.size, "grid": grid_of(cfg.student)}
-    return said | {"images": train.fingerprint(), "decoder": data.backend(cfg.data)}
+    return said | {"images": train.fingerprint(), "decoder": decoder_of(cfg)}
+
+
+def decoder_of(cfg: config.Config) -> str:
+    """dali, dali on GPU or torch: decoders that give other pixels. nvJPEG is the second."""
+    from unic_ds import data, dist
+
+    found = data.backend(cfg.data)
+    return "dali on GPU" if found == "dali" and dist.device().type == "cuda" else found
 
 
 def open_stream(

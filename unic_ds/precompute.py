@@ -38,7 +38,8 @@ def store(cfg: config.Config, out: Path, *, views: int, dtype: str, yes: bool, b
         device=dist.device(),
         sample=few(cfg, train),
     )
-    manifest = dist.share(describe(cfg, train, teachers, views, dtype))
+    made = describe(cfg, train, teachers, views, dtype) if dist.rank() == 0 else None
+    manifest = dist.share(made)
     layout = cache.layout_of(out, manifest)
     check(layout, manifest, yes)
     dist.barrier()  # all have looked at the folder as it was
@@ -108,8 +109,8 @@ def check(layout: cache.Layout, manifest: dict[str, Any], yes: bool) -> None:
     folder = layout.folder
     there = cache.read_manifest(folder)
     if there is not None:
-        other = [k for k in manifest if k != "whole" and there.get(k) != manifest[k]]
-        if other:
+        cache.check_manifest(folder, there)
+        if other := cache.differing(there, manifest):
             raise ValueError(
                 f"{str(folder)!r} holds a feature cache with other {', '.join(other)}; choose"
                 " another folder"

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +19,13 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
-from unic_ds import config, export
+from unic_ds import config, export, tensor_files
 from unic_ds.initial import LADDER, STATISTICS, misfit
 from unic_ds.ladder import Head, Ladder
+from unic_ds.printable import printable
 from unic_ds.student import build_encoder
 from unic_ds.teachers.weights import sha256
+from unic_ds.tensor_files import is_finite, not_floating, unlike_weights
 from unic_ds.tokens import KINDS
 
 ADMITTED = (
@@ -38,6 +39,9 @@ ADMITTED = (
 
 FAMILIES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1536: "giant"}
 """The ViTs of the authors' program by width; its number of heads is timm's, and in no tensor."""
+
+ODD = (RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
+"""Errors of timm and torch that are given tensors of odd shapes."""
 
 CLS_HEAD = re.compile(rf"heads\.({config.TEACHER_NAME.pattern})\.cls\.(\d+)\.layers\.\d+\.weight")
 LICENCE = "the published weights are CC BY-NC-SA 4.0"
@@ -72,18 +76,15 @@ def import_unic(path: Path, out: Path) -> Path:
     images = torch.randint(
         0, 256, (4, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
-    try:
-        return export.export(
-            found.encoder_state,
-            config.Config(student=found.student),
-            images,
-            out,
-            teachers={name: {} for name in found.heads},
-            beside={LADDER: found.ladder_state, STATISTICS: found.statistics},
-            origin=f"imported from {path.name} (SHA-256 {sha256(path)}; {LICENCE})",
-        )
-    except OSError as error:
-        raise OSError(f"{str(out)!r} cannot be written ({error.strerror})") from None
+    return export.export(
+        found.encoder_state,
+        config.Config(student=found.student),
+        images,
+        out,
+        teachers={name: {} for name in found.heads},
+        beside={LADDER: found.ladder_state, STATISTICS: found.statistics},
+        origin=f"imported from {path.name} (SHA-256 {sha256(path)}; {LICENCE})",
+    )
 
 
 def read(path: Path) -> Published:
@@ -96,43 +97,31 @@ def read(path: Path) -> Published:
         width = encoder["cls_token"].shape[-1]
         ladder, heads = ladder_of(projectors, width, depth)
         statistics = statistics_of(checkpoint.get("teacher_ft_stats"), heads)
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not in the published layout: {error}") from None
+    except (ValueError, *ODD) as error:
+        why = printable(str(error) or type(error).__name__)
+        raise ValueError(f"{str(path)!r} is not in the published layout: {why}") from None
     return Published(student, ladder, heads, encoder, projectors, statistics)
 
 
 def unpickle(path: Path) -> dict[str, Any]:
-    """The dict that a checkpoint file holds, run by torch's restricted unpickler only.
-
-    ValueError names what a refused file asked for, or why another cannot be read.
-    """
-    if not path.is_file():
+    """The dict that a checkpoint file holds; ValueError as `tensor_files.unpickle`."""
+    if not path.exists():
         raise ValueError(f"there is no file {str(path)!r}; give a published checkpoint")
-    try:
-        if zipped := zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()  # torch itself checks no checksum
-            if broken:
-                raise ValueError(f"{broken} is damaged")
-        with (
-            torch.serialization.safe_globals([(Discarded, name) for name in ADMITTED]),
-            warnings.catch_warnings(action="ignore"),  # of protocols that torch.save does not write
-        ):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    # A damaged pickle leads the unpickler to any exception at all; each becomes a sentence.
-    except Exception as error:
-        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(
-                f"{str(path)!r} is refused: it names {foreign[1]}, which no published checkpoint"
-                " needs"
-            ) from None
-        # torch goes on to advise an unrestricted load
-        said = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-        reason = (said or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{str(path)!r} cannot be read as a checkpoint: {reason}") from None
+    admitted = [(Discarded, name) for name in ADMITTED]
+    checkpoint = tensor_files.unpickle(path, admitted, checksums=True)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{str(path)!r} holds no checkpoint but a {type(checkpoint).__name__}")
+    found = [checkpoint.get("model"), *statistics_in(checkpoint.get("teacher_ft_stats"))]
+    values = [value for part in found if isinstance(part, dict) for value in part.values()]
+    tensor_files.refuse_many(path, len(values))
+    tensor_files.refuse_oversized(path, (v for v in values if isinstance(v, Tensor)))
     return checkpoint
+
+
+def statistics_in(found: object) -> Iterator[object]:
+    """The dicts of each teacher and kind of token in a checkpoint's statistics."""
+    for kinds in found.values() if isinstance(found, dict) else ():
+        yield from kinds.values() if isinstance(kinds, dict) else ()
 
 
 def parts_of(model: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -141,7 +130,7 @@ def parts_of(model: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     for name, value in tensors(model, "model").items():
         part, _, rest = name.removeprefix("module.").partition(".")
         if part not in parts:
-            raise ValueError(f"{name!r} is neither of the encoder nor of the ladder (lp)")
+            raise ValueError(f"{printable(name)} is neither of the encoder nor of the ladder (lp)")
         parts[part][re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", rest)] = value
     return parts["encoder"], parts["lp"]
 
@@ -151,11 +140,14 @@ def tensors(found: object, what: str) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{what} is missing")
     for name, value in found.items():
-        plain = isinstance(value, Tensor) and value.layout == torch.strided
-        if not (plain and isinstance(name, str) and value.is_floating_point()):
-            raise ValueError(f"{what} has {name!r}, which is no tensor of weights")
-        if not value.isfinite().all():
-            raise ValueError(f"{what} has {name!r}, which is not finite")
+        if not isinstance(name, str):
+            raise ValueError(f"{what} has {printable(name)}, which is no tensor of weights")
+        why = unlike_weights(value)
+        if why or not value.is_floating_point():
+            why = why or not_floating(value)
+            raise ValueError(f"{what} has {printable(name)}, which is no tensor of weights: {why}")
+        if not is_finite(value):
+            raise ValueError(f"{what} has {printable(name)}, which is not finite")
     return {
         name: value.float().clone(memory_format=torch.contiguous_format)
         for name, value in found.items()

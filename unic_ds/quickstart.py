@@ -149,11 +149,9 @@ def write_images(data: Path, folder: Path) -> int:
 
 def write_weights(path: Path, state: dict[str, Tensor], licence: str, origin: str) -> None:
     """Save a state dict with its licence and origin as safetensors metadata."""
-    from safetensors.torch import save_file
+    from unic_ds import tensor_files
 
-    plain = {name: value.contiguous() for name, value in state.items()}
-    save_file(plain, path, metadata={"format": "pt", "licence": licence, "origin": origin})
-    path.chmod(0o644)  # safetensors writes for its owner alone; a cache may be shared
+    tensor_files.save(state, path, {"format": "pt", "licence": licence, "origin": origin})
 
 
 def efficientnet_lite0() -> dict[str, Tensor]:

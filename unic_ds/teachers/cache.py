@@ -10,9 +10,12 @@ stopped goes on. The manifest says what the features are of; a run that differs 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unic_ds import config
+from unic_ds import config, dist, files
 from unic_ds.files import replacing
+from unic_ds.printable import printable
 from unic_ds.teachers import weights
 from unic_ds.tokens import Tokens
 
@@ -30,6 +34,11 @@ MANIFEST = "manifest.json"
 BYTES = {"bf16": 2, "int8": 1}
 CHUNK = 128  # samples of a file
 OPEN = 512  # files kept mapped
+READERS, BATCH = 16, 4096
+"""Threads that look at files, and files that they are given at a time."""
+LARGEST = {"samples": 1 << 40, "views": 1 << 20, "tokens": 1 << 20, "chunk": 1 << 20}
+WIDEST = 1 << 20
+"""Channels of a teacher, at most."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +53,32 @@ class Layout:
     dtype: str
     chunk: int = CHUNK
 
-    @property
-    def spans(self) -> list[range]:
+    def spans(self) -> Iterator[range]:
         """The samples of each file of one view."""
-        firsts = range(0, self.samples, self.chunk)
-        return [range(first, min(first + self.chunk, self.samples)) for first in firsts]
+        for first in range(0, self.samples, self.chunk):
+            yield range(first, min(first + self.chunk, self.samples))
+
+    def parts(self) -> Iterator[tuple[int, range]]:
+        """(view, samples) of each file of one teacher."""
+        return ((view, span) for view in range(self.views) for span in self.spans())
 
     def missing(self) -> list[tuple[int, range]]:
-        """(view, samples) of what some teacher has no whole file of."""
-        parts = ((view, span) for view in range(self.views) for span in self.spans)
-        return [part for part in parts if not self.written(*part)]
+        """(view, samples) of files that some teacher has not, or not whole."""
+        return [part for part in self.parts() if not self.written(*part)]
+
+    def broken(self, names: Iterable[str]) -> Path | None:
+        """The first file of these teachers that is missing, not regular or of another size."""
+        wanted = (
+            (self.path(name, view, span[0] // self.chunk), self.size(name, len(span)))
+            for name in names
+            for view, span in self.parts()
+        )
+        with ThreadPoolExecutor(READERS) as readers:  # a file server answers slowly
+            while batch := list(islice(wanted, BATCH)):
+                for (path, _), whole in zip(batch, readers.map(is_whole, batch), strict=True):
+                    if not whole:
+                        return path
+        return None
 
     def path(self, name: str, view: int, chunk: int) -> Path:
         return self.folder / name / f"view_{view:03d}_chunk_{chunk:06d}.bin"
@@ -66,15 +91,18 @@ class Layout:
 
     def total(self) -> int:
         """Bytes of all files."""
-        view = sum(self.size(name, len(span)) for name in self.widths for span in self.spans)
+        full, rest = divmod(self.samples, self.chunk)
+        view = sum(
+            full * self.size(name, self.chunk) + (self.size(name, rest) if rest else 0)
+            for name in self.widths
+        )
         return self.views * view
 
     def written(self, view: int, span: range) -> bool:
-        """Whether every teacher's file of these samples is there, whole."""
-        paths = {name: self.path(name, view, span[0] // self.chunk) for name in self.widths}
+        """If every teacher's file of these samples is there, whole."""
         return all(
-            path.is_file() and path.stat().st_size == self.size(name, len(span))
-            for name, path in paths.items()
+            is_whole((self.path(name, view, span[0] // self.chunk), self.size(name, len(span))))
+            for name in self.widths
         )
 
     def write(self, name: str, view: int, span: range, parts: Sequence[Tokens]) -> None:
@@ -96,7 +124,11 @@ class Layout:
             chunk, row = divmod(index, self.chunk)
             path = self.path(name, view, chunk)
             samples = min(self.chunk, self.samples - chunk * self.chunk)
-            if mapped(path).size != self.size(name, samples):
+            try:
+                whole = mapped(path).size == self.size(name, samples)
+            except (OSError, ValueError) as error:
+                raise RuntimeError(f"{str(path)!r} cannot be read ({error})") from None
+            if not whole:
                 raise RuntimeError(f"{str(path)!r} was cut off; make the cache again")
             rows.append(decode(mapped(path), row, self.widths[name], samples, self.dtype))
         x_BNC = torch.stack(rows)
@@ -106,7 +138,18 @@ class Layout:
 @lru_cache(maxsize=OPEN)
 def mapped(path: Path) -> NDArray[np.uint8]:
     """The bytes of a file, read as they are asked for."""
-    return np.memmap(path, np.uint8, "r")
+    with files.open_regular(path) as file:
+        return np.memmap(file, np.uint8, "r")
+
+
+def is_whole(wanted: tuple[Path, int]) -> bool:
+    """If a path is a regular file, not a link, of so many bytes."""
+    path, size = wanted
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == size
 
 
 def encode(x_BNC: Tensor, dtype: str) -> list[NDArray[Any]]:
@@ -139,35 +182,64 @@ def decode(data: NDArray[np.uint8], row: int, width: int, samples: int, dtype: s
 class FeatureCache:
     """A finished cache; ValueError where `folder` holds none, or `draws` are not its draws.
 
-    `draws` is what its samples and their augmentation depend on; `rows` are the run's teachers, of
-    which those that the cache has by name are read from it.
+    `draws` is what its `samples` and their augmentation depend on; `rows` are the run's teachers,
+    of which those that the cache has by name are read from it. All ranks construct it together:
+    the first hashes weights and looks at every file.
     """
 
-    def __init__(self, folder: str, rows: tuple[config.Teacher, ...], draws: Mapping[str, Any]):
+    def __init__(
+        self,
+        folder: str,
+        rows: tuple[config.Teacher, ...],
+        draws: Mapping[str, Any],
+        *,
+        samples: int,
+    ):
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
-        if manifest is None or not manifest["whole"]:
+        if manifest is None or manifest.get("whole") is False:
             what = "is not finished" if manifest else f"holds no {MANIFEST}"
             raise ValueError(
                 f"--teachers.cache {folder!r} {what}; run `unic-ds cache {folder}` with the same"
                 " recipe"
             )
+        check_manifest(self.folder, manifest)
+        ours = {"samples": samples, "tokens": draws["grid"] ** 2}
         refuse_others(folder, manifest["draws"], draws)
-        self.seed, self.views = int(manifest["seed"]), int(manifest["views"])
-        self.facts: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            if row.name in manifest["teachers"]:
-                self.facts[row.name] = manifest["teachers"][row.name]
-                refuse_others(f"{folder}: {row.name}", self.facts[row.name], own_facts(row))
-        if not self.facts:
-            has = ", ".join(manifest["teachers"])
+        refuse_others(folder, manifest, ours)
+        stored = [row for row in rows if row.name in manifest["teachers"]]
+        if not stored:
+            has = printable(", ".join(manifest["teachers"]))
             raise ValueError(
                 f"--teachers.cache {folder!r} has {has}, none of which is a teacher of this run;"
                 " name the teachers as there, or drop the option"
             )
+        self.seed, self.views = manifest["seed"], manifest["views"]
         self.layout = layout_of(self.folder, manifest)
+        self.facts = self.compare(stored, manifest)
         self.identity = {"views": self.views, "seed": self.seed, "dtype": self.layout.dtype}
         self.identity["teachers"] = list(self.facts)
+
+    def compare(
+        self, rows: Sequence[config.Teacher], manifest: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]]:
+        """Facts of each cached teacher; ValueError, on all ranks, where it is another or broken."""
+        facts: dict[str, dict[str, Any]] = {}
+        problem = ""
+        try:
+            for row in rows if dist.rank() == 0 else ():
+                theirs, ours = manifest["teachers"][row.name], own_facts(row)
+                refuse_others(f"{str(self.folder)!r} ({row.name})", theirs, ours)
+                facts[row.name] = theirs | {k: ours[k] for k in weights.HASHES if k in ours}
+            if dist.rank() == 0 and (path := self.layout.broken(facts)):
+                problem = f"{str(path)!r} is missing, no regular file or of another size"
+                problem = f"the feature cache is not whole: {problem}; make it again"
+        except ValueError as error:
+            problem = str(error)
+        facts, problem = dist.share((facts, problem))
+        if problem:
+            raise ValueError(problem)
+        return facts
 
     def read(self, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> dict[str, Tokens]:
         """Tokens of each cached teacher of this run, in bf16 on the CPU."""
@@ -175,27 +247,76 @@ class FeatureCache:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a cache, if there is one; ValueError for one that cannot be read."""
+    """The manifest of a cache, if there is one; ValueError for one that is not of this version.
+
+    Its numbers may be anything: `check_manifest` looks at them.
+    """
     file = folder / MANIFEST
-    if not file.is_file():
+    if not file.exists():
         return None
     try:
-        found = json.loads(file.read_text())
-        assert found["format"] == 1
-        return found
-    except (ValueError, KeyError, AssertionError, TypeError):
-        raise ValueError(f"{str(file)!r} is no feature cache's manifest of this version") from None
+        found = json.loads(files.read_text(file))
+    except (OSError, ValueError, RecursionError) as error:
+        raise other_version(folder, getattr(error, "strerror", None) or error) from None
+    if not isinstance(found, dict) or found.get("format") != 1:
+        raise other_version(folder, "format must be 1")
+    if not isinstance(found.get("teachers"), dict):
+        raise other_version(folder, "teachers must be a dict")
+    for name in found["teachers"]:
+        if not config.TEACHER_NAME.fullmatch(name):
+            raise other_version(folder, f"{printable(name)} is no teacher's name")
+    return found
+
+
+def other_version(folder: Path, why: object) -> ValueError:
+    """The sentence about a manifest that cannot be used."""
+    return ValueError(
+        f"{str(folder / MANIFEST)!r} is no feature cache's manifest of this version"
+        f" ({printable(why)}); make the cache again"
+    )
+
+
+def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """ValueError for the first value that a manifest lacks, or that cannot be."""
+    kinds = {"whole": bool, "dtype": str, "draws": dict}
+    wrong = [
+        f"{key} must be an integer of 1 to {most}"
+        for key, most in LARGEST.items()
+        if not is_count(manifest.get(key), most)
+    ]
+    if not is_count(manifest.get("seed"), 2**64 - 1, least=0):
+        wrong.append("seed must be an integer of 64 bits")
+    wrong += [
+        f"{key} must be a {kind.__name__}"
+        for key, kind in kinds.items()
+        if not isinstance(manifest.get(key), kind)
+    ]
+    if not wrong and manifest["dtype"] not in BYTES:
+        wrong.append(f"dtype must be one of {', '.join(BYTES)}")
+    for name, row in manifest["teachers"].items():
+        sizes = ("width", "size")
+        if not isinstance(row, dict) or not all(is_count(row.get(k), WIDEST) for k in sizes):
+            wrong.append(f"{name} must have a width and a size of 1 to {WIDEST}")
+        elif not all(isinstance(row.get(key), str) for key in ("source", "sha256")):
+            wrong.append(f"{name} must have source and sha256 as text")
+    if wrong:
+        raise other_version(folder, wrong[0])
+
+
+def is_count(value: Any, most: int, *, least: int = 1) -> bool:
+    """If a value is an integer within bounds."""
+    return type(value) is int and least <= value <= most
 
 
 def layout_of(folder: Path, manifest: Mapping[str, Any]) -> Layout:
     """The layout that a manifest describes."""
-    widths = {name: int(row["width"]) for name, row in manifest["teachers"].items()}
-    numbers = {key: int(manifest[key]) for key in ("samples", "views", "tokens", "chunk")}
+    widths = {name: row["width"] for name, row in manifest["teachers"].items()}
+    numbers = {key: manifest[key] for key in LARGEST}
     return Layout(folder, widths=widths, dtype=manifest["dtype"], **numbers)
 
 
 def own_facts(row: config.Teacher) -> dict[str, Any]:
-    """What this run says of a cached teacher; its weights count where they are on this machine."""
+    """Facts of this run about a cached teacher; its weights count if they are on this machine."""
     keys = ("size", "patch", "mean", "std", "block", "precision")
     facts = {f"teachers.{row.name}.{key}": json.dumps(getattr(row, key)) for key in keys}
     try:
@@ -203,14 +324,34 @@ def own_facts(row: config.Teacher) -> dict[str, Any]:
     except ValueError:
         path = None
     # A file may move; what is not a file, or not here, is known by its name.
-    return facts | ({"sha256": weights.sha256(path)} if path else {"source": row.source})
+    return facts | (weights.hashes(path) if path else {"source": row.source})
 
 
 def refuse_others(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """ValueError, naming the first, where something that both state differs."""
+    """ValueError, naming the first, if something that both state differs; hashes as a whole."""
     for key in ours:
-        if theirs.get(key) != ours[key]:
+        same = theirs.get(key) == ours[key]
+        if key in weights.HASHES:
+            same = weights.same(theirs, ours)
+        if not same:
             raise ValueError(
-                f"the feature cache {where} was made with {key} {theirs.get(key)!r}, this run has"
-                f" {ours[key]!r}; use that, or make another cache"
+                f"the feature cache {where} was made with {key} {printable(repr(theirs.get(key)))},"
+                f" this run has {ours[key]!r}; use that, or make another cache"
             )
+
+
+def without_hashes(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A teacher's facts but `weights.HASHES`."""
+    return {key: value for key, value in row.items() if key not in weights.HASHES}
+
+
+def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Keys in which two manifests differ, whole or not; `weights.same` judges hashes."""
+    keys = [key for key in ours if key not in ("whole", "teachers")]
+    other = [key for key in keys if theirs.get(key) != ours[key]]
+    there, here = theirs["teachers"], ours["teachers"]
+    same = there.keys() == here.keys() and all(
+        without_hashes(there[name]) == without_hashes(row) and weights.same(there[name], row)
+        for name, row in here.items()
+    )
+    return other if same else [*other, "teachers"]

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as Uncalled
 
-from unic_ds import config
+from unic_ds import config, tensor_files
 from unic_ds.tokens import Tokens
 
 LEAST = 0.998
@@ -111,16 +109,15 @@ def write(tower: nn.Module, path: Path) -> None:
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     state, said = flatten_tensor_state_dict({k: v.data for k, v in tower.state_dict().items()})
-    save_file({k: v.contiguous() for k, v in state.items()}, path, metadata=said)
+    tensor_files.save(state, path, said)
 
 
 def read(tower: nn.Module, path: Path) -> None:
     """Give a tower the weights that `write` wrote; ValueError where they are of another."""
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
-    with safe_open(path, "pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        said = file.metadata() or {}
+    file = tensor_files.Safetensors(path)
+    state, said = dict(file), file.metadata
     names = set(json.loads(said.get("tensor_names", "[]")))
     if names != tower.state_dict().keys():
         raise ValueError(f"{str(path)!r} holds no weights of this {type(tower).__name__}")

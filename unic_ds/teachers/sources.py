@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from timm.models import load_state_dict
 from torch import nn
 
 from unic_ds import config
 from unic_ds.files import encodable
 from unic_ds.override import nearest
+from unic_ds.printable import printable
 from unic_ds.teachers import towers, weights
+from unic_ds.tensor_files import Safetensors
 
-# What reading a damaged or foreign file raises.
-UNREADABLE = (
-    *(RuntimeError, ValueError, TypeError, AttributeError, EOFError, OSError),
-    *(pickle.UnpicklingError, SafetensorError),
+UNFIT = (
+    *(RuntimeError, AssertionError, ValueError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, MemoryError),
 )
+"""Errors of libraries that are given the weights of another model."""
+MOST_CLASSES = 1_000_000
+"""Outputs of the largest classifier in a weight file: it is built before the weights are read."""
 
 
 class Source(NamedTuple):
@@ -44,7 +45,9 @@ def read(row: config.Teacher, grid: int) -> Source:
     does not fit.
     """
     fuse_attention()
-    return BUILD[row.source.partition(":")[0]](row, grid)
+    source = BUILD[row.source.partition(":")[0]](row, grid)
+    weights.refuse_not_finite(row, source.tower)
+    return source
 
 
 def fuse_attention() -> None:
@@ -91,7 +94,7 @@ def clip_outline(row: config.Teacher, grid: int, arch: str) -> Source:
 
 def from_timm(row: config.Teacher, grid: int) -> Source:
     """`timm:NAME`: published weights from the hub's cache, loaded strictly, then beheaded."""
-    weights.locate(row)
+    weights.check(row)
     return timm_source(row, grid, row.source.removeprefix("timm:"), {})
 
 
@@ -116,21 +119,24 @@ def from_file(row: config.Teacher, grid: int) -> Source:
 
 
 def classes_of(row: config.Teacher, path: Path, arch: str) -> int:
-    """Classes of the classifier in a weight file (0: none); ValueError where it cannot be read."""
+    """Classes of the classifier in a weight file (0: none); ValueError where it has no weights."""
+    cfg = timm.get_pretrained_cfg(arch)
+    names = (cfg and cfg.classifier) or ()
     try:
-        state = load_state_dict(str(encodable(path)), weights_only=True)
-        cfg = timm.get_pretrained_cfg(arch)
-        names = (cfg and cfg.classifier) or ()
-        heads = [
-            state[f"{n}.weight"]
-            for n in ([names] if isinstance(names, str) else names)
-            if f"{n}.weight" in state
-        ]
-    except UNREADABLE as exc:
+        state = weights.state_of(path)
+        wrong = weights.foreign(state) or weights.integers(state, arch) or weights.patches(state)
+        if wrong:
+            raise ValueError(f"{str(path)!r} holds no weights of {arch}: {wrong}")
+    except ValueError as error:
+        raise ValueError(f"teacher {row.name!r}: {error}; give it as safetensors") from None
+    named = [f"{name}.weight" for name in ([names] if isinstance(names, str) else names)]
+    heads = [state[name] for name in named if name in state]
+    if any(head.ndim < 2 or not 0 < head.shape[0] <= MOST_CLASSES for head in heads):
+        shapes = ", ".join(str(tuple(head.shape)) for head in heads)
         raise ValueError(
-            f"teacher {row.name!r}: {path} is no safetensors or weights-only torch file "
-            f"({first_line(exc)}); convert it to safetensors"
-        ) from exc
+            f"teacher {row.name!r}: {str(path)!r} has a classifier of shape {shapes}, not [classes,"
+            f" channels] with at most {MOST_CLASSES} classes; remove it from the file"
+        )
     return heads[0].shape[0] if heads else 0
 
 
@@ -138,8 +144,7 @@ def licence_of(path: Path) -> str:
     """The `licence` entry of a safetensors file's metadata, or nothing."""
     if path.suffix != ".safetensors":
         return ""
-    with safe_open(encodable(path), "pt") as file:
-        return (file.metadata() or {}).get("licence", "")
+    return printable(Safetensors(path).metadata.get("licence", ""))
 
 
 def timm_source(
@@ -154,7 +159,7 @@ def timm_source(
         model = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=overlay, **shape, **options
         )
-    except (RuntimeError, AssertionError) as exc:
+    except UNFIT as exc:
         raise ValueError(
             f"teacher {row.name!r}: its weights do not fit {name} ({first_line(exc)})"
         ) from exc
@@ -223,12 +228,16 @@ def from_clip(row: config.Teacher, grid: int) -> Source:
     """`open_clip:ARCH/TAG`: the visual tower, before its projection to the text space."""
     import open_clip
 
-    weights.locate(row)
+    weights.check(row)
     arch, _, tag = row.source.removeprefix("open_clip:").partition("/")
     size = clip_size(row, grid, open_clip.get_model_config(arch)["vision_cfg"])
-    return clip_source(
-        row, size, open_clip.create_model(arch, pretrained=tag, force_image_size=size)
-    )
+    try:
+        model = open_clip.create_model(arch, pretrained=tag, force_image_size=size)
+    except UNFIT as exc:
+        raise ValueError(
+            f"teacher {row.name!r}: its weights do not fit {arch} ({first_line(exc)})"
+        ) from exc
+    return clip_source(row, size, model)
 
 
 def clip_source(row: config.Teacher, size: int, model: Any) -> Source:
@@ -319,7 +328,7 @@ def call_python(row: config.Teacher) -> nn.Module:
 
 def first_line(exc: Exception) -> str:
     """The start of an error's text; a strict load can name hundreds of keys."""
-    return " ".join(str(exc).split())[:300] or type(exc).__name__
+    return printable(" ".join(str(exc).split()), 300) or type(exc).__name__
 
 
 BUILD: dict[str, Callable[[config.Teacher, int], Source]] = {

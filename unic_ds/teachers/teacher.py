@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unic_ds import config, dist
+from unic_ds.printable import printable
 from unic_ds.teachers import precision, sources, weights
 from unic_ds.tokens import Normalise, Tokens, to_grid
 
@@ -38,7 +39,7 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         precision.check_device(row, device)
-        self.row, self.name, self.licence = row, row.name, source.licence
+        self.row, self.name, self.licence = row, row.name, printable(source.licence)
         self.size, self.grid, self.has_cls = source.size, grid, bool(source.tower.has_cls)
         self.mean, self.std = row.mean or source.mean, row.std or source.std
         self.dtype = DTYPE[row.precision]
@@ -52,7 +53,8 @@ class Teacher(nn.Module):
         self.parameter_count = sum(p.numel() for p in self.tower.parameters())
         changes = row.quantised or row.placement != "replicate"
         of_python = row.source.startswith("python:")
-        self.digest = weights.digest(self.tower) if changes and of_python else ""
+        # Of weights that will not stay as they are.
+        self.hashes = weights.module_hashes(self.tower) if changes and of_python else {}
         if row.placement != "replicate":
             offload = row.placement == "offload"
             dist.spread(self.tower, self.tower.blocks(), offload=offload)
@@ -112,11 +114,12 @@ class Teacher(nn.Module):
         return patch_BNC.shape[2], side
 
     def facts(self) -> dict[str, Any]:
-        """What identifies the teacher, as plain values; hashes its weight file."""
+        """Facts that identify the teacher, as plain values; hashes its weight file."""
         path = weights.locate(self.row)
+        of_module = {} if path else self.hashes or weights.module_hashes(self.tower)
         return {
             "source": self.row.source,
-            "sha256": weights.sha256(path) if path else self.digest or weights.digest(self.tower),
+            **(weights.hashes(path) if path else of_module),
             "size": self.size,
             "patch": self.patch,
             "mean": list(self.mean),
