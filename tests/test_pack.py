@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,9 @@ from pictures import encode, folder, orientation, photo
 from PIL import Image
 
 from unic_ds import cli, entry
-from unic_ds.data import pack, scan, shards
+from unic_ds.data import pack, scan, shard_index, shards
+from unic_ds.data.names import Names
+from unic_ds.data.source import Source
 from unic_ds.data.verify import verify
 
 SETTINGS = pack.Settings(shard_mb=0.05)
@@ -79,6 +84,10 @@ def image(data):
     return Image.open(io.BytesIO(data))
 
 
+def tables_of(out):
+    return shard_index.load(out / shards.INDEX, sorted(out.glob("*.tar")))
+
+
 def digests(out):
     return {
         tar.name: hashlib.sha256(tar.read_bytes()).hexdigest() for tar in sorted(out.glob("*.tar"))
@@ -112,7 +121,7 @@ def test_every_kind_is_packed_as_it_is_or_listed(zoo, tmp_path):
         "b.d/rgb.bmp": 1,
         "loose.jpg": -1,
     }
-    tables = shards.load(tmp_path / "pack" / shards.INDEX)
+    tables = tables_of(tmp_path / "pack")
     turned = list(source.names).index("b.d/turned.jpg")
     assert (tables["width_N"][turned], tables["height_N"][turned]) == (50, 80)
     assert "is whole: 11 images" in verify(tmp_path / "pack")
@@ -179,7 +188,7 @@ def test_killed_at_any_time_it_goes_on_to_the_same_bytes(pictures, whole, tmp_pa
     assert kills == 2
     subprocess.run(command(pictures, out, "--workers", "2"), check=True)
     assert digests(out) == digests(whole)
-    ours, theirs = (shards.load(place / shards.INDEX) for place in (out, whole))
+    ours, theirs = tables_of(out), tables_of(whole)
     assert ours.keys() == theirs.keys()
     for name in ours.keys() - {"mtime_S"}:
         assert np.array_equal(ours[name], theirs[name]), name
@@ -217,6 +226,68 @@ def test_a_shard_that_cannot_be_written_is_said(pictures, tmp_path):
         pack.pack(scan(pictures), out, SETTINGS, workers=1)
 
 
+def test_odd_names_stay_apart(tmp_path):
+    (tmp_path / "src" / ".a\nb").mkdir(parents=True)
+    good, bad = encode(photo(30, 20)).tobytes(), b"none"
+    for name, data in ((".a\nb/one.jpg", good), ("tab\tline\nbreak.jpg", bad)):
+        (tmp_path / "src" / name).write_bytes(data)
+    names = Names.of([".a\nb/one.jpg", "tab\tline\nbreak.jpg"])
+    source = Source(tmp_path / "src", names, (".a\nb",), np.array([0, -1], np.int32))
+    pack.pack(source, tmp_path / "pack", pack.Settings(), workers=1)
+    packed = scan(tmp_path / "pack")
+    assert list(packed.names) == ["_.a\nb/one.jpg"] and packed.classes == (".a\nb",)
+    lines = (tmp_path / "pack" / pack.BROKEN).read_text().split("\n")
+    assert lines == [
+        r"tab\tline\nbreak.jpg" + "\tis no JPEG, PNG, WebP or BMP, whatever its name says",
+        "",
+    ]
+    assert (tmp_path / "pack" / "classes.txt").read_text() == ".a\\nb\n"
+    assert verify(tmp_path / "pack")
+
+
+def _record(out, **changes):
+    """Change a record of an unfinished pack; a value may be bytes for the whole file."""
+    file = out / pack.PARTIAL / "000000.tar.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.fixture(scope="module")
+def unfinished(pictures, tmp_path_factory):
+    """A pack that stopped before its last shard."""
+    out = tmp_path_factory.mktemp("unfinished") / "pack"
+    (out / pack.PARTIAL / "000001.tar").mkdir(parents=True)
+    (out / pack.PARTIAL / "000001.tar" / "full").touch()
+    source = scan(pictures)
+    manifest = {"format": pack.FORMAT, "images": COUNT, "source": source.fingerprint()}
+    (out / pack.MANIFEST).write_text(json.dumps(manifest | asdict(SETTINGS)))
+    with pytest.raises(RuntimeError, match="goes on where it was"):
+        pack.pack(source, out, SETTINGS, workers=1)
+    return out
+
+
+@pytest.mark.parametrize(
+    "harm, said",
+    [
+        (
+            lambda f: (f / pack.MANIFEST).write_text("{"),
+            r"pack.json' is damaged .* name a new fold",
+        ),
+        (lambda f: (f / pack.MANIFEST).write_text("[1]"), "pack.json' is damaged .it is no JSON"),
+        (lambda f: _record(f, end=10**30), "json' does not fit its pack; delete it"),
+        (lambda f: _record(f, members=[]), "json' does not fit its pack; delete it"),
+        (lambda f: _record(f, members="all"), "json' is no record of a shard; delete it"),
+        (lambda f: _record(f, sha256="x"), "json' is no record of a shard; delete it"),
+        (lambda f: _record(f, more=1), "json' is no record of a shard; delete it"),
+        (lambda f: (f / pack.PARTIAL / "000000.tar.json").write_text("[" * 9999), "is damaged"),
+    ],
+)
+def test_records_that_lie_cost_a_sentence(harm, said, unfinished, pictures, tmp_path):
+    shutil.copytree(unfinished, tmp_path / "pack")
+    harm(tmp_path / "pack")
+    with pytest.raises(ValueError, match=said):
+        pack.pack(scan(pictures), tmp_path / "pack", SETTINGS, workers=1)
+
+
 @pytest.fixture
 def copy(whole, tmp_path):
     """A pack to harm."""
@@ -227,10 +298,10 @@ def copy(whole, tmp_path):
 
 
 def rewritten(out, **changes):
-    tables = shards.load(out / shards.INDEX)
+    tables = tables_of(out)
     for name, change in changes.items():
         tables[name] = change(tables[name].copy())
-    shards.write(tables, out / shards.INDEX)
+    shard_index.write(tables, out / shards.INDEX)
 
 
 def _flip(out):

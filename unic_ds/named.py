@@ -3,42 +3,150 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable, Iterator
+from glob import iglob
+from itertools import islice
 from pathlib import Path
 
 KINDS = "a folder of images or .tar shards, a .tar, or a .txt with one path a line"
 
 
-def parts(named: str) -> list[tuple[Path, float]]:
-    """(path, weight) of each source; ValueError where there is none or a weight is wrong.
+COMPRESSED = (
+    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
+    *(".tar.lz4", ".tar.lzma", ".tar.z", ".zip", ".7z", ".rar"),
+)
+"""Endings of archives whose images cannot be read in place."""
+LIMIT, DEPTH = 100_000, 16
+"""Paths that one pattern may stand for, braces that it may have."""
+URL = re.compile(r"(file|pipe|s3|gs|hf|https?|ftp|hdfs|[a-z][a-z0-9+.-]*(?=://)):", re.I)
+BRACES = re.compile(r"\{(?:(-?\d{1,18})\.\.(-?\d{1,18})|([^{}]*,[^{}]*))\}")
 
-    Several stand with commas between, each with `=WEIGHT` after it where an epoch shows it more or
-    less than once. A path that is there is taken as it is, commas and all.
+
+def parts(named: str) -> list[tuple[Path, float]]:
+    """(path, weight) of each source; ValueError if there is none or a weight is wrong.
+
+    Several stand with commas between, each with `=WEIGHT` after it if an epoch shows it more or
+    less than once. A path that is there is taken as it is, commas and all. A path may be a pattern
+    (`expanded`).
     """
     if not named:
         raise ValueError(f"no images are named; set --data.train to {KINDS}")
-    if Path(named).exists():
+    if exists(named):
         return [(Path(named), 1.0)]
-    return [_weighed(part.strip()) for part in named.split(",") if part.strip()]
+    _refuse_url(named)
+    return [_weighed(_local(part)) for part in _split(named)]
 
 
 def check(named: str, option: str) -> None:
     """ValueError for what can be told without opening anything: nothing there, or not a source."""
-    for path, _ in parts(named):
+    for path in (path for part, _ in parts(named) for path in expanded(part)):
         what = f"{option} {str(path)!r}"
-        if not path.exists():
+        if not exists(path):
             raise ValueError(f"{what} does not exist; give {KINDS}")
         if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
             raise ValueError(f"{what} may not be read; mend its permissions")
         if path.is_dir() and not any(path.iterdir()):
             raise ValueError(f"{what} is empty; give {KINDS}")
         if path.is_file() and path.suffix not in (".tar", ".txt"):
-            raise ValueError(f"{what} is no source of images; give {KINDS}")
+            raise ValueError(f"{what} {remedy(path)}")
+
+
+def remedy(path: Path) -> str:
+    """Why a file is no source of images, and what to do."""
+    if path.name.lower().endswith(COMPRESSED):
+        return "is compressed: its images cannot be read in place; unpack it to .tar or a folder"
+    return f"is no source of images; give {KINDS}"
+
+
+def expanded(path: Path) -> list[Path]:
+    """The paths that `a/{000..127}.tar`, `a/{x,y}` or `a/*.tar` stand for, or the path itself.
+
+    ValueError if a pattern stands for nothing, for a file that is not there, or for too many.
+    """
+    pattern = str(path)
+    if exists(pattern) or not re.search(r"[{*?\[]", pattern):
+        return [path]
+    found: dict[str, None] = {}
+    if pattern.count("{") > DEPTH:
+        raise ValueError(f"{pattern!r} has more than {DEPTH} braces; name the folder")
+    patterns = list(islice(_braces(pattern), LIMIT + 1))
+    for each in patterns:
+        stars = re.search(r"[*?\[]", each) and not exists(each)
+        some = sorted(islice(iglob(each, recursive=True), LIMIT + 1)) if stars else [each]  # noqa: PTH207
+        found |= dict.fromkeys(some)
+        if max(len(found), len(patterns)) > LIMIT:
+            raise ValueError(f"{pattern!r} stands for more than {LIMIT} paths; name their folder")
+    lost = [each for each in found if not exists(each)]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} of the {len(found)} paths of {pattern!r} do not exist, the first is"
+            f" {lost[0]!r}; correct the pattern"
+        )
+    if not found:
+        raise ValueError(f"{pattern!r} stands for no file; correct the pattern")
+    return [Path(each) for each in found]
+
+
+def exists(path: Path | str) -> bool:
+    """If a path leads to something; False too for a name that no file system takes."""
+    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises for a name that is too long
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """The strings that a pattern's braces stand for, as a shell's; ValueError for too many."""
+    found = BRACES.search(pattern)
+    if not found:
+        yield pattern
+        return
+    first, last, words = found.groups()
+    if words is None:
+        step = 1 if int(first) <= int(last) else -1
+        numbers = range(int(first), int(last) + step, step)
+        padded = any(re.match(r"-?0\d", end) for end in (first, last))
+        width = max(len(first), len(last)) if padded else 0
+        choices: Iterable[str] = (f"{n:0{width}d}" for n in islice(numbers, LIMIT + 1))
+    else:
+        choices = words.split(",")
+    for word in choices:
+        yield from _braces(pattern[: found.start()] + word + pattern[found.end() :])
+
+
+def _split(named: str) -> list[str]:
+    """The parts between commas that are not inside braces."""
+    depth, part, found = 0, "", []
+    if named.count("{") != named.count("}"):
+        return [each.strip() for each in named.split(",") if each.strip()]
+    for letter in named:
+        depth += (letter == "{") - (letter == "}")
+        if letter == "," and depth <= 0:
+            found.append(part)
+            part = ""
+        else:
+            part += letter
+    return [each.strip() for each in (*found, part) if each.strip()]
+
+
+def _refuse_url(named: str) -> None:
+    """ValueError for what webdataset would fetch."""
+    found = URL.match(named)
+    if found and found[1].lower() != "file" and not exists(named):
+        raise ValueError(
+            f"images {named!r} are not on this machine: {found[0]} is not read; copy them to a"
+            " folder, or mount it"
+        )
+
+
+def _local(part: str) -> str:
+    """A part of a mixture without `file:`."""
+    _refuse_url(part)
+    return re.sub(r"^file:(//(localhost)?(?=/))?", "", part, flags=re.I)
 
 
 def _weighed(part: str) -> tuple[Path, float]:
     """(path, weight) of one source of a mixture."""
     path, equals, weight = part.rpartition("=")
-    if not equals or Path(part).exists():
+    if not equals or exists(part):
         return Path(part), 1.0
     try:
         times = float(weight)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from unic_ds.printable import printable
+
 END = b"\0"  # no path has it
 
 
@@ -22,8 +24,13 @@ class Names:
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Names:
-        """Names from strings as the file system gives them."""
-        return cls.cut(b"".join(os.fsencode(name) + END for name in names))
+        """Names from strings as the file system gives them; ValueError for a zero byte in one."""
+        encoded = [os.fsencode(name) for name in names]
+        block = END.join([*encoded, b""])
+        if block.count(END) != len(encoded):
+            wrong = next(name for name in encoded if END in name)
+            raise ValueError(f"'{printable(os.fsdecode(wrong))}' has a zero byte; rename it")
+        return cls.cut(block)
 
     @classmethod
     def cut(cls, block: bytes) -> Names:

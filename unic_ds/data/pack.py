@@ -28,18 +28,23 @@ from PIL import Image
 
 from unic_ds import dist, log
 from unic_ds.config import Data
-from unic_ds.data import order, shards
+from unic_ds.data import order, shard_index, shards
+from unic_ds.data.labels import CLASSES
+from unic_ds.data.members import Member, is_hidden
+from unic_ds.data.pack_records import Record, read_object, read_record
 from unic_ds.data.reader import measure, opened
-from unic_ds.data.shards import Member, MissingShard
+from unic_ds.data.shards import INDEX, MissingShard
 from unic_ds.data.source import FLAT, Source
 from unic_ds.data.twin import rgb, upright
 from unic_ds.files import write_whole
+from unic_ds.printable import printable
 
 FORMAT = 1
 MANIFEST, PARTIAL, BROKEN = "pack.json", "partial", "broken.txt"
 CHUNK = 16  # images that a process takes at a time
 AHEAD = 3  # chunks in work per process
 QUALITY = 95  # of a JPEG that is made anew
+LONGEST = 1 << 16  # characters of a name in broken.txt and classes.txt
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
 
 
@@ -61,18 +66,6 @@ class Packed(NamedTuple):
     height: int
 
 
-@dataclass(frozen=True)
-class Record:
-    """A shard that is written."""
-
-    end: int  # the chunk after its last
-    bytes: int
-    sha256: str
-    members: list[tuple[str, int, int, int, int, int]]
-    """(name, offset, size, label, width, height)"""
-    broken: list[tuple[str, str]]  # (name in the source, reason)
-
-
 def pack(source: Source, out: Path, settings: Settings, *, workers: int = 0) -> str:
     """Write `source` to `out`, or go on where that was left; a sentence about the whole.
 
@@ -80,8 +73,8 @@ def pack(source: Source, out: Path, settings: Settings, *, workers: int = 0) -> 
     """
     manifest = {"format": FORMAT, "images": len(source), "source": source.fingerprint()}
     _begin(out, manifest | asdict(settings))
-    if not (out / shards.INDEX).exists():
-        records = _records(out)
+    if not (out / INDEX).exists():
+        records = _records(out, len(source))
         try:
             at, number = records[-1].end if records else 0, len(records)
             workers = workers or dist.cores()
@@ -141,6 +134,7 @@ def keys(names: Iterable[str]) -> Iterator[str]:
     for name in names:
         folder, _, last = name.rpartition("/")
         parts = [part for part in folder.split("/") if part not in ("", ".", "..")]
+        parts = [f"_{part}" if is_hidden(part) else part for part in parts]
         stem = last.rpartition(".")[0].replace(".", "_") or "_"
         plain = key = "/".join([*parts, stem])
         again = 1
@@ -155,7 +149,7 @@ def _begin(out: Path, manifest: dict[str, object]) -> None:
     """Make `out` and its manifest; ValueError where it holds another pack, or no pack."""
     file = out / MANIFEST
     if file.exists():
-        was = json.loads(file.read_text())
+        was = read_object(file, f"name a new folder instead of {str(out)!r}")
         other = [key for key, value in manifest.items() if was.get(key) != value]
         if other:
             key = other[0]
@@ -170,11 +164,12 @@ def _begin(out: Path, manifest: dict[str, object]) -> None:
     _write(file, json.dumps(manifest, indent=2) + "\n")
 
 
-def _records(out: Path) -> list[Record]:
-    """The shards that are whole."""
+def _records(out: Path, images: int) -> list[Record]:
+    """The records of complete shards of a source of `images`; ValueError for a damaged one."""
     records: list[Record] = []
     while (file := out / PARTIAL / f"{_name(len(records))}.json").exists():
-        record = Record(**json.loads(file.read_text()))
+        begin = records[-1].end if records else 0
+        record = read_record(file, images=images, chunk=CHUNK, begin=begin)
         tar = out / _name(len(records))
         if record.members and not (tar.exists() and tar.stat().st_size == record.bytes):
             break
@@ -292,23 +287,35 @@ def _finish(source: Source, out: Path, records: list[Record]) -> None:
     broken = sorted((name, reason) for record in records for name, reason in record.broken)
     if not whole:
         name, reason = broken[0]
-        raise ValueError(f"none of {len(source)} images can be packed: {name!r} {reason}")
-    _write(out / BROKEN, "".join(f"{name}\t{reason}\n" for name, reason in broken))
+        raise ValueError(
+            f"none of {len(source)} images can be packed: '{printable(name)}' {printable(reason)}"
+        )
+    lines = (f"{printable(name, LONGEST)}\t{printable(reason)}\n" for name, reason in broken)
+    _write(out / BROKEN, "".join(lines))
     if source.classes:
-        _write(out / shards.CLASSES, "".join(f"{name}\n" for name in source.classes))
-    members = [
-        [Member(m[0], m[1], m[2], "" if m[3] == FLAT else str(m[3])) for m in record.members]
-        for record in whole.values()
-    ]
-    stamps = [shards.stamp_of(out / name) for name in whole]
-    side_N2 = np.array([m[4:] for record in whole.values() for m in record.members], np.int32)
+        _write(out / CLASSES, "".join(f"{_line(name)}\n" for name in source.classes))
+    members = [[Member(*m[:3], "") for m in record.members] for record in whole.values()]
+    stamps = [shard_index.stamp_of(out / name) for name in whole]
+    rows_N3 = np.array([m[3:] for r in whole.values() for m in r.members], np.int32)
     digests = b"".join(bytes.fromhex(record.sha256) for record in whole.values())
-    tables = shards.tables_of(list(whole), members, stamps, source.classes) | {
-        "width_N": side_N2[:, 0],
-        "height_N": side_N2[:, 1],
+    tables = shard_index.tables_of(
+        list(whole), members, stamps, classes=source.classes, label_N=rows_N3[:, 0]
+    ) | {
+        "width_N": rows_N3[:, 1],
+        "height_N": rows_N3[:, 2],
         "sha256_S": np.frombuffer(digests, np.uint8).reshape(-1, 32),
     }
-    shards.write(tables, out / shards.INDEX)
+    if fault := shard_index.fault_of(tables):
+        raise ValueError(
+            f"the records in {str(out / PARTIAL)!r} do not fit their shards: {fault}; delete them,"
+            " the shards are packed again"
+        )
+    shard_index.write(tables, out / INDEX)
+
+
+def _line(name: str) -> str:
+    """A class's name on a line of its own."""
+    return printable(name, LONGEST) if {"\n", "\r"} & set(name) else name
 
 
 def _summary(out: Path) -> str:
@@ -317,7 +324,7 @@ def _summary(out: Path) -> str:
         for file in (out / PARTIAL).iterdir():
             file.unlink()
         (out / PARTIAL).rmdir()
-    tables = shards.load(out / shards.INDEX)
+    tables = shard_index.load(out / INDEX, shards.found_in(out))
     broken = (out / BROKEN).read_text("utf-8", "surrogateescape").count("\n")
     left_out = f"; {broken} left out, listed in {out / BROKEN}" if broken else ""
     images, size = len(tables["offset_N"]), int(tables["bytes_S"].sum())

@@ -1,75 +1,54 @@
-"""Samples in tar shards of the WebDataset layout, read in place.
+"""Samples in tar shards of the WebDataset layout, read in place by an index.
 
-`0001.jpg 0001.cls` are one sample: an image and its class. An index of where each image lies is
-built once from the tar headers, kept beside the shards, and checked against them at every start.
-Nothing is ever unpacked: a member's name is only a name.
+The index lies beside the shards, or in the cache folder if that may not be written.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
-import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple, Self
-from zipfile import BadZipFile
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from unic_ds.data.files import SUFFIXES, first_folder
+from unic_ds.data import shard_index
+from unic_ds.data.files import SUFFIXES
+from unic_ds.data.labels import CLASSES, class_names
+from unic_ds.data.members import is_hidden
 from unic_ds.data.names import Names
 from unic_ds.data.order import Run, Runs
-from unic_ds.data.source import FLAT, MAX_MB, Source, refuse_large
-from unic_ds.files import replacing
+from unic_ds.data.source import MAX_MB, Source, refuse_large
+from unic_ds.files import open_regular
 from unic_ds.home import home
+from unic_ds.log import say
+from unic_ds.named import COMPRESSED, exists, remedy
+from unic_ds.printable import printable
 
-FORMAT = 1
 INDEX = "unic_ds-index.npz"
-CLASSES = "classes.txt"
-HEAD = 65536  # bytes of a shard that are compared where its time stamp has changed
-OPEN = 256  # shards held open
-log = logging.getLogger("unic_ds.data")
+OPEN = 256
+"""Shards held open."""
 
 
 class MissingShard(RuntimeError):
     """A shard that was there at the start is gone: not a fault of single samples."""
 
 
-class Member(NamedTuple):
-    """An image in a shard."""
-
-    name: str
-    offset: int
-    size: int
-    label: str  # text of its class; empty: none
-
-
-class Stamp(NamedTuple):
-    """What is remembered of a shard's file."""
-
-    size: int
-    mtime_ns: int
-    head: bytes  # sha256 of its first bytes
-
-
 class _Descriptor:
     """A file open for reading, closed when its last reader lets go of it."""
 
     def __init__(self, path: Path):
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._file = open_regular(path)
+        self.number = self._file.fileno()
 
     def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        if hasattr(self, "_file"):
+            self._file.close()
 
 
 class OpenFiles:
@@ -141,39 +120,66 @@ class Shards(Source):
 
 
 def found_in(folder: Path) -> list[Path]:
-    """The tar files of a folder, by name; ValueError where they are compressed."""
+    """The tar files of a folder, by name; ValueError if it has only compressed ones."""
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries)
-    tars = [folder / name for name in names if name.endswith(".tar")]
-    zipped = [name for name in names if name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz"))]
-    if zipped and not tars:
-        raise ValueError(
-            f"{str(folder / zipped[0])!r} is compressed: its images cannot be read in place; unpack"
-            " it to .tar"
-        )
-    return tars
+        rest = sorted(entries, key=lambda entry: entry.name)
+    tars = [folder / entry.name for entry in rest if entry.name.endswith(".tar")]
+    zipped = [entry.name for entry in rest if entry.name.lower().endswith(COMPRESSED)]
+    if tars or not zipped or any(entry.is_dir() or _is_image(entry.name) for entry in rest):
+        return tars
+    raise ValueError(f"{str(folder / zipped[0])!r} {remedy(Path(zipped[0]))}")
+
+
+def passed_over(folder: Path, tars: Sequence[Path]) -> str:
+    """A line that counts images, folders and archives which lie beside the shards of a folder.
+
+    "" if there are none: they are not read.
+    """
+    with os.scandir(folder) as entries:
+        rest = [entry for entry in entries if not is_hidden(entry.name)]
+    count = {
+        "folders": sum(entry.is_dir() for entry in rest),
+        "images": sum(_is_image(entry.name) for entry in rest),
+        "compressed archives (unpack them to .tar)": sum(
+            entry.name.lower().endswith(COMPRESSED) for entry in rest
+        ),
+    }
+    parts = [f"{number} {what}" for what, number in count.items() if number]
+    if not parts:
+        return ""
+    read = f"read as tar shards ({len(tars)}, the first is '{printable(tars[0].name)}')"
+    return f"{printable(folder)}: {read}; not read beside them: {', '.join(parts)}"
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
 
 
 def of_shards(where: Path, tars: Sequence[Path]) -> Shards:
-    """The samples of tar shards, by their index; it is built where there is none.
+    """The samples of tar shards of one folder, by their index; it is built if there is none.
 
-    ValueError where the index does not fit the shards, or no image is in them.
+    `where` is their folder, or the first of them. ValueError if the index does not fit the shards,
+    or no image is in them.
     """
     folder = where if where.is_dir() else where.parent
-    beside = where / INDEX if where.is_dir() else where.with_suffix(".tar.index.npz")
-    away = home() / "indexes" / f"{hashlib.sha256(os.fsencode(where.resolve())).hexdigest()}.npz"
-    file = next((path for path in (beside, away) if path.exists()), None)
+    places, known = index_places(where, tars), class_names(folder)
+    file = next((place for place in places if exists(place)), None)
     if file is None:
-        tables = build(tars, class_names(folder))
-        file = keep(tables, beside, away)
-    tables = load(file)
-    compare(tables, folder, tars, file)
+        file = shard_index.keep(shard_index.build(tars, known), *places)
+    tables = shard_index.load(file, tars)
+    shard_index.compare(tables, folder, tars, file=file)
+    classes = tuple(Names.cut(tables["classes"].tobytes()))
+    notes = shard_index.notes_of(tables)
+    if known != list(classes[: len(known)]) and not any(CLASSES in note for note in notes):
+        notes.append(f"{CLASSES} is not what the index has; to use it, delete {str(file)!r}")
+    for note in notes:
+        say(f"{printable(where)}: {printable(note)}")
     if not len(tables["offset_N"]):
         raise ValueError(f"no {', '.join(SUFFIXES)} in the shards of {str(where)!r}")
     return Shards(
         folder,
         Names.cut(tables["names"].tobytes()),
-        tuple(Names.cut(tables["classes"].tobytes())),
+        classes,
         tables["label_N"],
         tuple(Names.cut(tables["shards"].tobytes())),
         tables["shard_N"],
@@ -182,170 +188,15 @@ def of_shards(where: Path, tars: Sequence[Path]) -> Shards:
     )
 
 
-def class_names(folder: Path) -> list[str]:
-    """Names of the classes that `.cls` members number, where `classes.txt` lists them."""
-    file = folder / CLASSES
-    text = file.read_text("utf-8", "surrogateescape") if file.exists() else ""
-    return text.removesuffix("\n").split("\n") if text else []
-
-
-def build(tars: Sequence[Path], known: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """The index of shards, read from their headers."""
-    from unic_ds.log import track
-
-    with ThreadPoolExecutor(8, thread_name_prefix="unic_ds-index") as pool:
-        log.info("an index of %d shards is built, once", len(tars))
-        members = list(track(pool.map(members_of, tars), len(tars), "index of the shards"))
-    stamps = [stamp_of(tar) for tar in tars]
-    return tables_of([tar.name for tar in tars], members, stamps, known)
-
-
-def tables_of(
-    shards: Sequence[str],
-    members: Sequence[Sequence[Member]],
-    stamps: Sequence[Stamp],
-    known: Sequence[str],
-) -> dict[str, NDArray[Any]]:
-    """The arrays of an index file; `known` are the names of classes 0, 1, ..."""
-    flat = [member for part in members for member in part]
-    numbered = all(member.label.isdigit() for member in flat if member.label)
-    labels = [_named(member, known if numbered else ()) for member in flat]
-    key = int if numbered and not known else str
-    classes = list(known) if numbered and known else sorted({x for x in labels if x}, key=key)
-    place = {name: i for i, name in enumerate(classes)} | {"": FLAT}
-    return {
-        "format": np.array(FORMAT),
-        "shards": _block(shards),
-        "bytes_S": np.array([stamp.size for stamp in stamps], dtype=np.int64),
-        "mtime_S": np.array([stamp.mtime_ns for stamp in stamps], dtype=np.int64),
-        "head_S": np.frombuffer(b"".join(s.head for s in stamps), np.uint8).reshape(-1, 32),
-        "names": _block([member.name for member in flat]),
-        "classes": _block(classes),
-        "label_N": np.array([place[label] for label in labels], dtype=np.int32),
-        "shard_N": np.repeat(np.arange(len(members), dtype=np.int32), [len(m) for m in members]),
-        "offset_N": np.array([member.offset for member in flat], dtype=np.int64),
-        "size_N": np.array([member.size for member in flat], dtype=np.int64),
-    }
-
-
-def _named(member: Member, known: Sequence[str]) -> str:
-    """The name of a member's class: by number, by text, or by folder."""
-    if not member.label:
-        return first_folder(member.name)
-    if not known:
-        return member.label
-    number = int(member.label)
-    if number >= len(known):
-        raise ValueError(
-            f"{member.name!r} has class {number}, but {CLASSES} names {len(known)}; complete it"
-        )
-    return known[number]
-
-
-def _block(names: Iterable[str]) -> NDArray[np.uint8]:
-    return np.frombuffer(Names.of(names).joined(), dtype=np.uint8)
-
-
-def members_of(tar: Path) -> list[Member]:
-    """The images of a shard with their classes; ValueError where it is not a whole tar."""
-    try:
-        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            return list(_samples(archive, partial(_text, file)))
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(
-            f"shard {str(tar)!r} is not a whole tar ({error}); make it anew"
-        ) from error
-    except OSError as error:
-        raise ValueError(f"shard {str(tar)!r} cannot be read ({error.strerror})") from error
-
-
-def _samples(archive: tarfile.TarFile, text: Callable[[tarfile.TarInfo], str]) -> Iterator[Member]:
-    """Members that share a name up to the first dot of its last part, one image of each group."""
-    key, image, label = "", None, ""
-    for member in archive:
-        if not member.isreg():
-            continue
-        folder, slash, last = member.name.rpartition("/")
-        stem, _, ending = last.partition(".")
-        if folder + slash + stem != key:
-            if image:
-                yield image._replace(label=label)
-            key, image, label = folder + slash + stem, None, ""
-        if f".{ending.lower()}".endswith(SUFFIXES) and image is None:
-            image = Member(member.name, member.offset_data, member.size, "")
-        elif ending == "cls":
-            label = text(member)
-    if image:
-        yield image._replace(label=label)
-
-
-def _text(file: BufferedReader, member: tarfile.TarInfo) -> str:
-    """A small member's text."""
-    return os.pread(file.fileno(), min(member.size, 1024), member.offset_data).decode().strip()
-
-
-def stamp_of(tar: Path) -> Stamp:
-    """What to know a shard by; OSError where it is not there."""
-    stat = tar.stat()
-    return Stamp(stat.st_size, stat.st_mtime_ns, head_of(tar))
-
-
-def head_of(tar: Path) -> bytes:
-    """sha256 of a shard's first bytes."""
-    with tar.open("rb") as file:
-        return hashlib.sha256(file.read(HEAD)).digest()
-
-
-def keep(tables: dict[str, NDArray[Any]], beside: Path, away: Path) -> Path:
-    """Write an index beside its shards, or in the cache folder where that may not be written."""
-    try:
-        return write(tables, beside)
-    except OSError as error:
-        away.parent.mkdir(parents=True, exist_ok=True)
-        log.info("%s cannot be written (%s): the index lies in %s", beside, error.strerror, away)
-        return write(tables, away)
-
-
-def write(tables: dict[str, NDArray[Any]], file: Path) -> Path:
-    """Write an index in one piece."""
-    with replacing(file) as out:
-        np.savez(out, allow_pickle=False, **tables)
-    return file
-
-
-def load(file: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an index; ValueError where it is damaged or of another version."""
-    try:
-        with file.open("rb") as data, np.load(data, allow_pickle=False) as stored:
-            tables = {name: stored[name] for name in stored.files}
-        version = int(tables["format"])
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise ValueError(
-            f"index {str(file)!r} is damaged ({error}); delete it, it is built again"
-        ) from error
-    if version != FORMAT:
-        raise ValueError(
-            f"index {str(file)!r} is of format {version}; delete it, it is built again"
-        )
-    return tables
-
-
-def compare(
-    tables: dict[str, NDArray[Any]], folder: Path, tars: Sequence[Path], file: Path
-) -> None:
-    """ValueError that names the first shard which is not as its index has it."""
-    known = {name: s for s, name in enumerate(Names.cut(tables["shards"].tobytes()))}
-    remedy = f"; delete {str(file)!r} if the shards are as they should be, it is built again"
-    there = {tar.name: tar for tar in tars}
-    for name in sorted(known.keys() - there.keys()):
-        raise ValueError(f"shard {name!r} is missing from {str(folder)!r}{remedy}")
-    for name in sorted(there.keys() - known.keys()):
-        raise ValueError(f"shard {name!r} is not in the index of its folder{remedy}")
-    for name, s in known.items():
-        stat = there[name].stat()
-        if stat.st_size != tables["bytes_S"][s]:
-            was = f"{stat.st_size} bytes, {tables['bytes_S'][s]} when its index was built"
-            raise ValueError(f"shard {name!r} has {was}{remedy}")
-        touched = stat.st_mtime_ns != tables["mtime_S"][s]
-        if touched and head_of(there[name]) != tables["head_S"][s].tobytes():
-            raise ValueError(f"shard {name!r} has changed since its index was built{remedy}")
+def index_places(where: Path, tars: Sequence[Path]) -> tuple[Path, Path]:
+    """(beside the shards, in the cache folder): the paths at which an index may lie."""
+    if where.is_dir():
+        place, owner = where / INDEX, where
+    elif len(tars) == 1:
+        place, owner = where.with_suffix(".tar.index.npz"), where
+    else:  # some shards of a folder
+        names = Names.of([tar.name for tar in tars]).joined()
+        place = where.with_name(f"unic_ds-index-{hashlib.sha256(names).hexdigest()[:12]}.npz")
+        owner = place
+    name = hashlib.sha256(os.fsencode(owner.resolve())).hexdigest()
+    return place, home() / "indexes" / f"{name}.npz"

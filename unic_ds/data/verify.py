@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 
 from unic_ds import dist, log
 from unic_ds.config import Data
-from unic_ds.data import shards
+from unic_ds.data import shard_index, shards
+from unic_ds.data.members import Member, members_of
 from unic_ds.data.names import Names
 from unic_ds.data.reader import measure
+from unic_ds.files import open_regular
+from unic_ds.printable import printable
 
 LISTED = 10  # faults that are named
 Tables = dict[str, NDArray[Any]]
@@ -29,7 +32,7 @@ def verify(out: Path) -> str:
     file = out / shards.INDEX
     if not file.exists():
         raise ValueError(f"{str(out)!r} is no finished pack; make one with unic-ds pack SRC OUT")
-    tables = shards.load(file)
+    tables = shard_index.load(file, shards.found_in(out))
     if "sha256_S" not in tables:
         raise ValueError(
             f"{str(out)!r} was not packed by unic-ds, so there are no checksums to compare; pack it"
@@ -56,12 +59,18 @@ def _faults(out: Path, tables: Tables, named: list[str], names: Names, s: int) -
     tar = out / named[s]
     if not tar.exists():
         return [f"{tar.name}: is missing"]
-    with tar.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").digest() != tables["sha256_S"][s].tobytes():
+    try:
+        with open_regular(tar) as file:
+            digest = hashlib.sha256()
+            while part := file.read(1 << 20):
+                digest.update(part)
+        if digest.digest() != tables["sha256_S"][s].tobytes():
             return [f"{tar.name}: its bytes have changed (SHA-256)"]
+        members = members_of(tar, hidden=True).members
+    except (OSError, ValueError) as error:
+        return [f"{tar.name}: {printable(error)}"]
     rows = np.flatnonzero(tables["shard_N"] == s).tolist()
     classes = list(Names.cut(tables["classes"].tobytes()))
-    members = shards.members_of(tar)
     if len(members) != len(rows):
         return [f"{tar.name}: {len(members)} images, {len(rows)} in the index"]
     faults = []
@@ -70,16 +79,16 @@ def _faults(out: Path, tables: Tables, named: list[str], names: Names, s: int) -
         if member[:3] != row:
             faults.append(f"{tar.name}: {member[:3]}, {row} in the index")
             continue
-        label = int(tables["label_N"][i])
+        shown, label = printable(member.name), int(tables["label_N"][i])
         if label >= len(classes) or member.label != (str(label) if label >= 0 else ""):
-            faults.append(f"{tar.name}: {member.name} is of class {member.label!r}, not {label}")
+            faults.append(f"{tar.name}: {shown} is of class {member.label!r}, not {label}")
         sides = (int(tables["width_N"][i]), int(tables["height_N"][i]))
         if (found := _sides(tar, member)) != sides:
-            faults.append(f"{tar.name}: {member.name} measures {found}, {sides} in the index")
+            faults.append(f"{tar.name}: {shown} measures {found}, {sides} in the index")
     return faults
 
 
-def _sides(tar: Path, member: shards.Member) -> object:
+def _sides(tar: Path, member: Member) -> object:
     """(width, height) of an image in a shard, or what is wrong with it."""
     encoded = np.fromfile(tar, np.uint8, member.size, offset=member.offset)
     try:

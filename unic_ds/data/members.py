@@ -1,0 +1,228 @@
+"""The images of one tar shard with their labels, in WebDataset's layout, and what is left out.
+
+`0001.jpg 0001.cls` are one sample: members whose names agree up to the first dot of the last part,
+which is their key. A member's name is only a name: nothing is ever unpacked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from unic_ds.data.files import SUFFIXES
+from unic_ds.data.tar_headers import DEVICES, FOLDER, LINKS, REGULAR, Archive, DamagedTar, Header
+from unic_ds.files import open_regular
+from unic_ds.printable import printable
+
+LABEL = "cls"
+LONGEST_LABEL = 1024
+"""Bytes of the longest `.cls` member."""
+
+NO_KEY = "images that follow another of their key (the name up to its first dot); rename them"
+NO_IMAGE = "labels (.cls) whose shard has no image of their key"
+REPEATED = "labels (.cls) that another of their key replaces"
+NO_TEXT = f"labels (.cls) that are not UTF-8 text of 1 to {LONGEST_LABEL} bytes"
+NUL = "members with a zero byte in their name"
+HIDDEN = "hidden files (a part of the name begins with a dot, or is __MACOSX)"
+LINKED = "links, which have no data of their own"
+NO_FILE = "devices and pipes"
+OTHER = "members that are no images and no .cls"
+ENDING = "shards "
+"""A note about a shard as a whole begins so."""
+ENDINGS = 6
+"""Kinds of other members that a note names."""
+
+
+class Member(NamedTuple):
+    """An image in a shard."""
+
+    name: str
+    offset: int
+    size: int
+    label: str  # text of its class, "" without a .cls
+
+
+class LeftOut:
+    """Counts of members that are not read, by reason, with the first of each as an example."""
+
+    def __init__(self) -> None:
+        self._count, self._first = Counter[str](), dict[str, str]()
+        self._endings = Counter[str]()
+
+    def add(self, reason: str, name: str, times: int = 1) -> None:
+        """Count a member."""
+        self._count[reason] += times
+        self._first.setdefault(reason, name)
+
+    def other(self, name: str, ending: str) -> None:
+        """Count a member that is neither image nor label, by its ending."""
+        if not ending.startswith(LABEL):
+            ending = ending.rpartition(".")[2]
+        self._endings[f".{printable(ending, 16)}" if ending else "without an ending"] += 1
+
+    def merge(self, more: LeftOut) -> None:
+        """Add the counts of another shard."""
+        self._count += more._count
+        self._endings += more._endings
+        self._first = more._first | self._first
+
+    def notes(self) -> list[str]:
+        """One line a reason."""
+        lines = [
+            f"{count} {reason}, for example '{printable(self._first[reason], 100)}'"
+            for reason, count in self._count.items()
+        ]
+        if self._endings:
+            common = self._endings.most_common(ENDINGS)
+            rest = self._endings.total() - sum(count for _, count in common)
+            parts = [f"{count} {ending}" for ending, count in common]
+            parts += [f"{rest} others"] if rest else []
+            lines.append(f"{self._endings.total()} {OTHER}: {', '.join(parts)}")
+        return lines
+
+
+class Contents(NamedTuple):
+    """What a shard holds."""
+
+    members: list[Member]
+    left_out: LeftOut
+
+
+def members_of(tar: Path, *, hidden: bool = False) -> Contents:
+    """The images of a shard, `hidden` ones if asked; ValueError if it is not a whole tar."""
+    try:
+        with open_regular(tar) as file:
+            return _Grouping(file, hidden).contents(tar.name)
+    except DamagedTar as error:
+        raise ValueError(
+            f"shard {str(tar)!r} is not a whole tar ({error}); make it anew"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"shard {str(tar)!r} cannot be read ({error.strerror})") from error
+
+
+def key_of(name: str) -> tuple[str, str]:
+    """(key, ending without its first dot) of a member."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, ending = last.partition(".")
+    return folder + slash + stem, ending
+
+
+def top_folder(name: str) -> str:
+    """The first part of a member's folder that is a name, or ""."""
+    rest = name
+    while "/" in rest:
+        part, _, rest = rest.partition("/")
+        if part not in ("", ".", ".."):
+            return part
+    return ""
+
+
+def is_hidden(part: str) -> bool:
+    """If a part of a path is one that programs make for themselves."""
+    return part == "__MACOSX" or (part.startswith(".") and part not in (".", ".."))
+
+
+class _Grouping:
+    """Gathers the members of a shard into samples: neighbours of one key, one image of each.
+
+    A label that does not stand beside its image is matched by key when the whole shard is read.
+    """
+
+    def __init__(self, file: BinaryIO, hidden: bool):
+        self._file, self._hidden = file, hidden
+        self._members, self._left_out = list[Member](), LeftOut()
+        self._key, self._image, self._label = "", None, ""  # type: tuple[str, Member | None, str]
+        self._apart = dict[str, str]()  # key -> label
+
+    def contents(self, shard: str) -> Contents:
+        """Read all headers; DamagedTar or OSError where that fails."""
+        archive = Archive(self._file)
+        for header in archive:
+            if header.kind != FOLDER and not self._unreadable(header):
+                self._add(header)
+        self._close("")
+        if archive.ending:
+            self._left_out.add(f"{ENDING}{archive.ending}", shard)
+        return Contents(self._matched(), self._left_out)
+
+    def _unreadable(self, header: Header) -> bool:
+        """Count a member that can be neither image nor label."""
+        reason = ""
+        if "\0" in header.name:
+            reason = NUL
+        elif not self._hidden and any(map(is_hidden, header.name.split("/"))):
+            reason = HIDDEN
+        elif header.kind in LINKS:
+            reason = LINKED
+        elif header.kind not in REGULAR:
+            reason = NO_FILE if header.kind in DEVICES else "members of an unknown kind"
+        if reason:
+            self._left_out.add(reason, header.name)
+        return bool(reason)
+
+    def _add(self, header: Header) -> None:
+        key, ending = key_of(header.name)
+        if key != self._key:
+            self._close(key)
+        if f".{ending.lower()}".endswith(SUFFIXES):
+            if self._image is None:
+                self._image = Member(header.name, header.offset, header.size, "")
+            else:
+                self._left_out.add(NO_KEY, header.name)
+        elif ending.lower() == LABEL:
+            label = self._text(header)
+            if self._label and label:
+                self._left_out.add(REPEATED, header.name)
+            self._label = label or self._label
+        else:
+            self._left_out.other(header.name, ending)
+
+    def _close(self, key: str) -> None:
+        """End a sample and begin the next."""
+        if self._image:
+            self._members.append(self._image._replace(label=self._label))
+        elif self._label:
+            if self._key in self._apart:
+                self._left_out.add(REPEATED, f"{self._key}.{LABEL}")
+            self._apart[self._key] = self._label
+        self._key, self._image, self._label = key, None, ""
+
+    def _matched(self) -> list[Member]:
+        """All images, those without a label given the one of their key elsewhere in the shard."""
+        if not self._apart:
+            return self._members
+        used = dict[str, bool]()  # key -> if an image got the label
+        for i, member in enumerate(self._members):
+            key = key_of(member.name)[0]
+            if key in self._apart:
+                used[key] = used.get(key, False) or not member.label
+                self._members[i] = member._replace(label=member.label or self._apart[key])
+        for key in self._apart:
+            if not used.get(key):
+                self._left_out.add(REPEATED if key in used else NO_IMAGE, f"{key}.{LABEL}")
+        return self._members
+
+    def _text(self, header: Header) -> str:
+        """The text of a label, "" if it is none."""
+        data = os.pread(self._file.fileno(), min(header.size, LONGEST_LABEL + 1), header.offset)
+        try:
+            text = data.decode().strip() if len(data) <= LONGEST_LABEL else ""
+        except UnicodeDecodeError:
+            text = ""
+        if not text or "\0" in text:
+            self._left_out.add(NO_TEXT, header.name)
+            return ""
+        return text
+
+
+def merged(parts: Iterable[Contents]) -> tuple[list[list[Member]], LeftOut]:
+    """The members of each shard, and what is left out of all."""
+    left_out, members = LeftOut(), []
+    for part in parts:
+        members.append(part.members)
+        left_out.merge(part.left_out)
+    return members, left_out

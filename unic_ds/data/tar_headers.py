@@ -1,0 +1,192 @@
+"""Headers of a tar archive, read block by block: never a member's data, never more than a limit.
+
+`tarfile` would read an extension header of any announced size, recurse once per extension, follow
+negative sizes backwards, and stop silently at a damaged header, which drops all later images.
+Formats: ustar, GNU, PAX (POSIX.1-2001), v7.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from unic_ds.printable import printable
+
+BLOCK = 512
+EXTENSION = 1 << 20
+"""Bytes of the largest PAX header or GNU long name that is read."""
+
+TAIL = 1 << 20
+"""Bytes after the end of an archive that are looked at."""
+
+REGULAR, FOLDER = (b"0", b"\0", b"7"), b"5"
+LINKS, DEVICES = (b"1", b"2"), (b"3", b"4", b"6")
+LONG_NAME, LONG_LINK, PAX, PAX_GLOBAL, SPARSE = b"L", b"K", (b"x", b"X"), b"g", b"S"
+EXTENSIONS = (LONG_NAME, LONG_LINK, *PAX, PAX_GLOBAL)
+SPARSE_KEY = b"GNU.sparse."
+RECORD = re.compile(rb"(\d{1,18}) ([^=]+)=")
+
+
+class DamagedTar(ValueError):
+    """A reason why an archive cannot be read, without its name."""
+
+
+class Header(NamedTuple):
+    """A member of an archive."""
+
+    name: str
+    kind: bytes  # type flag
+    offset: int  # of its data, in bytes
+    size: int  # bytes
+
+
+class Archive:
+    """The headers of an open tar file, in order; `ending` is known after the last.
+
+    `ending` says what is unusual about the end of the file, "" if nothing is.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.size = file, os.fstat(file.fileno()).st_size
+        self.ending = ""
+
+    def __iter__(self) -> Iterator[Header]:
+        at, general, extra = 0, dict[bytes, bytes](), dict[bytes, bytes]()
+        while (block := self._next(at)) is not None:
+            kind, size, name = block[156:157], _size(block, at), _name(block)
+            data = at + BLOCK
+            if kind in EXTENSIONS:
+                at = self._end(data, size, name)
+                text = self._text(data, size)
+                if kind == LONG_NAME:
+                    extra[b"path"] = text.partition(b"\0")[0]
+                elif kind in PAX:
+                    extra |= _records(text, data)
+                elif kind == PAX_GLOBAL:
+                    general |= _records(text, data)
+                continue
+            records, extra = general | extra, {}
+            name, size = records.get(b"path", name), _larger(records, size, name)
+            if kind == SPARSE or SPARSE_KEY in records:
+                raise DamagedTar(f"member {_shown(name)} is sparse; write it without --sparse")
+            kind = FOLDER if name.endswith(b"/") and kind in REGULAR[:2] else kind
+            size = 0 if kind in (FOLDER, *LINKS, *DEVICES) else size
+            at = self._end(data, size, name)
+            yield Header(os.fsdecode(name), kind, data, size)
+        if extra:
+            raise DamagedTar(f"an extension header is the last before byte {at}")
+
+    def _next(self, at: int) -> bytes | None:
+        """The header at byte `at`, or None at the end of the archive."""
+        self._file.seek(at)
+        block = self._file.read(BLOCK)
+        if not at and not block:
+            raise DamagedTar("it is empty")
+        if not block.strip(b"\0"):
+            self.ending = self._tail(at) if block else "without an end mark, cut off perhaps"
+            return None
+        if len(block) < BLOCK:
+            raise DamagedTar(f"it ends inside the header at byte {at}")
+        if not _sound(block):
+            raise DamagedTar(_magic(block) if not at else f"no header at byte {at}")
+        return block
+
+    def _tail(self, at: int) -> str:
+        """A phrase about what follows the first empty block, "" if only padding does."""
+        self._file.seek(at)
+        tail = self._file.read(TAIL)
+        more = "with bytes after the end mark (join archives by tar --concatenate, not by cat)"
+        return more if tail.strip(b"\0") else ""
+
+    def _end(self, data: int, size: int, name: bytes) -> int:
+        """Offset of the block after a member's data; DamagedTar if the file ends before it."""
+        if not 0 <= size <= self.size - data:
+            left = max(0, self.size - data)
+            raise DamagedTar(f"member {_shown(name)} announces {size} bytes, {left} are left")
+        end = data + -(-size // BLOCK) * BLOCK
+        if end > self.size:
+            raise DamagedTar(f"it ends inside member {_shown(name)}")
+        return end
+
+    def _text(self, at: int, size: int) -> bytes:
+        """The data of an extension header."""
+        if size > EXTENSION:
+            raise DamagedTar(f"the extension header at byte {at - BLOCK} has {size} bytes")
+        self._file.seek(at)
+        return self._file.read(size)
+
+
+def _sound(block: bytes) -> bool:
+    """Compare a header with its checksum, of unsigned or (old programs) of signed bytes."""
+    found = _number(block[148:156])
+    rest = block[:148] + block[156:]
+    total = sum(rest) + 8 * ord(" ")
+    return found == total or found == total - 256 * sum(byte > 127 for byte in rest)
+
+
+def _number(field: bytes) -> int | None:
+    """A number in octal digits or in GNU's base 256, None if it is neither."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:])
+    if field[0] == 0xFF:
+        return int.from_bytes(field, signed=True)
+    digits = field.partition(b"\0")[0].strip()
+    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None
+
+
+def _size(block: bytes, at: int) -> int:
+    size = _number(block[124:136])
+    if size is None:
+        raise DamagedTar(f"the header at byte {at} has a size that is no number")
+    return size
+
+
+def _name(block: bytes) -> bytes:
+    name, prefix = block[:100].partition(b"\0")[0], block[345:500].partition(b"\0")[0]
+    return prefix + b"/" + name if prefix and block[257:265] != b"ustar  \0" else name
+
+
+def _records(data: bytes, at: int) -> dict[bytes, bytes]:
+    """Path, size and signs of sparse data from a PAX header, `LENGTH KEY=VALUE\\n` a record."""
+    records, start = dict[bytes, bytes](), 0
+    while start < len(data) and data[start]:
+        found = RECORD.match(data, start)
+        end = start + int(found[1]) if found else 0
+        if not found or not found.end() < end <= len(data) or data[end - 1 : end] != b"\n":
+            raise DamagedTar(f"the extension header at byte {at - BLOCK} is damaged")
+        key = SPARSE_KEY if found[2].startswith(SPARSE_KEY) else found[2]
+        if key in (b"path", b"size", SPARSE_KEY):
+            records[key] = data[found.end() : end - 1]
+        start = end
+    return records
+
+
+def _larger(records: dict[bytes, bytes], size: int, name: bytes) -> int:
+    """A member's size, taken from its PAX header if that has one."""
+    digits = records.get(b"size")
+    if digits is None:
+        return size
+    if not re.fullmatch(rb"\d{1,20}", digits):
+        raise DamagedTar(f"member {_shown(name)} announces {_shown(digits)} bytes")
+    return int(digits)
+
+
+def _magic(block: bytes) -> str:
+    """A phrase about what a file is that is no tar archive."""
+    for start, text in {
+        b"\x1f\x8b": "it is compressed by gzip; unpack it",
+        b"\x28\xb5\x2f\xfd": "it is compressed by zstd; unpack it",
+        b"\xfd7zXZ": "it is compressed by xz; unpack it",
+        b"BZh": "it is compressed by bzip2; unpack it",
+        b"PK\x03\x04": "it is a zip archive; unpack it",
+        b"version https://git-lfs": "it is a pointer of Git LFS; git lfs pull fetches the file",
+    }.items():
+        if block.startswith(start):
+            return text
+    return "it does not begin with a tar header"
+
+
+def _shown(name: bytes) -> str:
+    return f"'{printable(os.fsdecode(name), 100)}'"
