@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,11 +16,12 @@ import open_clip
 import pytest
 import timm
 import torch
+from runs import DEMONSTRATION, LOST, alone, run
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unic_ds import config, quickstart
-from unic_ds.teachers import pool, sources, weights
+from unic_ds import config, folder, quickstart
+from unic_ds.teachers import cache, pool, sources, weights
 from unic_ds.teachers.teacher import Teacher, load
 from unic_ds.tokens import Normalise, Tokens
 
@@ -245,56 +248,245 @@ def test_python_teacher(tmp_path, monkeypatch):
     assert (teacher.facts()["licence"], len(teacher.facts()["sha256"])) == ("CC0", 64)
 
 
-def test_python_teacher_must_say_what_it_wants(tmp_path, monkeypatch):
-    row = user_row(tmp_path, monkeypatch, "edges_b", "patch_size = 8", "tokens.mean(1), tokens")
-    refused(row, "does not say its mean", "teachers.t.mean")
-    mute = user_row(tmp_path, monkeypatch, "edges_c", "image_size = 32", "tokens")
-    given = replace(mute, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    refused(given, "Tokens(cls, patch)")
-    ragged = user_row(
-        tmp_path, monkeypatch, "edges_d", "image_size = 32", "tokens.mean(1), tokens[:, 1:]"
-    )
-    refused(replace(ragged, mean=given.mean, std=given.std), "(1, 15, 8)", "square")
+SAID = "patch_size, mean, std = 8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)"
+BAD_OUTPUT = {
+    "None, tokens": "gives no CLS token: return the mean of the patches",
+    "tokens.mean(1), None": "gives patch as NoneType",
+    "tokens": "must return Tokens(cls, patch) from its forward, got Tensor",
+    "{'cls': tokens.mean(1), 'patch': tokens}": "got dict",
+    "(tokens,)": "got tuple of 1",
+    "tokens.mean(1).tolist(), tokens": "gives cls as list",
+    "tokens.mean(1).numpy(), tokens": "gives cls as ndarray",
+    "tokens.mean(1), tokens[:, 1:]": "(2, 15, 8) for 2 images; it must be [B, C] and [B, N, C]",
+    "tokens.mean(1), tokens.unflatten(1, (4, 4))": "(2, 4, 4, 8)",
+    "tokens.mean(1)[:, :4], tokens": "cls (2, 4)",
+    "tokens.mean(1)[:1], tokens[:1]": "cls (1, 8)",
+    "tokens.mean(1).squeeze(), tokens.squeeze()": "cls (8,) and patch (16, 8) for 1 images",
+    "tokens[..., :len(image)].mean(1), tokens[..., :len(image)]": "16 tokens of width 2",
+    "tokens.mean(1).long(), tokens.long()": "gives cls as int64, strided",
+    "tokens.mean(1).to_sparse(), tokens": "gives cls as float32, sparse_coo",
+    "tokens.mean(1), tokens.to('meta')": "gives patch on meta for images on cpu",
+    "tokens.mean(1), tokens.clone().requires_grad_()": "gives patch that requires grad",
+    "[][len(image)], tokens": "fails on a batch of 2 images of 32 px: IndexError: list index",
+}
+BAD_ATTRIBUTES = {
+    "mean = 0.5": "mean must be three numbers, got 0.5",
+    "std = (0.5,)": "std must be three numbers, got (0.5,)",
+    "mean = 'grey'": "mean must be three numbers, got 'grey'",
+    "mean = None": "does not say its mean",
+    "std = torch.ones(2, 2)": "std must be three numbers",
+    "mean = (123.675, 116.28, 103.53)": "teachers.t.mean must be in [0, 1] (images are divided by",
+    "std = (58.395, 57.12, 57.375)": "teachers.t.std must be in (0, 1]",
+    "std = (0.5, 0.5, 0)": "teachers.t.std must be in (0, 1]",
+    "mean = (float('nan'),) * 3": "teachers.t.mean must be in [0, 1]",
+    "patch_size = '8'": "patch_size must be pixels or a pair of equal sides, got '8'",
+    "patch_size = (8, 16)": "patch_size must be pixels or a pair of equal sides, got (8, 16)",
+    "image_size = 32.5": "set teachers.t.size",
+    "image_size = -32": "set teachers.t.size",
+}
+FAILING = {
+    "{}['no']": "failing_0:make() fails: KeyError: 'no'",
+    "None": "failing_1:make must return a torch module, got NoneType",
+    "torch": "failing_2:make must return a torch module, got module",
+}
+
+
+@pytest.mark.parametrize(
+    ("result", "attributes", "words"),
+    [(result, SAID, words) for result, words in BAD_OUTPUT.items()]
+    + [("tokens.mean(1), tokens", f"{SAID}; {a}", words) for a, words in BAD_ATTRIBUTES.items()],
+)
+def test_python_teachers_are_refused_by_one_sentence(
+    tmp_path, monkeypatch, result, attributes, words
+):
+    """The same one where a run is planned or checked and where it starts."""
+    name = f"edges_{abs(hash((result, attributes)))}"
+    row = user_row(tmp_path, monkeypatch, name, attributes, result)
+    for start in (
+        lambda: sources.outline(row, grid=GRID),
+        lambda: load(row, grid=GRID, device=CPU),
+    ):
+        with pytest.raises(ValueError) as error:
+            start()
+        assert words in str(error.value) and "\n" not in str(error.value), str(error.value)
+
+
+def test_a_python_source_that_fails_says_whose_failure_it_is(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for number, (made, words) in enumerate(FAILING.items()):
+        name = f"failing_{number}"
+        (tmp_path / f"{name}.py").write_text(f"import torch\ndef make(): return {made}\n")
+        row = config.Teacher(name="t", source=f"python:{name}:make")
+        with pytest.raises(ValueError, match=re.escape(f"teacher 't': {words}")) as error:
+            sources.outline(row, grid=GRID)
+    (tmp_path / "unfinished.py").write_text("def make(:\n")
+    with pytest.raises(ValueError, match="importing 'unfinished' fails: SyntaxError") as error:
+        sources.outline(config.Teacher(name="t", source="python:unfinished:make"), grid=GRID)
+    assert isinstance(error.value.__cause__, SyntaxError)  # its traceback is not lost
+
+
+@pytest.mark.parametrize("value", ["torch.tensor([0.5] * 3)", "torch.full((3, 1, 1), 0.5).numpy()"])
+def test_three_numbers_may_stand_in_any_container(tmp_path, monkeypatch, value):
+    said = f"image_size, mean, std = (32, 32), {value}, [0.5, 0.5, 0.5]"
+    row = user_row(tmp_path, monkeypatch, f"held_{len(value)}", said, "tokens.mean(1), tokens")
+    made = sources.outline(row, grid=GRID)
+    assert (made.size, made.mean, made.std) == (32, (0.5,) * 3, (0.5,) * 3)
+    assert sources.outline(replace(row, mean=(0.1, 0.2, 0.3)), grid=GRID).tower.summary == "token"
+
+
+def test_planning_with_a_python_teacher_draws_no_random_numbers(tmp_path, monkeypatch):
+    row = user_row(tmp_path, monkeypatch, "drawing", SAID, "tokens.mean(1), tokens")
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    sources.outline(row, grid=GRID)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 CLIP = {
     "embed_dim": 16,
     "text_cfg": {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1},
 }
+VIT = {"image_size": 64, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16}
+COCA = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1, "dim_head": 16}
 TOWERS = {
-    "tiny-vit": {"image_size": 64, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16},
-    "tiny-trunk": {
-        "image_size": 64,
-        "timm_model_name": "vit_tiny_patch16_224",
-        "timm_pool": "token",
-    },
-    "tiny-resnet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 32, "head_width": 32},
+    "tiny-vit": (VIT, "token"),
+    "tiny-clipa": (
+        VIT | {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
+        "mean of patches, normed",
+    ),
+    "tiny-coca": (VIT | {"attentional_pool": True, "attn_pooler_heads": 2}, "attention pool"),
+    "tiny-trunk": (
+        {"image_size": 64, "timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token"},
+        "token",
+    ),
+    "tiny-siglip": (
+        {"image_size": 64, "timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none"},
+        "attention pool",
+    ),
+    "tiny-pe": (
+        {"image_size": 64, "timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": None},
+        "attention pool",
+    ),
+    "tiny-resnet": (
+        {"image_size": 64, "layers": [1, 1, 1, 1], "width": 32, "head_width": 32},
+        "attention pool",
+    ),
 }
 
 
+def project(visual: torch.nn.Module, projection: Tensor | None, cls_BC: Tensor) -> Tensor:
+    """The image embedding that a tower's own projection makes of a summary."""
+    if projection is not None:
+        return cls_BC[:, : len(projection)] @ projection
+    if hasattr(visual, "trunk"):
+        return visual.head(visual.trunk.head(cls_BC))
+    return cls_BC
+
+
 @pytest.mark.parametrize("name", TOWERS)
-def test_open_clip_towers(name, tmp_path):
-    (tmp_path / f"{name}.json").write_text(json.dumps(CLIP | {"vision_cfg": TOWERS[name]}))
+def test_the_summary_is_what_open_clip_projects_to_the_text_space(name, tmp_path):
+    vision, kind = TOWERS[name]
+    more = {"multimodal_cfg": COCA} if "coca" in name else {}
+    more |= {"custom_text": True} if name != "tiny-vit" else {}
+    (tmp_path / f"{name}.json").write_text(json.dumps(CLIP | more | {"vision_cfg": vision}))
     open_clip.add_model_config(tmp_path / f"{name}.json")
     row = config.Teacher(name="t", source=f"open_clip:{name}/random", precision="fp32")
-    size = sources.clip_size(row, GRID, TOWERS[name])
+    size = sources.clip_size(row, GRID, vision)
+    torch.manual_seed(0)
     model = open_clip.create_model(name, force_image_size=size).eval()
     visual = model.visual
+    for value in visual.parameters():  # affine parts too, so that a forgotten norm shows
+        torch.nn.init.normal_(value, 0.0 if value.ndim > 1 else 1.0, 0.1)
     normal = Normalise(*(tuple(visual.preprocess_cfg[k]) for k in ("mean", "std")))
     image_B3HW = normal(images(size), torch.float32)
     with torch.no_grad():
-        truth_BC = visual(image_B3HW)
-    projection = getattr(visual, "proj", None)
+        truth = visual(image_B3HW)
+    truth_BC = truth[0] if isinstance(truth, tuple) else truth
+    projection, pool = getattr(visual, "proj", None), getattr(visual, "attnpool", None)
     teacher = Teacher(row, sources.clip_source(row, size, model), grid=GRID, device=CPU)
     tokens = teacher(images(size))
     assert tokens.patch_BNC.shape == (3, GRID * GRID, teacher.width)
-    if name == "tiny-vit":
-        assert (teacher.size, teacher.width, teacher.has_cls) == (64, 64, True)
-        torch.testing.assert_close(tokens.cls_BC @ projection, truth_BC, rtol=1e-4, atol=1e-5)
-    elif name == "tiny-trunk":
-        torch.testing.assert_close(visual.head(tokens.cls_BC), truth_BC, rtol=1e-4, atol=1e-5)
-    else:
-        assert (teacher.own_grid, teacher.has_cls) == (2, False)
+    assert (teacher.size, teacher.summary) == (64, kind)
+    ours_BC = pool.c_proj(tokens.cls_BC) if pool else project(visual, projection, tokens.cls_BC)
+    torch.testing.assert_close(ours_BC, truth_BC, rtol=1e-4, atol=1e-4)
+    assert teacher.own_grid == (2 if pool else GRID)
+
+
+def test_a_clip_tower_may_stay_at_its_native_side(tmp_path):
+    """Its map is resampled to the student's grid, where by default its image would be."""
+    (tmp_path / "native-vit.json").write_text(json.dumps(CLIP | {"vision_cfg": VIT}))
+    open_clip.add_model_config(tmp_path / "native-vit.json")
+    row = config.Teacher(name="t", source="open_clip:native-vit/random", precision="fp32", size=96)
+    size = sources.clip_size(row, GRID, VIT)
+    model = open_clip.create_model("native-vit", force_image_size=size)
+    teacher = Teacher(row, sources.clip_source(row, size, model), grid=GRID, device=CPU)
+    assert (teacher.size, teacher.own_grid, teacher.grid) == (96, 6, GRID)
+    own, given = teacher.on_own_grid(images(96)), teacher(images(96))
+    map_BCHW = own.patch_BNC.transpose(1, 2).unflatten(2, (6, 6))
+    map_BCHW = torch.nn.functional.interpolate(
+        map_BCHW, (GRID,) * 2, mode="bicubic", antialias=True
+    )
+    torch.testing.assert_close(given.patch_BNC, map_BCHW.flatten(2).transpose(1, 2))
+    assert torch.equal(own.cls_BC, given.cls_BC)
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory) -> config.Teacher:
+    """A tiny ViT with an attention pool, whose summary was the mean of its patches before."""
+    path = tmp_path_factory.mktemp("pooled") / "vit3.safetensors"
+    save_file(random_model("test_vit3").state_dict(), path)
+    return row_of(path, "test_vit3")
+
+
+def test_a_cache_of_another_summary_or_side_is_refused(pooled, vit, tmp_path):
+    rows = (pooled, replace(vit[1], name="plain", size=0))
+    teachers = {
+        row.name: load(row, grid=GRID, device=CPU).facts() | cache.own_facts(row) for row in rows
+    }
+    draws = {"grid": GRID}
+    manifest = {"format": 1, "whole": True, "seed": 0, "views": 1, "dtype": "bf16", "samples": 1}
+    manifest |= {"tokens": GRID**2, "chunk": 128, "draws": draws, "teachers": teachers}
+
+    def opened() -> dict[str, str]:
+        (tmp_path / cache.MANIFEST).write_text(json.dumps(manifest))
+        facts = cache.FeatureCache(str(tmp_path), rows, draws).facts
+        return {name: row["cls"] for name, row in facts.items()}
+
+    assert opened() == {"t": "attention pool", "plain": "token"}
+    for key, value in {"cls": "mean of patches", "size": 4}.items():
+        good, teachers["t"][key] = teachers["t"][key], value
+        with pytest.raises(ValueError, match=f"t was made with {key} '?{value}'?, this run has"):
+            opened()
+        teachers["t"][key] = good
+
+
+@pytest.mark.slow
+@DEMONSTRATION
+def test_a_checkpoint_of_another_summary_is_not_resumed(pooled, tmp_path):
+    """As a version left it that knew no attention pools, and as one that says its kinds."""
+    more = LOST | {"teachers": f"t={pooled.source}", "eval__on": "false", "optim__steps": 2}
+    run(alone(tmp_path, **more, run__stop_at=1))
+    step = tmp_path / "checkpoints" / "step_0000001"
+    facts = json.loads((step / "run.json").read_text())
+    assert facts["summaries"] == {"t": "attention pool"}
+    kinds = {"mean of patches": {"summaries": {"t": "mean of patches"}}, "or the mean of": {}}
+    for words, said in kinds.items():
+        del facts["summaries"]
+        facts |= said
+        (step / "run.json").write_text(json.dumps(facts))
+        hashes = json.loads((step / "manifest.json").read_text())
+        data = (step / "run.json").read_bytes()
+        hashes["run.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (step / "manifest.json").write_text(json.dumps(hashes))
+        printed = run(alone(tmp_path, **more), code=2)
+        assert "another summary (CLS target) of teacher 't'" in printed and words in printed
+        assert "this run has attention pool" in printed
+
+
+def test_checkpoints_of_before_go_on_where_the_summary_is_what_it_was():
+    folder.refuse_other_summaries("c", {}, {"a": {"cls": "token"}, "b": {"cls": "mean of patches"}})
+    with pytest.raises(ValueError, match="teacher 'p': its CLS token or the mean of its patches"):
+        folder.refuse_other_summaries("c", {}, {"p": {"cls": "attention pool"}})
 
 
 OFFLINE = """

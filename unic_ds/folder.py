@@ -151,6 +151,7 @@ def save(task: job.Job, parts: Parts, step: int, *, loss: float) -> None:
         step,
         facts=identity(task, parts)
         | {"samples": step * task.cfg.optim.batch_size, "seed": task.cfg.seed, "loss": loss}
+        | {"summaries": {name: row["cls"] for name, row in parts.manifest.items()}}
         | {"rollbacks": parts.rollbacks},
         statistics=parts.teachers.state_dict()
         | {f"{BALANCE}{k}": v for k, v in parts.balance.state_dict().items()}
@@ -174,6 +175,7 @@ def resume(task: job.Job, parts: Parts) -> int:
         facts, statistics = checkpoint.load(
             parts.engine, found, expected, content_of=contents(parts)
         )
+        refuse_other_summaries(str(found), facts.get("summaries", {}), parts.manifest)
         for prefix, part in ((BALANCE, parts.balance), (GUARD, parts.guard)):
             its = {k: statistics.pop(k) for k in list(statistics) if k.startswith(prefix)}
             part.load_state_dict({k.removeprefix(prefix): v for k, v in its.items()})
@@ -208,3 +210,22 @@ def extend(task: job.Job, parts: Parts, found: Path) -> dict[str, str]:
             "lr": optim.learning_rate(step + 1, here, images),
         }
     return theirs
+
+
+def refuse_other_summaries(
+    where: str, saved: dict[str, str], manifest: dict[str, dict[str, Any]]
+) -> None:
+    """ValueError if a checkpoint had another kind of summary of a teacher than `manifest` says.
+
+    One without kinds is of a version that knew two.
+    """
+    for name, row in manifest.items():
+        known = row["cls"] in ("token", "mean of patches")
+        theirs = saved.get(
+            name, row["cls"] if known else "its CLS token or the mean of its patches"
+        )
+        if theirs != row["cls"]:
+            raise ValueError(
+                f"checkpoint {where!r} was trained on another summary (CLS target) of teacher"
+                f" {name!r}: {theirs}, this run has {row['cls']}; start in a fresh --out"
+            )

@@ -6,10 +6,7 @@ memory; nothing is computed, so a ViT-g fits into a laptop.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
@@ -95,7 +92,7 @@ class Forward(NamedTuple):
 @cache
 def forward_of(row: config.Teacher, grid: int, images: int) -> Forward:
     """Trace a teacher; ValueError where it cannot be built."""
-    with quiet(), Unfilled():
+    with Unfilled():
         source = sources.outline(row, grid=grid)
     teacher = Teacher(row, source, grid=grid, device=torch.device("meta"))
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -327,15 +324,3 @@ def to_cpu(module: nn.Module) -> None:
 def drop_grad(parameter: nn.Parameter) -> None:
     """Free a gradient as soon as it is there."""
     parameter.grad = None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """open_clip warns of a model without weights, which is what is wanted."""
-    root = logging.getLogger()
-    before = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(before)

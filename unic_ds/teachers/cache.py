@@ -10,6 +10,7 @@ stopped goes on. The manifest says what the features are of; a run that differs 
 from __future__ import annotations
 
 import json
+import math
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from torch import Tensor
 from unic_ds import config, dist, files
 from unic_ds.files import replacing
 from unic_ds.printable import printable
-from unic_ds.teachers import weights
+from unic_ds.teachers import sources, weights
 from unic_ds.tokens import Tokens
 
 MANIFEST = "manifest.json"
@@ -229,6 +230,7 @@ class FeatureCache:
         try:
             for row in rows if dist.rank() == 0 else ():
                 theirs, ours = manifest["teachers"][row.name], own_facts(row)
+                ours |= sources.kind_of(row, math.isqrt(self.layout.tokens))
                 refuse_others(f"{str(self.folder)!r} ({row.name})", theirs, ours)
                 facts[row.name] = theirs | {k: ours[k] for k in weights.HASHES if k in ours}
             if dist.rank() == 0 and (path := self.layout.broken(facts)):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
@@ -15,27 +14,15 @@ from unic_ds import config
 from unic_ds.files import encodable
 from unic_ds.override import nearest
 from unic_ds.printable import printable
-from unic_ds.teachers import towers, weights
+from unic_ds.teachers import probe, towers, weights
+from unic_ds.teachers.probe import first_line
+from unic_ds.teachers.python_source import from_python
+from unic_ds.teachers.shapes import build, check_patch, stride_of, timm_outline, vit_size
+from unic_ds.teachers.towers import Source
 from unic_ds.tensor_files import Safetensors
 
-UNFIT = (
-    *(RuntimeError, AssertionError, ValueError, LookupError, TypeError, AttributeError),
-    *(ArithmeticError, MemoryError),
-)
-"""Errors of libraries that are given the weights of another model."""
 MOST_CLASSES = 1_000_000
 """Outputs of the largest classifier in a weight file: it is built before the weights are read."""
-
-
-class Source(NamedTuple):
-    """What a kind of source knows of a teacher: its tower and the preprocessing it wants."""
-
-    tower: Any  # an nn.Module with has_cls: normalised images -> Tokens
-    size: int  # side of the images in pixels
-    patch: int  # pixels a patch token covers; 0: the tower does not say
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    licence: str = ""
 
 
 def read(row: config.Teacher, grid: int) -> Source:
@@ -56,40 +43,93 @@ def fuse_attention() -> None:
 
 
 def outline(row: config.Teacher, *, grid: int) -> Source:
-    """A teacher without its weights, on meta: what there is to plan with. ValueError as `read`.
+    """A teacher without its weights, on meta, that gave tokens of two images. ValueError as `read`.
 
     A python: source is called as it is, weights and all.
     """
+    python = row.source.startswith("python:")
+    with torch.random.fork_rng(devices=[], enabled=python):  # a run draws as if this had not been
+        source = skeleton(row, grid)
+    preprocessing(row, source)
+    source.tower.to(probe.DTYPE[row.precision]).requires_grad_(False).eval()
+
+    def see(image_B3HW: torch.Tensor) -> Any:
+        return source.tower(image_B3HW.to(probe.DTYPE[row.precision]))
+
+    device = torch.device("cpu" if python else "meta")
+    probe.measure(row, source.size, see, device=device)
+    return source
+
+
+def skeleton(row: config.Teacher, grid: int) -> Source:
+    """A teacher without its weights, on meta, that nobody has run yet. ValueError as `read`."""
     fuse_attention()
     kind, _, rest = row.source.partition(":")
     if kind == "python":
-        return from_python(row, grid)
+        return BUILD[kind](row, grid)
+    if kind != "file":
+        weights.place(row)
     with torch.device("meta"):
         if kind == "open_clip":
             return clip_outline(row, grid, rest.partition("/")[0])
         arch = rest.rpartition("#arch=")[2]
-        if not timm.is_model(arch.split(".")[0]):
-            near = nearest(arch, timm.list_models())
-            raise ValueError(f"teachers.{row.name}.source: timm has no model {arch!r}{near}")
-        size, shape = timm_shape(row, grid, timm.create_model(arch, pretrained=False))
-        model: Any = timm.create_model(arch, pretrained=False, **shape)
-        model.reset_classifier(0)
+        check_arch(row, arch)
+        size, _, model = timm_outline(row, grid, arch)
+        behead(model)
         wants = timm.data.resolve_model_data_config(model)
         tower, patch = timm_tower(row, model)
     return Source(tower, size, patch, wants["mean"], wants["std"])
+
+
+def kind_of(row: config.Teacher, grid: int) -> dict[str, Any]:
+    """Facts of a teacher's tokens that its architecture decides: the side it is fed, its summary.
+
+    Empty if it cannot be built here.
+    """
+    if row.source.startswith("python:"):
+        return {}
+    try:
+        source = skeleton(row, grid)
+    except ValueError:
+        return {}
+    return {"size": source.size, "cls": source.tower.summary}
+
+
+def preprocessing(
+    row: config.Teacher, source: Source
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of a teacher's images: the row's, or its source's own.
+
+    ValueError for those of a scale of 0 to 255.
+    """
+    mean, std = row.mean or source.mean, row.std or source.std
+    for key, value, good in (
+        ("mean in [0, 1]", mean, all(0 <= m <= 1 for m in mean)),
+        ("std in (0, 1]", std, all(0 < s <= 1 for s in std)),
+    ):
+        key, _, bounds = key.partition(" in ")
+        if not good:
+            raise ValueError(
+                f"teachers.{row.name}.{key} must be in {bounds} (images are divided by 255 before),"
+                f" got {', '.join(map(str, value))}; set teachers.{row.name}.{key}"
+            )
+    return tuple(mean), tuple(std)
+
+
+def check_arch(row: config.Teacher, arch: str) -> None:
+    """ValueError unless timm has an architecture."""
+    if not timm.is_model(arch.split(".")[0]):
+        near = nearest(arch, timm.list_models())
+        raise ValueError(f"teachers.{row.name}.source: timm has no arch {arch!r}{near}")
 
 
 def clip_outline(row: config.Teacher, grid: int, arch: str) -> Source:
     """An open_clip tower without its weights."""
     import open_clip
 
-    found = open_clip.get_model_config(arch)
-    if found is None:
-        near = nearest(arch, open_clip.list_models())
-        raise ValueError(f"teachers.{row.name}.source: open_clip has no model {arch!r}{near}")
-    size = clip_size(row, grid, found["vision_cfg"])
-    model = open_clip.create_model(arch, force_image_size=size, device="meta")
-    return clip_source(row, size, model)
+    size = clip_size(row, grid, open_clip.get_model_config(arch)["vision_cfg"])
+    options = {"force_image_size": size, "device": "meta"}
+    return clip_source(row, size, build(row, open_clip.create_model, arch, **options))
 
 
 def from_timm(row: config.Teacher, grid: int) -> Source:
@@ -103,9 +143,7 @@ def from_file(row: config.Teacher, grid: int) -> Source:
     path = weights.locate(row)
     assert path is not None
     arch = row.source.rpartition("#arch=")[2]
-    if not timm.is_model(arch.split(".")[0]):
-        near = nearest(arch, timm.list_models())
-        raise ValueError(f"teachers.{row.name}.source: timm has no arch {arch!r}{near}")
+    check_arch(row, arch)
     classes = classes_of(row, path, arch)
     # The head is built as the file has it: timm is strict only where their classes agree.
     overlay = {
@@ -151,63 +189,38 @@ def timm_source(
     row: config.Teacher, grid: int, name: str, overlay: dict[str, Any], **options: Any
 ) -> Source:
     """A timm model with weights, built for the side that row, grid or its config asks for."""
-    with torch.device("meta"):
-        outline = timm.create_model(name, pretrained=False)
-    size, shape = timm_shape(row, grid, outline)
+    with torch.device("meta"):  # what fails after this is the weights' fault
+        size, shape, _ = timm_outline(row, grid, name)
     model: Any
     try:
         model = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=overlay, **shape, **options
         )
-    except UNFIT as exc:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as exc:  # timm's filters take foreign weights apart, and fail in any way
         raise ValueError(
             f"teacher {row.name!r}: its weights do not fit {name} ({first_line(exc)})"
         ) from exc
-    model.reset_classifier(0)
+    behead(model)
     wants = timm.data.resolve_model_data_config(model)
     tower, patch = timm_tower(row, model)
     licence = model.pretrained_cfg.get("license") or ""
     return Source(tower, size, patch, wants["mean"], wants["std"], licence)
 
 
-def is_vit(model: Any) -> bool:
-    """Whether a timm model keeps one sequence of patch tokens behind `num_prefix_tokens` others."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    return (
-        isinstance(patch, tuple)
-        and hasattr(model, "num_prefix_tokens")
-        and hasattr(model, "blocks")
-    )
-
-
-def timm_shape(row: config.Teacher, grid: int, outline: Any) -> tuple[int, dict[str, Any]]:
-    """(image side, constructor options that make the model take it)."""
-    if is_vit(outline):
-        patch = row.patch or outline.patch_embed.patch_size[0]
-        size = vit_size(row, grid, patch)
-        return size, {"img_size": size} | ({"patch_size": patch} if row.patch else {})
-    if row.patch:
-        raise ValueError(f"teachers.{row.name}.patch must be 0: {type(outline).__name__} is no ViT")
-    size = row.size or outline.pretrained_cfg["input_size"][-1]
-    return size, {"img_size": size} if outline.pretrained_cfg.get("fixed_input_size") else {}
-
-
-def vit_size(row: config.Teacher, grid: int, patch: int) -> int:
-    """The image side of a ViT: the row's, or what makes the grids agree (method: section 1)."""
-    size = row.size or grid * patch
-    if size % patch:
-        raise ValueError(
-            f"teachers.{row.name}.size must be a multiple of its patch {patch}, got {size}"
-        )
-    return size
+def behead(model: Any) -> None:
+    """Remove a timm model's classifier; vision encoders of language models have none."""
+    if hasattr(model, "reset_classifier"):
+        model.reset_classifier(0)
 
 
 def timm_tower(row: config.Teacher, model: Any) -> tuple[nn.Module, int]:
     """(tower, pixels a patch token covers) of a timm model; 0 pixels where it gives a map."""
-    if is_vit(model):
-        block = block_of(row, len(model.blocks))
-        return towers.TimmViT(model, block), model.patch_embed.patch_size[0]
-    return towers.TimmMap(model, block_of(row, len(model.feature_info))), 0
+    stride = stride_of(model)
+    if stride:
+        return towers.TimmViT(model, block_of(row, len(model.blocks))), stride
+    return towers.TimmMap(model, block_of(row, len(getattr(model, "feature_info", ())))), 0
 
 
 def block_of(row: config.Teacher, count: int) -> int:
@@ -230,14 +243,17 @@ def from_clip(row: config.Teacher, grid: int) -> Source:
 
     weights.check(row)
     arch, _, tag = row.source.removeprefix("open_clip:").partition("/")
-    size = clip_size(row, grid, open_clip.get_model_config(arch)["vision_cfg"])
+    with torch.device("meta"):
+        outline = clip_outline(row, grid, arch)  # what fails below is then the weights' fault
     try:
-        model = open_clip.create_model(arch, pretrained=tag, force_image_size=size)
-    except UNFIT as exc:
+        model = open_clip.create_model(arch, pretrained=tag, force_image_size=outline.size)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as exc:
         raise ValueError(
             f"teacher {row.name!r}: its weights do not fit {arch} ({first_line(exc)})"
         ) from exc
-    return clip_source(row, size, model)
+    return clip_source(row, outline.size, model)
 
 
 def clip_source(row: config.Teacher, size: int, model: Any) -> Source:
@@ -265,75 +281,27 @@ def clip_size(row: config.Teacher, grid: int, vision: dict[str, Any]) -> int:
     name = vision.get("timm_model_name")
     if name:
         with torch.device("meta"):
-            outline: Any = timm.create_model(name, pretrained=False)
-        patch = outline.patch_embed.patch_size[0] if is_vit(outline) else 0
+            patch = stride_of(build(row, timm.create_model, name))
     elif isinstance(vision["layers"], list):  # ModifiedResNet
         patch = 0
-    if row.patch not in (0, patch):
-        raise ValueError(
-            f"teachers.{row.name}.patch must be 0 or the tower's own {patch}, got {row.patch}"
-        )
+        if row.size not in (0, vision["image_size"]):
+            raise ValueError(
+                f"teachers.{row.name}.size must be 0 or the tower's own {vision['image_size']}, got"
+                f" {row.size}: its attention pool has positions for that side alone"
+            )
+    check_patch(row, patch, "this tower")
     return vit_size(row, grid, patch) if patch else row.size or vision["image_size"]
 
 
-def from_python(row: config.Teacher, grid: int) -> Source:
-    """`python:MODULE:FUNCTION`: the module that the user's function makes.
-
-    Its forward maps normalised images [B, 3, size, size] to Tokens. Its attributes image_size,
-    patch_size, mean and std count where the row leaves them open; an image_size goes before the
-    grid's, since a user's module may take no other.
-    """
-    block_of(row, 0)  # a python: source returns its own tokens
-    model = call_python(row)
-    patch = row.patch or side(model, "patch_size")
-    size = row.size or side(model, "image_size") or grid * patch
-    mean = row.mean or tuple(getattr(model, "mean", ()))
-    std = row.std or tuple(getattr(model, "std", ()))
-    for key, value in {"size": size, "mean": mean, "std": std}.items():
-        if not value:
-            raise ValueError(
-                f"teacher {row.name!r} ({row.source}) does not say its {key}; "
-                f"set teachers.{row.name}.{key}"
-            )
-    return Source(
-        towers.PythonTower(model), size, patch, mean, std, str(getattr(model, "licence", ""))
-    )
-
-
-def side(model: nn.Module, key: str) -> int:
-    """An attribute that is a side in pixels, or a pair of them; 0 where there is none."""
-    value: Any = getattr(model, key, 0)
-    return int(value[0] if isinstance(value, (tuple, list)) else value)
-
-
-def call_python(row: config.Teacher) -> nn.Module:
-    """What the function of a `python:` source returns; ValueError where there is none."""
-    where, _, name = row.source.removeprefix("python:").partition(":")
-    try:
-        make: Callable[[], Any] | None = getattr(importlib.import_module(where), name, None)
-    except ImportError as exc:
-        raise ValueError(
-            f"teacher {row.name!r}: cannot import {where!r} ({exc}); put its folder on PYTHONPATH"
-        ) from exc
-    if not callable(make):
-        raise ValueError(f"teacher {row.name!r}: module {where!r} has no function {name!r}")
-    model = make()
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"teacher {row.name!r}: {where}:{name} must return a torch module, "
-            f"got {type(model).__name__}"
-        )
-    return model
-
-
-def first_line(exc: Exception) -> str:
-    """The start of an error's text; a strict load can name hundreds of keys."""
-    return printable(" ".join(str(exc).split()), 300) or type(exc).__name__
+def own_tokens(row: config.Teacher, grid: int) -> Source:
+    """A python: source, which returns its own tokens: there is no block to choose."""
+    block_of(row, 0)
+    return from_python(row, grid)
 
 
 BUILD: dict[str, Callable[[config.Teacher, int], Source]] = {
     "timm": from_timm,
     "file": from_file,
     "open_clip": from_clip,
-    "python": from_python,
+    "python": own_tokens,
 }

@@ -9,21 +9,18 @@ from torch import Tensor, nn
 
 from unic_ds import config, dist
 from unic_ds.printable import printable
-from unic_ds.teachers import precision, sources, weights
+from unic_ds.teachers import precision, probe, sources, weights
+from unic_ds.teachers.towers import TOKEN
 from unic_ds.tokens import Normalise, Tokens, to_grid
 
-DTYPE = {
-    "fp32": torch.float32,
-    **dict.fromkeys(("bf16", "int8", "fp8", "int8_dynamic", "fp8_dynamic"), torch.bfloat16),
-}
-"""What a teacher computes in by its precision."""
+DTYPE = probe.DTYPE
 
 
 class Teacher(nn.Module):
     """A frozen model that turns uint8 images of side `size` into raw Tokens on the student's grid.
 
-    The tower is probed once with a black image, which sets `width` and `own_grid`; ValueError where
-    it does not give tokens on a square grid. A quantised one's `fidelity` to itself in bf16 is
+    The tower is probed with black images, which sets `width` and `own_grid`; ValueError where it
+    does not give tokens on a square grid. A quantised one's `fidelity` to itself in bf16 is
     measured on the images of `sample`, if given. One that is not replicated is built, and called,
     by all ranks together.
     """
@@ -40,8 +37,8 @@ class Teacher(nn.Module):
         super().__init__()
         precision.check_device(row, device)
         self.row, self.name, self.licence = row, row.name, printable(source.licence)
-        self.size, self.grid, self.has_cls = source.size, grid, bool(source.tower.has_cls)
-        self.mean, self.std = row.mean or source.mean, row.std or source.std
+        self.size, self.grid, self.summary = source.size, grid, str(source.tower.summary)
+        self.mean, self.std = sources.preprocessing(row, source)
         self.dtype = DTYPE[row.precision]
         layout = torch.channels_last if row.channels_last else torch.contiguous_format
         self.layout = layout
@@ -58,9 +55,14 @@ class Teacher(nn.Module):
         if row.placement != "replicate":
             offload = row.placement == "offload"
             dist.spread(self.tower, self.tower.blocks(), offload=offload)
-        self.width, self.own_grid = self.probe(device)
+        self.width, self.own_grid = probe.measure(row, self.size, self.on_own_grid, device=device)
         self.fidelity = self.quantise(device, sample) if row.quantised else {}
         self.patch = source.patch or self.size // self.own_grid
+
+    @property
+    def has_cls(self) -> bool:
+        """True if its summary is a CLS token."""
+        return self.summary == TOKEN
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in evaluation mode, whatever is asked."""
@@ -92,27 +94,6 @@ class Teacher(nn.Module):
         precision.quantise(self.row, self.tower, blocks)
         return precision.agreement(self(image_B3HW), exact) if exact else {}
 
-    @torch.no_grad()
-    def probe(self, device: torch.device) -> tuple[int, int]:
-        """(width, side of the tower's own grid), found with one image."""
-        black_B3HW = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device)
-        try:
-            cls_BC, patch_BNC = self.on_own_grid(black_B3HW)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as exc:  # foreign code may fail in any way; say whose it is
-            why = sources.first_line(exc)
-            raise ValueError(
-                f"teacher {self.name!r} fails on an image of {self.size} px: {why}"
-            ) from exc
-        side = round(patch_BNC.shape[1] ** 0.5) if patch_BNC.ndim == 3 else 0
-        if patch_BNC.shape != (1, side * side, cls_BC.shape[-1]) or cls_BC.ndim != 2:
-            got = f"cls {tuple(cls_BC.shape)} and patch {tuple(patch_BNC.shape)}"
-            raise ValueError(
-                f"teacher {self.name!r} gives {got}; it must be [B, C] and [B, N, C], N a square"
-            )
-        return patch_BNC.shape[2], side
-
     def facts(self) -> dict[str, Any]:
         """Facts that identify the teacher, as plain values; hashes its weight file."""
         path = weights.locate(self.row)
@@ -126,7 +107,7 @@ class Teacher(nn.Module):
             "std": list(self.std),
             "block": self.row.block,
             "tokens": self.own_grid**2,
-            "cls": "token" if self.has_cls else "mean of patches",
+            "cls": self.summary,
             "width": self.width,
             "grid": self.grid,
             "precision": self.row.precision,

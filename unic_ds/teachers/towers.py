@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from timm.layers import AttentionPool2d, RotAttentionPool2d
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from unic_ds.tokens import Tokens, from_map, split_prefix
+from unic_ds.tokens import KINDS, Tokens, from_map, split_prefix
+
+TOKEN, MEAN = "token", "mean of patches"
+POOL, NORMED_MEAN = "attention pool", "mean of patches, normed"
+"""Kinds of a tower's summary, which stands in the place of CLS."""
+
+
+class NotTokens(ValueError):
+    """A module's output that is no pair of tokens; its text goes on from the teacher's name."""
 
 
 class Tower(nn.Module):
     """What all towers say of themselves."""
 
-    has_cls = False
+    summary = MEAN
 
     def blocks(self) -> list[nn.Module]:
         """The modules that repeat, in order: most of the weights, used one after another.
@@ -37,8 +47,23 @@ LISTS = ("blocks", "resblocks", "stages", "layers")
 """What timm, open_clip and most others call the lists that hold a tower's blocks."""
 
 
+class Source(NamedTuple):
+    """What a kind of source knows of a teacher: its tower and the preprocessing it wants."""
+
+    tower: Any  # a Tower: normalised images -> Tokens
+    size: int  # side of the images in pixels
+    patch: int  # pixels a patch token covers; 0: the tower does not say
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    licence: str = ""
+
+
 class TimmViT(Tower):
     """A timm ViT: its output tokens, or those after `block` without the final norm.
+
+    The output's summary is the attention pool's, if there is one (SigLIP, PE): the embedding that
+    its text tower knows, before a projection. Tokens after a block have no such pool: their summary
+    is the CLS token or the mean of the patches.
 
     Unnormed, because the final norm is fitted to the last block and the targets are standardised
     anyway; on the demonstration's ViT the two differ by less than 0.01 in kNN, within the noise.
@@ -46,7 +71,9 @@ class TimmViT(Tower):
 
     def __init__(self, model: Any, block: int):
         super().__init__()
-        self.has_cls = model.num_prefix_tokens > 0 and getattr(model, "cls_token", None) is not None
+        self.has_cls = model.num_prefix_tokens > 0 and cls_token_of(model) is not None
+        self.pools = block < 0 and getattr(model, "attn_pool", None) is not None
+        self.summary = POOL if self.pools else TOKEN if self.has_cls else MEAN
         self.block = block
         if block >= 0:
             model.prune_intermediate_layers([block], prune_norm=True, prune_head=True)
@@ -55,9 +82,11 @@ class TimmViT(Tower):
     def forward(self, image_B3HW: Tensor) -> Tokens:
         prefix = self.model.num_prefix_tokens
         if self.block < 0:
-            return split_prefix(
-                self.model.forward_features(image_B3HW), prefix, has_cls=self.has_cls
-            )
+            tokens_BNC = self.model.forward_features(image_B3HW)
+            if self.pools:
+                cls_BC = self.model.forward_head(tokens_BNC, pre_logits=True)
+                return Tokens(cls_BC, tokens_BNC[:, prefix:])
+            return split_prefix(tokens_BNC, prefix, has_cls=self.has_cls)
         (after,) = self.model.forward_intermediates(
             image_B3HW,
             indices=[self.block],
@@ -69,13 +98,24 @@ class TimmViT(Tower):
         return split_prefix(tokens_BNC, prefix, has_cls=self.has_cls)
 
 
+def cls_token_of(model: Any) -> Any:
+    """The CLS token of a timm ViT, which NaFlexViT keeps in its embedding; None without one."""
+    return getattr(getattr(model, "embeds", model), "cls_token", None)
+
+
 class TimmMap(Tower):
-    """A timm model whose features are a map (CNNs, Swin): the last, or that of stage `block`."""
+    """A timm model whose features are a map (CNNs, Swin): the last, or that of stage `block`.
+
+    The last one's summary is the attention pool's, if there is one (CLIP's ResNets).
+    """
 
     def __init__(self, model: Any, block: int):
         super().__init__()
         self.block = block
         self.channels_last = getattr(model, "output_fmt", None) == "NHWC"
+        head = getattr(model, "head", None)
+        self.pools = block < 0 and isinstance(head, (AttentionPool2d, RotAttentionPool2d))
+        self.summary = POOL if self.pools else MEAN
         self.model = model
 
     def forward(self, image_B3HW: Tensor) -> Tokens:
@@ -85,33 +125,47 @@ class TimmMap(Tower):
             )
             return from_map(map_BCHW)
         features = self.model.forward_features(image_B3HW)
-        if not isinstance(features, Tensor) or features.ndim != 4:
-            shape = (
-                tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        shape = tuple(features.shape) if isinstance(features, Tensor) else ()
+        sides = shape[1:3] if self.channels_last else shape[2:4]
+        if len(shape) != 4 or sides[0] != sides[1]:
+            raise NotTokens(
+                f"is a {type(self.model).__name__}, whose features are"
+                f" {shape or type(features).__name__}: neither ViT tokens nor a square map"
             )
-            raise ValueError(
-                f"features of {type(self.model).__name__} are {shape}, neither ViT tokens nor a map"
-            )
-        return from_map(features.permute(0, 3, 1, 2) if self.channels_last else features)
+        tokens = from_map(features.permute(0, 3, 1, 2) if self.channels_last else features)
+        if not self.pools:
+            return tokens
+        return tokens._replace(cls_BC=self.model.forward_head(features, pre_logits=True))
 
 
 class ClipViT(Tower):
-    """open_clip's own ViT: tokens after `ln_post` and before the projection to the text space."""
+    """open_clip's own ViT: tokens after `ln_post` and before the projection to the text space.
 
-    has_cls = True
+    The summary is what that projection reads: the CLS token, the mean of the patches (CLIPA) or an
+    attention pool's (CoCa). Such a pool may be narrower than the patches, whose width its summary
+    is given by zeros: a tower has one width. It norms the patches as they enter it, and so are they
+    here. After `block` the summary is the CLS token.
+    """
 
     def __init__(self, visual: Any, block: int):
         super().__init__()
-        if visual.attn_pool is not None:
+        self.summary = TOKEN
+        if block < 0 and visual.attn_pool is not None:
+            self.summary = POOL
+        elif block < 0 and visual.pool_type == "avg":
+            self.summary = NORMED_MEAN
+        self.block, self.width = block, visual.transformer.width
+        if self.summary == POOL and visual.output_dim > self.width:
             raise ValueError(
-                "open_clip towers that pool by attention (CoCa) have no tokens after ln_post"
+                f"the attention pool of this open_clip tower is {visual.output_dim} wide, its"
+                f" patches {self.width}: a summary may not be wider than the patches"
             )
-        self.block = block
         # MultiheadAttention's own shortcut writes out its attention matrix on a CPU, and FLOP
         # counters do not know it; without, it is scaled_dot_product_attention.
         torch.backends.mha.set_fastpath_enabled(False)
         if block >= 0:
             visual.prune_intermediate_layers([block])
+            visual.attn_pool = None
         visual.proj = None
         self.visual = visual
 
@@ -119,31 +173,66 @@ class ClipViT(Tower):
         found = self.visual.forward_intermediates(
             image_B3HW,
             indices=[self.block] if self.block >= 0 else 1,
-            normalize_intermediates=self.block < 0,
-            intermediates_only=True,
+            normalize_intermediates=self.block < 0 and self.summary != POOL,
+            intermediates_only=self.summary == TOKEN,
             output_fmt="NLC",
             output_extra_tokens=True,
         )
-        return Tokens(found["image_intermediates_prefix"][0][:, 0], found["image_intermediates"][0])
+        patch_BNC = found["image_intermediates"][0]
+        if self.summary == TOKEN:
+            return Tokens(found["image_intermediates_prefix"][0][:, 0], patch_BNC)
+        cls_BC = found["image_features"]
+        if self.summary == POOL:
+            patch_BNC = self.visual.attn_pool.ln_k(patch_BNC)
+            cls_BC = F.pad(cls_BC, (0, self.width - cls_BC.shape[-1]))
+        return Tokens(cls_BC, patch_BNC)
 
 
 class ClipMap(Tower):
-    """open_clip's ModifiedResNet: the last stage's map, before attention pooling."""
+    """open_clip's ModifiedResNet: the last stage's map, and its attention pool's summary.
+
+    The pool is without its output projection, which is the one to the text space.
+    """
+
+    summary = POOL
 
     def __init__(self, visual: Any):
         super().__init__()
+        self.pool = attention_pool(visual.attnpool)
         visual.attnpool = nn.Identity()
         self.visual = visual
 
     def forward(self, image_B3HW: Tensor) -> Tokens:
         found = self.visual.forward_intermediates(image_B3HW, indices=1, intermediates_only=True)
-        return from_map(found["image_intermediates"][0])
+        map_BCHW = found["image_intermediates"][0]
+        return from_map(map_BCHW)._replace(cls_BC=self.pool(map_BCHW))
+
+
+def attention_pool(theirs: Any) -> nn.Module:
+    """timm's form of open_clip's AttentionPool2d, with its weights but for the output's."""
+    positions_NC = theirs.positional_embedding
+    side = round((len(positions_NC) - 1) ** 0.5)
+    pool = AttentionPool2d(
+        positions_NC.shape[1],
+        out_features=0,
+        feat_size=side,
+        num_heads=theirs.num_heads,
+        qkv_separate=True,
+        device=positions_NC.device,
+    )
+    state = {
+        f"{key[0]}.{part}": value
+        for key in ("q_proj", "k_proj", "v_proj")
+        for part, value in getattr(theirs, key).state_dict().items()
+    }
+    pool.load_state_dict(state | {"pos_embed": positions_NC.data})
+    return pool
 
 
 class PythonTower(Tower):
-    """A user's module: its (cls [B, C], patch [B, N, C]) as Tokens."""
+    """A user's module: its (cls [B, C], patch [B, N, C]) as Tokens; NotTokens for what is not."""
 
-    has_cls = True
+    summary = TOKEN
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -152,5 +241,14 @@ class PythonTower(Tower):
     def forward(self, image_B3HW: Tensor) -> Tokens:
         found = self.model(image_B3HW)
         if not isinstance(found, (tuple, list)) or len(found) != 2:
-            raise ValueError(f"forward must return Tokens(cls, patch), got {type(found).__name__}")
-        return Tokens(*found)
+            what = type(found).__name__
+            if isinstance(found, (tuple, list)):
+                what += f" of {len(found)}"
+            raise NotTokens(f"must return Tokens(cls, patch) from its forward, got {what}")
+        tokens = Tokens(*found)
+        if tokens.cls_BC is None:
+            raise NotTokens("gives no CLS token: return the mean of the patches")
+        for kind, x in zip(KINDS, tokens, strict=True):
+            if not isinstance(x, Tensor):
+                raise NotTokens(f"gives {kind} as {type(x).__name__}; it must be a torch tensor")
+        return tokens

@@ -1,0 +1,93 @@
+"""A forward of two black images tells a teacher's width and grid, or why it cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from unic_ds import config
+from unic_ds.printable import printable
+from unic_ds.teachers.towers import NotTokens
+from unic_ds.tokens import KINDS, Tokens
+
+DTYPE = {
+    "fp32": torch.float32,
+    **dict.fromkeys(("bf16", "int8", "fp8", "int8_dynamic", "fp8_dynamic"), torch.bfloat16),
+}
+"""The type that a teacher computes in, by its precision."""
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+PLAIN = (RuntimeError, ValueError, AssertionError)
+"""Exceptions whose text says enough without their type."""
+
+
+@torch.no_grad()
+def measure(
+    row: config.Teacher, size: int, see: Callable[[Tensor], Tokens], *, device: torch.device
+) -> tuple[int, int]:
+    """(width, side of the own grid) of a teacher; `see` maps uint8 images to its tokens.
+
+    ValueError, naming the teacher, unless two images give tokens [2, C] and [2, N, C], N a square.
+    A python: teacher must give one image the same tokens' shape, too.
+    """
+    counts = (2, 1) if row.source.startswith("python:") else (2,)
+    found = [shape_of(row, size, see, count, device) for count in counts]
+    if len(set(found)) > 1:
+        (width, side), (width1, side1) = found
+        raise ValueError(
+            f"teacher {row.name!r} gives {side**2} tokens of width {width} for each of two images"
+            f" but {side1**2} of width {width1} for one alone; they must not depend on the batch"
+        )
+    return found[0]
+
+
+def shape_of(
+    row: config.Teacher,
+    size: int,
+    see: Callable[[Tensor], Tokens],
+    count: int,
+    device: torch.device,
+) -> tuple[int, int]:
+    """(width, side of the own grid) of the tokens of `count` images; ValueError as `measure`."""
+    try:
+        black_B3HW = torch.zeros(count, 3, size, size, dtype=torch.uint8, device=device)
+        tokens = see(black_B3HW)
+        check_kind(tokens, black_B3HW.device)
+    except torch.OutOfMemoryError:
+        raise
+    except NotTokens as error:
+        raise ValueError(f"teacher {row.name!r} {error}") from None
+    except Exception as exc:  # foreign code may fail in any way; say whose it is
+        images = "an image" if count == 1 else f"a batch of {count} images"
+        raise ValueError(
+            f"teacher {row.name!r} fails on {images} of {size} px: {first_line(exc)}"
+        ) from exc
+    cls_BC, patch_BNC = tokens
+    side = round(patch_BNC.shape[1] ** 0.5) if patch_BNC.ndim == 3 else 0
+    if cls_BC.ndim != 2 or not side or patch_BNC.shape != (count, side**2, cls_BC.shape[-1]):
+        got = f"cls {tuple(cls_BC.shape)} and patch {tuple(patch_BNC.shape)}"
+        raise ValueError(
+            f"teacher {row.name!r} gives {got} for {count} images; it must be [B, C] and"
+            " [B, N, C], N a square"
+        )
+    return patch_BNC.shape[2], side
+
+
+def check_kind(tokens: Tokens, device: torch.device) -> None:
+    """NotTokens unless both are dense floating tensors without gradient on `device`."""
+    for kind, x in zip(KINDS, tokens, strict=True):
+        if x.dtype not in FLOATS or x.layout != torch.strided or x.is_nested:
+            what = f"{x.dtype}, {x.layout}".replace("torch.", "")
+            raise NotTokens(f"gives {kind} as {what}; it must be a dense tensor of floats")
+        if x.device != device:
+            raise NotTokens(f"gives {kind} on {x.device} for images on {device}; move it there")
+        if x.requires_grad:
+            raise NotTokens(f"gives {kind} that requires grad; detach it: teachers are frozen")
+
+
+def first_line(exc: Exception) -> str:
+    """The start of an error's text; a strict load can name hundreds of keys."""
+    text = printable(" ".join(str(exc).split()), 300)
+    kind = type(exc).__name__
+    return (text if isinstance(exc, PLAIN) and text else f"{kind}: {text}").removesuffix(": ")
