@@ -84,6 +84,21 @@ def test_headers_that_lie_cost_a_sentence(harm, said, tmp_path):
     assert not list(tmp_path.glob("*.npz"))
 
 
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        (b"", "it is empty"),
+        (b"\x1f\x8b" + bytes(600), "it is compressed by gzip; unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull fetches the file"),
+        (b"<html>", "it does not begin with a tar header"),
+    ],
+)
+def test_what_is_no_tar_is_told(data, said, tmp_path):
+    (tmp_path / "s.tar").write_bytes(data)
+    with pytest.raises(ValueError, match=said):
+        scan(tmp_path)
+
+
 def test_pipes_are_no_files(tmp_path):
     names = ("s.tar", "classes.txt", INDEX)
     for name in names:

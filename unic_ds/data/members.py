@@ -7,6 +7,7 @@ which is their key. A member's name is only a name: nothing is ever unpacked.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +31,7 @@ HIDDEN = "hidden files (a part of the name begins with a dot, or is __MACOSX)"
 LINKED = "links, which have no data of their own"
 NO_FILE = "devices and pipes"
 OTHER = "members that are no images and no .cls"
+MAYBE_HIDDEN = re.compile(r"(^|/)(\.|__MACOSX)")
 ENDING = "shards "
 """A note about a shard as a whole begins so."""
 ENDINGS = 6
@@ -154,7 +156,11 @@ class _Grouping:
         reason = ""
         if "\0" in header.name:
             reason = NUL
-        elif not self._hidden and any(map(is_hidden, header.name.split("/"))):
+        elif (
+            not self._hidden
+            and MAYBE_HIDDEN.search(header.name)
+            and any(map(is_hidden, header.name.split("/")))
+        ):
             reason = HIDDEN
         elif header.kind in LINKS:
             reason = LINKED

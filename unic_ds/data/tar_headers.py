@@ -87,9 +87,9 @@ class Archive:
         if not block.strip(b"\0"):
             self.ending = self._tail(at) if block else "without an end mark, cut off perhaps"
             return None
-        if len(block) < BLOCK:
+        if len(block) < BLOCK and at:
             raise DamagedTar(f"it ends inside the header at byte {at}")
-        if not _sound(block):
+        if len(block) < BLOCK or not _sound(block):
             raise DamagedTar(_magic(block) if not at else f"no header at byte {at}")
         return block
 
@@ -121,9 +121,10 @@ class Archive:
 def _sound(block: bytes) -> bool:
     """Compare a header with its checksum, of unsigned or (old programs) of signed bytes."""
     found = _number(block[148:156])
-    rest = block[:148] + block[156:]
-    total = sum(rest) + 8 * ord(" ")
-    return found == total or found == total - 256 * sum(byte > 127 for byte in rest)
+    total = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+    if found == total:
+        return True
+    return found == total - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
 
 
 def _number(field: bytes) -> int | None:
