@@ -41,6 +41,12 @@ def test_values_follow_the_annotation_not_their_looks():
         ("data.augment", "strong", "one of unic, weak, none"),
         ("drop.rate", "1.5", r"drop.rate must be in \[0, 1\], got 1.5"),
         ("ladder.rungs", "a,b", "ladder.rungs must be all, half, middle, last"),
+        ("student.mean", "123.675,116.28,103.53", r"student.mean must be in \[0, 1\] .*by 255"),
+        ("student.std", "0.2,0,0.2", r"student.std must be in \(0, 1\]"),
+        ("student.mean", "0.5,0.5", "student.mean must be three numbers"),
+        ("student.size", "1000000", "student.size must be from 1 to 16384, got 1000000"),
+        ("student.registers", "100000", "student.registers must be from -1 to 4096"),
+        ("ladder.width", "10000000", "ladder.width must be from 0 to 1000000"),
         ("teachers", "resnet50", "must be timm:, open_clip:, file: or python:"),
         ("teachers", "timm:a,timm:a", "must be different"),
         ("teachers", "file:x.safetensors", "#arch="),
@@ -50,6 +56,23 @@ def test_values_follow_the_annotation_not_their_looks():
 def test_what_cannot_be_is_one_sentence(path, text, sentence):
     with pytest.raises(ValueError, match=sentence):
         override_all(Config(), {path: text})
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "sentence"),
+    [
+        ("mean", "123.675,116.28,103.53", r"teachers.a.mean must be in \[0, 1\] .*divided by 255"),
+        ("mean", "-0.1,0.5,0.5", r"teachers.a.mean must be in \[0, 1\]"),
+        ("std", "58.395,57.12,57.375", r"teachers.a.std must be in \(0, 1\] .*divided by 255"),
+        ("std", "0,1,1", r"teachers.a.std must be in \(0, 1\]"),
+        ("size", "99999", "teachers.a.size must be from 0 to 16384"),
+        ("patch", "99999", "teachers.a.patch must be from 0 to 1024"),
+        ("micro", "-1", "teachers.a.micro must be from 0 to 1000000"),
+    ],
+)
+def test_a_teacher_s_row_has_bounds(key, text, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        override_all(Config(), {"teachers": "a=timm:x", f"teachers.a.{key}": text})
 
 
 def test_teachers_by_name_and_their_overrides():

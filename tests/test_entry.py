@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import pictures
 import pytest
 
 from unic_ds import cli, entry
@@ -200,9 +201,10 @@ def test_unknown_verbs_are_named():
 
 def test_a_command_can_be_checked_without_training(tmp_path, capsys):
     """By `unic-ds check`, for another number of ranks than this process has."""
-    (tmp_path / "images" / "a").mkdir(parents=True)
+    images = pictures.folder(tmp_path / "images", 2)
     told = ["check", "--ds_config", ZERO2, "--recipe", "unic_l", "--out", str(tmp_path / "run")]
-    told += ["--data.train", str(tmp_path / "images"), "--optim.batch_size", "96"]
+    told += ["--data.train", str(images), "--optim.batch_size", "96"]
+    told += ["--teachers", "t=python:small_teacher:narrow"]
     assert entry.run(cli.verb, [*told, "--ranks", "32"]) == 0
     assert "can be trained by 32 ranks" in capsys.readouterr().out
     for ranks, sentence in (("64", "is not a multiple of 64 ranks"), ("0", "must be positive")):

@@ -27,6 +27,7 @@ FLOORS = (
     {"reshard", "extension"},
     {"checkpoint", "job", "initial", "tracing", "events"},
     {"export", "plan", "parts", "rollback", "heartbeat"},
+    {"acceptance"},
     {"finish", "published", "planner", "folder"},
     {"train"},
     {"precompute", "doctor", "autopsy"},

@@ -9,6 +9,7 @@ import timm
 import torch
 
 from unic_ds import config
+from unic_ds.export import export
 from unic_ds.ladder import Head, Ladder, rung_blocks
 from unic_ds.ops import KERNELS
 from unic_ds.student import Student, build_encoder
@@ -160,7 +161,8 @@ def test_large_and_giant_with_registers_or_none(model, registers, have, width, d
     ("cfg", "sentence"),
     [
         (config.Student(model="vit_tinny_patch16_224"), "did you mean vit_tiny_patch16_224"),
-        (config.Student(model="resnet18"), "not a plain ViT|resnet18"),
+        (config.Student(model="vit_tiny_patch16_224.none"), "Invalid pretrained tag"),
+        (config.Student(model="resnet18", registers=4), "'resnet18' is not a plain ViT"),
         (config.Student(model="vit_tiny_patch16_224", size=100), "not a multiple of"),
         (config.Student(model="vit_small_patch16_dinov3", registers=8), "registers 8 cannot be"),
         (config.Student(model="beit_base_patch16_224", registers=0), "registers 0 cannot be"),
@@ -170,6 +172,45 @@ def test_large_and_giant_with_registers_or_none(model, registers, have, width, d
 def test_a_student_that_cannot_be_is_refused(cfg, sentence):
     with pytest.raises(ValueError, match=sentence):
         Student(cfg, config.Ladder(), HEADS, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "projector"),
+    [
+        ("vit_pwee_patch16_reg1_gap_256", 32, "transformer"),  # parallel blocks, no CLS
+        ("deit_tiny_distilled_patch16_224", 32, "mlp"),  # two tokens before the patches
+        ("vit_tiny_r_s16_p8_224", 64, "mlp"),  # patches of a small ResNet
+    ],
+)
+def test_a_family_that_is_taken_trains_and_is_exported(model, size, projector, tmp_path):
+    cfg = config.Student(model=model, size=size, drop_path=0.1)
+    ladder = config.Ladder(rungs="last", projector=projector)
+    student = Student(cfg, ladder, HEADS, seed=0).train()
+    image = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    pred = student(image, torch.ones(2, len(student.paths)))
+    sum(value.square().sum() for tokens in pred.values() for value in tokens).backward()
+    trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    assert [n for n, p in trained.items() if p.grad is None] == []
+    state = {n: p.detach() for n, p in student.encoder.named_parameters()}
+    export(state, config.Config(student=cfg), image, tmp_path / "student")
+    assert (tmp_path / "student" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *("vit_relpos_small_patch16_224", "vitamin_small_224", "naflexvit_base_patch16_gap"),
+        *("cait_xxs24_224", "tnt_s_legacy_patch16_224", "convit_tiny", "qwen3_vit_88m_enc"),
+        *("swin_tiny_patch4_window7_224", "xcit_nano_12_p16_224", "levit_128s", "pit_ti_224"),
+        *("hiera_tiny_224", "crossvit_tiny_240", "samvit_base_patch16", "mixer_s16_224"),
+        "vit_small_resnet26d_224",  # an export would lack its BatchNorms' means
+    ],
+)
+def test_a_family_that_is_no_plain_vit_is_refused(model):
+    with pytest.raises(
+        ValueError, match=f"{model!r} is not a plain ViT; choose one of timm's vit_"
+    ):
+        build_encoder(config.Student(model=model, size=32))
 
 
 def test_a_teacher_named_like_a_part_of_torch_is_refused():

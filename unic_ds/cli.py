@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -20,8 +21,8 @@ unic-ds VERB [--option value ...]
 
   train             train in one process: --ds_config F [--recipe R]; many ranks: deepspeed
   unic_ds/train.py
-  check             whether a training command would be refused, without training: train's options
-  and --ranks N
+  check             whether a training command would be refused in its first minute, without
+  training, in about 10 s: train's options and --ranks N
   teachers check    run an image through each teacher: tokens, widths, grid, preprocessing, licence,
   SHA-256
                     --precision int8|fp8|int8_dynamic|fp8_dynamic: how near their tokens stay to
@@ -90,6 +91,11 @@ def check_command(options: dict[str, str]) -> int:
     ranks = int(coerce(int, take(options, "ranks").get("ranks", "1"), "--ranks"))
     check(ranks > 0, "--ranks", "positive", ranks)
     task = job.resolve(options, ranks=ranks)
+    if not task.finished:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # as for the trainer: nothing is downloaded
+        from unic_ds import acceptance
+
+        acceptance.accept(train.waiting(task))
     stands = "is finished" if task.finished else f"can be trained by {ranks} ranks"
     print(f"{task.cfg.recipe} in {task.out} {stands}")
     return 0

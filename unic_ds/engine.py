@@ -37,6 +37,8 @@ def create(make: Callable[[], Module], settings: dict[str, Any]) -> Module:
 
     class Birth(init):
         def _post_init_method(self, module: nn.Module) -> None:
+            if any(p.is_meta for p in module.parameters(recurse=False)):
+                return  # an outline, not the student
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(self.dtype)
             super()._post_init_method(module)

@@ -35,7 +35,7 @@ def read_limited(path: Path | str, limit: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise OSError(errno.EFBIG, f"has {size} bytes, more than {limit}", os.fspath(path))
-        data = file.read(limit + 1)
+        data = file.read(limit + 1) or b""  # None where nothing can be read without waiting
     if len(data) > limit:  # it has grown, or its size is not told
         raise OSError(errno.EFBIG, f"has more than {limit} bytes", os.fspath(path))
     return data

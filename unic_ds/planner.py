@@ -33,6 +33,7 @@ def run(own: dict[str, str], cfg: Config) -> int:
         raise ValueError("plan needs teachers; a --recipe has some")
     file = ds_config.read(own.get("ds_config", "ds_configs/zero2.json"))
     rates = efficiency(own.get("efficiency", ""))
+    accept(cfg)
     given: dict[str, Any] = {"images": images, "efficiency": rates}
     if "search" in own:
         found = search(cfg, file, gpu, count, **given)
@@ -43,6 +44,13 @@ def run(own: dict[str, str], cfg: Config) -> int:
     plans = stages(cfg, file, gpu, count, **given)
     show(plans, as_json="json" in own)
     return 0 if all(row.fits for row in plans) else 1
+
+
+def accept(cfg: Config) -> None:
+    """ValueError for models that a training command would be refused for, of any stage."""
+    from unic_ds import acceptance
+
+    acceptance.accept_models([stage for stage, _ in job.staged(cfg, Path())])
 
 
 def efficiency(text: str) -> plan.Efficiency:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
@@ -15,13 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 from unic_ds import chance, config, override
 from unic_ds.compiled import compile_each
+from unic_ds.counters import Unfilled
 from unic_ds.ladder import Head, Ladder
 from unic_ds.ops import FUSED, Ops
+from unic_ds.printable import printable
 from unic_ds.tokens import Normalise, Tokens, split_prefix
 
 NO_REGISTERS = (
     "student.registers {} cannot be had of {!r}; leave it -1, or choose a plain vit_ model"
 )
+NOT_PLAIN = "student.model {!r} is not a plain ViT; choose one of timm's vit_ models"
 
 
 Whole = Callable[[nn.Parameter], AbstractContextManager[bool]]
@@ -102,31 +105,41 @@ class Student(nn.Module):
         if path_BK is not None:
             for path, uniform_B in zip(self.paths, path_BK.unbind(1), strict=True):
                 path.scale_B = (uniform_B >= path.rate).float() / (1 - path.rate)
-        states = self.encoder.forward_intermediates(
-            self.normalise(image_B3HW, self.dtype),
-            indices=self.ladder.blocks,
-            return_prefix_tokens=True,
-            norm=False,
-            output_fmt="NLC",
-            intermediates_only=True,
-        )
-        return self.ladder([self.tokens(state) for state in states])
-
-    def tokens(self, state: Any) -> Tokens:
-        """Tokens of one block's residual stream; the mean of the patches where there is no CLS.
-
-        timm gives (patches, prefix tokens), or the patches alone where the model has no prefix.
-        """
-        patch_BND, prefix_BRD = state if isinstance(state, tuple) else (state, None)
-        if prefix_BRD is None or not has_cls(self.encoder):
-            return Tokens(patch_BND.mean(1), patch_BND)
-        return Tokens(prefix_BRD[:, 0], patch_BND)
+        image_B3HW = self.normalise(image_B3HW, self.dtype)
+        return self.ladder(residuals(self.encoder, image_B3HW, self.ladder.blocks))
 
     @torch.no_grad()
     def encode(self, image_B3HW: Tensor) -> Tokens:
         """Exported features: tokens after the final norm."""
-        x_BND = self.encoder.forward_features(self.normalise(image_B3HW, self.dtype))
-        return split_prefix(x_BND, self.encoder.num_prefix_tokens, has_cls=has_cls(self.encoder))
+        return features(self.encoder, self.normalise(image_B3HW, self.dtype))
+
+
+def residuals(encoder: Any, x_B3HW: Tensor, blocks: Sequence[int]) -> list[Tokens]:
+    """Tokens of the residual stream after each of `blocks`, for normalised images.
+
+    timm gives (patches, prefix tokens), or the patches alone where the model has no prefix. The
+    mean of the patches stands for a CLS token that is not there.
+    """
+    states = encoder.forward_intermediates(
+        x_B3HW,
+        indices=blocks,
+        return_prefix_tokens=True,
+        norm=False,
+        output_fmt="NLC",
+        intermediates_only=True,
+    )
+    found = []
+    for state in states:
+        patch_BND, prefix_BRD = state if isinstance(state, tuple) else (state, None)
+        no_cls = prefix_BRD is None or not has_cls(encoder)
+        found.append(Tokens(patch_BND.mean(1) if no_cls else prefix_BRD[:, 0], patch_BND))
+    return found
+
+
+def features(encoder: Any, x_B3HW: Tensor) -> Tokens:
+    """Tokens after the encoder's final norm, for normalised images."""
+    x_BND = encoder.forward_features(x_B3HW)
+    return split_prefix(x_BND, encoder.num_prefix_tokens, has_cls=has_cls(encoder))
 
 
 def ladder_on(
@@ -138,7 +151,7 @@ def ladder_on(
         len(encoder.blocks),
         heads,
         cfg,
-        attention_heads=encoder.blocks[0].attn.num_heads,
+        attention_heads=attention_heads(encoder),
         ops=ops,
     )
 
@@ -149,36 +162,105 @@ def arguments(cfg: config.Student) -> dict[str, Any]:
     return {"img_size": cfg.size, "num_classes": 0} | registers
 
 
+def attention_heads(encoder: Any) -> int:
+    """Heads of the first block's attention; StopIteration where it has none."""
+    return next(
+        part.num_heads for part in encoder.blocks[0].modules() if hasattr(part, "num_heads")
+    )
+
+
 def build_encoder(cfg: config.Student) -> Any:
-    """A timm ViT without a head at `cfg.size`; ValueError for what timm does not have or take."""
-    if not timm.is_model(cfg.model):
-        near = override.nearest(cfg.model, timm.list_models("*vit*"))
-        raise ValueError(f"student.model {cfg.model!r} is not a timm model{near}")
-    try:
-        encoder: Any = timm.create_model(cfg.model, drop_path_rate=cfg.drop_path, **arguments(cfg))
-    except (TypeError, AssertionError) as error:
-        if "reg_tokens" in str(error):
-            raise ValueError(NO_REGISTERS.format(cfg.registers, cfg.model)) from error
-        raise ValueError(f"student.model {cfg.model!r} at {cfg.size} px: {error}") from error
-    if not (hasattr(encoder, "blocks") and hasattr(encoder, "num_prefix_tokens")):
-        raise ValueError(
-            f"student.model {cfg.model!r} is not a plain ViT; choose one of timm's vit_ models"
-        )
-    if cfg.registers not in (-1, encoder.num_prefix_tokens - has_cls(encoder)):
-        raise ValueError(NO_REGISTERS.format(cfg.registers, cfg.model))
-    patch = encoder.patch_embed.patch_size[0]
-    if cfg.size % patch:
-        raise ValueError(
-            f"student.size {cfg.size} is not a multiple of {cfg.model}'s patch size {patch}"
-        )
-    return encoder
+    """A timm ViT without a head at `cfg.size`.
+
+    ValueError for what timm does not have, for what is not a plain ViT, and for a size or registers
+    that the model does not take.
+    """
+    check_plain(cfg.model, cfg.size, cfg.registers)
+    return create(cfg)
+
+
+def create(cfg: config.Student) -> Any:
+    """The encoder as timm builds it; any error of timm's for arguments that it does not take."""
+    return timm.create_model(cfg.model, drop_path_rate=cfg.drop_path, **arguments(cfg))
 
 
 @cache
 def grid_of(cfg: config.Student) -> int:
-    """Side of the student's patch grid, without building its weights."""
-    with torch.device("meta"):
-        return build_encoder(cfg).patch_embed.grid_size[0]
+    """Side of the patch grid, without building weights; ValueError as `build_encoder`."""
+    return check_plain(cfg.model, cfg.size, cfg.registers)
+
+
+@cache
+def check_plain(model: str, size: int, registers: int) -> int:
+    """Side of the patch grid of a plain ViT at `size` px; ValueError for any other model.
+
+    The model runs once on the meta device, through the functions that train and export it: about
+    0.2 s.
+    """
+    if not timm.is_model(model):
+        near = override.nearest(model, timm.list_models("*vit*"))
+        raise ValueError(f"student.model {model!r} is not a timm model{near}")
+    cfg = config.Student(model=model, size=size, registers=registers)
+    encoder = attempt(lambda: outline(lambda: create(cfg)))
+    wrong = attempt(lambda: assert_plain(encoder, size))
+    if wrong is not None or registers not in (-1, registers_of(encoder)):
+        wrong = encoder if isinstance(encoder, Exception) else wrong
+        raise ValueError(refusal(cfg, encoder, wrong)) from wrong
+    return encoder.patch_embed.grid_size[0]
+
+
+def refusal(cfg: config.Student, encoder: Any, wrong: Exception | None) -> str:
+    """The sentence that refuses a student; `wrong` is what building or running it raised."""
+    usual = attempt(lambda: outline(lambda: timm.create_model(cfg.model, num_classes=0)))
+    if isinstance(usual, Exception):  # an unknown tag
+        return f"student.model {cfg.model!r}: {printable(usual)}"
+    if attempt(lambda: assert_plain(usual, usual.pretrained_cfg["input_size"][-1])) is not None:
+        return NOT_PLAIN.format(cfg.model)
+    if cfg.size % (patch := usual.patch_embed.patch_size[0]):
+        return f"student.size {cfg.size} is not a multiple of {cfg.model}'s patch size {patch}"
+    if cfg.registers >= 0 and (wrong is encoder or registers_of(encoder) != cfg.registers):
+        return NO_REGISTERS.format(cfg.registers, cfg.model)
+    why = printable(wrong) or "its patch tokens are no square grid"
+    return f"student.model {cfg.model!r} does not take {cfg.size} px: {why}"
+
+
+def outline(make: Callable[[], Any]) -> Any:
+    """Build a model by `make` on the meta device."""
+    with torch.device("meta"), Unfilled():
+        return make()
+
+
+def attempt(make: Callable[[], Any]) -> Any:
+    """Call `make`; its result, or the exception that it raised."""
+    try:
+        return make()
+    except Exception as error:
+        return error
+
+
+def registers_of(encoder: Any) -> int:
+    """Prefix tokens beside CLS."""
+    return encoder.num_prefix_tokens - has_cls(encoder)
+
+
+@torch.no_grad()
+def assert_plain(encoder: Any, size: int) -> None:
+    """AssertionError, or an error of the model's own, unless it can be a student at `size` px.
+
+    Its blocks give a square grid of patch tokens and a prefix, and its state is parameters alone,
+    which are what an export has.
+    """
+    image_B3HW, blocks = torch.empty(2, 3, size, size, device="meta"), range(len(encoder.blocks))
+    (rows, columns), width = encoder.patch_embed.grid_size, encoder.embed_dim
+    assert rows == columns and size % encoder.patch_embed.patch_size[0] == 0
+    assert encoder.patch_embed.proj.weight.is_floating_point()  # its type is the student's
+    assert width % attention_heads(encoder) == 0
+    assert dict(encoder.named_parameters()).keys() == encoder.state_dict().keys()
+    tokens = [*residuals(encoder, image_B3HW, blocks), features(encoder, image_B3HW)]
+    assert len(tokens) == len(blocks) + 1
+    for cls_BC, patch_BNC in tokens:
+        assert cls_BC.shape == (2, width)
+        assert patch_BNC.shape == (2, rows * columns, width)
 
 
 def give_drop_paths(encoder: nn.Module) -> list[DropPath]:

@@ -183,8 +183,8 @@ def stored(cfg: config.Config) -> list[str]:
     manifest = cache_of.read_manifest(Path(cfg.cache))
     if manifest is None:
         raise ValueError(
-            f"--teachers.cache {cfg.cache!r} holds no {cache_of.MANIFEST}; make it with `unic-ds"
-            " cache`, or plan without it"
+            f"--teachers.cache {cfg.cache!r} holds no {cache_of.MANIFEST}; run `unic-ds cache"
+            f" {cfg.cache}` with the same recipe, or drop the option"
         )
     return [row.name for row in cfg.teachers if row.name in manifest["teachers"]]
 

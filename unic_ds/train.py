@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,33 @@ def main(argv: Sequence[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = (
         "1"  # a compute node must not ask a hub; `unic-ds teachers fetch` does
     )
-    # Looked at before anything runs, when all ranks see the same.
-    waiting = [stage for stage in (*task.before, task) if not stage.finished]
-    for stage in waiting:
+    stages = waiting(task)  # looked at before anything runs, when all ranks see the same
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        accept(task, stages)
+    for stage in stages:
         announce(stage, task)
         with heart(stage) as beat:
             done = distil(stage, beat, whole=task)
         if not done:
             break
     return 0
+
+
+def accept(task: job.Job, stages: list[job.Job]) -> None:
+    """ValueError for what the run would be refused for once its ranks have met.
+
+    A run folder that is there gets the event by which neither torchrun nor Slurm tries again.
+    """
+    from unic_ds import acceptance, events
+
+    events.raise_last(task.out)
+    with events.refusals(task.out) if task.out.is_dir() else nullcontext():
+        acceptance.accept(stages, starting=True)
+
+
+def waiting(task: job.Job) -> list[job.Job]:
+    """The stages of a run that are not finished, in order."""
+    return [stage for stage in (*task.before, task) if not stage.finished]
 
 
 def heart(stage: job.Job) -> Any:

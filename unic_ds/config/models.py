@@ -11,7 +11,20 @@ from unic_ds.config.knob import check, check_checkpoint, check_rungs, knob
 from unic_ds.config.objective import Loss
 
 TEACHER_NAME = re.compile(r"[a-z][a-z0-9_]*")
+DIVIDED = "(images are divided by 255 before: divide a value of the scale 0 to 255 too)"
+MOST_PIXELS = 16384  # side of an image
 EIGHT_BITS = ("int8", "fp8", "int8_dynamic", "fp8_dynamic")
+
+
+def check_range(value: int, name: str, least: int, most: int) -> None:
+    """ValueError unless a number is one that a run could have."""
+    check(least <= value <= most, name, f"from {least} to {most}", value)
+
+
+def check_scale(mean: tuple[float, ...], std: tuple[float, ...], at: str) -> None:
+    """ValueError unless channel means and stds are of images whose values are in [0, 1]."""
+    check(all(0 <= m <= 1 for m in mean), f"{at}.mean", f"in [0, 1] {DIVIDED}", mean)
+    check(all(0 < s <= 1 for s in std), f"{at}.std", f"in (0, 1] {DIVIDED}", std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +40,11 @@ class Teacher:
     )
     patch: int = knob(0, "pixels a patch token covers; 0: the source's own")
     mean: tuple[float, ...] = knob(
-        (), "channel means of its preprocessing; empty: the source's own"
+        (), "channel means of its preprocessing, in [0, 1]; empty: the source's own"
     )
-    std: tuple[float, ...] = knob((), "channel stds of its preprocessing; empty: the source's own")
+    std: tuple[float, ...] = knob(
+        (), "channel stds of its preprocessing, in (0, 1]; empty: the source's own"
+    )
     block: str = knob(
         "output", "tokens are read here: output, middle (block), or after a 0-based block"
     )
@@ -78,9 +93,9 @@ class Teacher:
                 formula.parse(text, f"{at}.{kind}_loss", known=Loss.TERMS[kind])
         if self.rungs:
             check_rungs(self.rungs, f"{at}.rungs")
-        check(self.size >= 0, f"{at}.size", ">= 0", self.size)
-        check(self.patch >= 0, f"{at}.patch", ">= 0", self.patch)
-        check(self.micro >= 0, f"{at}.micro", ">= 0", self.micro)
+        check_range(self.size, f"{at}.size", 0, MOST_PIXELS)
+        check_range(self.patch, f"{at}.patch", 0, 1024)
+        check_range(self.micro, f"{at}.micro", 0, 1_000_000)
         whole = not self.quantised or self.placement == "replicate"
         check(whole, f"{at}.placement", f"replicate with {self.precision} weights", self.placement)
         plain = not self.channels_last or self.placement == "replicate"
@@ -88,7 +103,7 @@ class Teacher:
         for key in ("mean", "std"):
             value = getattr(self, key)
             check(len(value) in (0, 3), f"{at}.{key}", "three numbers (or empty)", value)
-        check(all(s > 0 for s in self.std), f"{at}.std", "positive", self.std)
+        check_scale(self.mean, self.std, at)
 
     @property
     def quantised(self) -> bool:
@@ -104,8 +119,12 @@ class Student:
     size: int = knob(224, "image side in pixels")
     registers: int = knob(-1, "register tokens; -1: the model's own")
     drop_path: float = knob(0.1, "drop-path rate of the last block, linear from 0")
-    mean: tuple[float, ...] = knob((0.485, 0.456, 0.406), "channel means of its preprocessing")
-    std: tuple[float, ...] = knob((0.229, 0.224, 0.225), "channel stds of its preprocessing")
+    mean: tuple[float, ...] = knob(
+        (0.485, 0.456, 0.406), "channel means of its preprocessing, in [0, 1]"
+    )
+    std: tuple[float, ...] = knob(
+        (0.229, 0.224, 0.225), "channel stds of its preprocessing, in (0, 1]"
+    )
     init: str = knob(
         "",
         "start from a model folder (a run's student/, import-unic's) or a .safetensors encoder",
@@ -120,16 +139,12 @@ class Student:
 
     def __post_init__(self) -> None:
         check_checkpoint(self.checkpoint, "student.checkpoint")
-        check(self.size > 0, "student.size", "positive", self.size)
-        check(self.registers >= -1, "student.registers", ">= -1", self.registers)
+        check_range(self.size, "student.size", 1, MOST_PIXELS)
+        check_range(self.registers, "student.registers", -1, 4096)
         check(0 <= self.drop_path < 1, "student.drop_path", "in [0, 1)", self.drop_path)
         check(len(self.mean) == 3, "student.mean", "three numbers", self.mean)
-        check(
-            len(self.std) == 3 and min(self.std) > 0,
-            "student.std",
-            "three positive numbers",
-            self.std,
-        )
+        check(len(self.std) == 3, "student.std", "three numbers", self.std)
+        check_scale(self.mean, self.std, "student")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +178,8 @@ class Ladder:
         check_rungs(self.rungs, "ladder.rungs")
         only = not self.midnorm or self.projector == "mlp"
         check(only, "ladder.midnorm", "false where ladder.projector is not mlp", self.midnorm)
-        check(self.width >= 0, "ladder.width", ">= 0", self.width)
-        check(self.last_width >= 0, "ladder.last_width", ">= 0", self.last_width)
+        check_range(self.width, "ladder.width", 0, 1_000_000)
+        check_range(self.last_width, "ladder.last_width", 0, 1_000_000)
 
     @property
     def one_op(self) -> bool:

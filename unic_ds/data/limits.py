@@ -20,6 +20,7 @@ SCANS = 100  # of a JPEG; encoders make 10 to 20
 CHUNKS = 65536  # of a PNG or WebP; encoders make one per 8 kB or more
 CHUNK = 8_000_000  # bytes of a chunk that holds no pixels: libpng's own limit
 INFLATED = 4_000_000  # bytes of a PNG above which its pixels are inflated to be counted
+PIECE = 1 << 26  # bytes inflated at a time
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG's colour types
 RUN_LENGTHS = 4_000_000  # pixels of a BMP that is stored as run lengths
 
@@ -83,8 +84,10 @@ def check_inflated(data: bytes, width: int, height: int) -> None:
     inflate, size = zlib.decompressobj(), 0
     try:
         for kind, start, end in _png_chunks(data):
-            if kind == b"IDAT":
-                size += len(inflate.decompress(data[start:end], limit - size + 1))
+            tail = data[start:end] if kind == b"IDAT" else b""
+            while tail:
+                size += len(inflate.decompress(tail, PIECE))
+                tail = inflate.unconsumed_tail
                 if size > limit:
                     raise ValueError("inflates to more than twice the size of its pixels")
     except zlib.error:
@@ -131,10 +134,10 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """(kind, start, end) of each chunk of a WebP."""
-    at = 12
-    while kind := data[at : at + 4]:
+    at, stop = 12, min(len(data), 8 + int.from_bytes(data[4:8], "little"))
+    while at < stop:
         end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")
-        yield kind, at + 8, end
+        yield data[at : at + 4], at + 8, end
         at = end + end % 2
 
 

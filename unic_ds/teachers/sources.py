@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from unic_ds import config
+from unic_ds.config.models import check_scale
 from unic_ds.files import encodable
 from unic_ds.override import nearest
 from unic_ds.printable import printable
@@ -102,18 +103,9 @@ def preprocessing(
 
     ValueError for those of a scale of 0 to 255.
     """
-    mean, std = row.mean or source.mean, row.std or source.std
-    for key, value, good in (
-        ("mean in [0, 1]", mean, all(0 <= m <= 1 for m in mean)),
-        ("std in (0, 1]", std, all(0 < s <= 1 for s in std)),
-    ):
-        key, _, bounds = key.partition(" in ")
-        if not good:
-            raise ValueError(
-                f"teachers.{row.name}.{key} must be in {bounds} (images are divided by 255 before),"
-                f" got {', '.join(map(str, value))}; set teachers.{row.name}.{key}"
-            )
-    return tuple(mean), tuple(std)
+    mean, std = tuple(row.mean or source.mean), tuple(row.std or source.std)
+    check_scale(mean, std, f"teachers.{row.name}")
+    return mean, std
 
 
 def check_arch(row: config.Teacher, arch: str) -> None:
