@@ -58,7 +58,8 @@ def begin(command, **more):
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="surrogateescape",  # the deepspeed launcher prints paths as they are
         start_new_session=True,
     )
 
