@@ -318,7 +318,7 @@ def test_a_cache_goes_with_its_teacher_s_weights_not_with_their_file(tmp_path):
     file = tmp_path / "vit.safetensors"
     save_file(timm.create_model("test_vit").state_dict(), file, {"licence": "MIT"})
     row = replace(ROW, source=f"file:{file}#arch=test_vit")
-    facts = {"width": 6, "size": 32, "source": row.source} | cache.own_facts(row)
+    facts = {"width": 6, "size": 32, "cls": "token", "source": row.source} | cache.own_facts(row)
     folder = tmp_path / "c"
     made(folder, teachers={"a": facts})
     old = {key: value for key, value in facts.items() if key != "content"}

@@ -83,7 +83,7 @@ def test_an_error_of_others_is_reported_once_by_ranks_without_a_launcher(images,
     out = tmp_path / NOT_UTF8
     words = [sys.executable, TRAIN, *options(out, **small(images, "raising_teacher:build"))]
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ranks_and_port(2)[-1], "WORLD_SIZE": "2"}
-    meet |= {"LOCAL_WORLD_SIZE": "2", "RAISES": "all:3:KeyError"}
+    meet |= {"LOCAL_WORLD_SIZE": "2", "RAISES": "all:4:KeyError"}
     ranks = [begin(words, **meet, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
     said = [rank.communicate(timeout=300)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1], said
@@ -109,7 +109,7 @@ def test_a_launched_run_without_a_port_reports_the_error_of_one_rank_once(images
         with suppress(OSError):  # it is held already
             other.bind(("", 29500))
             other.listen()
-        process = begin(words, RAISES="1:4:ValueError")
+        process = begin(words, RAISES="1:5:ValueError")
         _, said = process.communicate(timeout=300)
     assert process.returncode == 1, said
     assert said.count("Traceback") == 1

@@ -138,7 +138,7 @@ def test_help_lists_every_option_with_its_default():
             "must be timm:, open_clip:",
         ),
         (["--ds_config", ZERO2, "--out", __file__], "is a file; give a folder"),
-        (["--ds_config", ZERO2, "--resume", "yes"], "neither auto, never nor a checkpoint"),
+        (["--ds_config", ZERO2, "--resume", "yes"], "neither auto, never nor a run folder"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(args, sentence, tmp_path):

@@ -7,7 +7,7 @@ import stat
 import numpy as np
 import pytest
 
-from unic_ds.data import shards
+from unic_ds.data import shard_index
 from unic_ds.files import (
     apply_umask,
     open_regular,
@@ -93,7 +93,7 @@ def test_a_part_follows_no_link_and_is_removed_where_writing_fails(tmp_path):
         (tmp_path / name).symlink_to(theirs)
     names = {path.name for path in tmp_path.iterdir()}
     write_whole(file, "ours")
-    shards.write({"a": np.zeros(1)}, tmp_path / "file")
+    shard_index.write({"a": np.zeros(1)}, tmp_path / "file")
     with pytest.raises(RuntimeError), replacing(file) as stream:
         stream.write(b"half")
         raise RuntimeError

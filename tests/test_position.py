@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zlib
+from dataclasses import dataclass
+from itertools import islice
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from pictures import folder
 from unic_ds.config import Data
 from unic_ds.data import Stream, pack, scan
 from unic_ds.data.shards import MissingShard
+from unic_ds.data.source import MAX_MB, Source
 
 COUNT, BATCH, STEPS = 50, 24, 9  # the folder's epochs end in the third, fifth, seventh step
 MICRO = {1: 24, 2: 6, 3: 4, 8: 3}  # images that a rank reads at a time, by the number of ranks
@@ -38,7 +40,7 @@ def places(tmp_path_factory):
 
 def stream(place, *, world=1, rank=0, backend="torch", batch=BATCH):
     return Stream(
-        scan(place),
+        place if isinstance(place, Source) else scan(place),
         Data(backend=backend, window=2),
         seed=3,
         sizes=(24,),
@@ -110,7 +112,8 @@ def test_after_kill_9_other_ranks_show_the_rest(kind, places):
         env=os.environ | {"PYTHONPATH": path},
     ) as killed:
         assert killed.stdout
-        lines = [json.loads(killed.stdout.readline()) for _ in range(5)]
+        rows = (json.loads(line) for line in killed.stdout if line.startswith("["))
+        lines = list(islice(rows, 5))
         killed.send_signal(signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     before = {(s, b): tuple(row) for s, rows in enumerate(lines) for b, row in enumerate(rows)}
@@ -129,22 +132,19 @@ def test_a_shard_that_goes_away_stops_the_stream_by_its_name(tmp_path):
     ours.close()
 
 
-def test_a_file_system_that_hangs_shows_as_waiting(places, tmp_path):
-    """Opening a pipe hangs until somebody writes to it: then it is no image, and replaced."""
-    images = scan(places["folder"])
-    os.mkfifo(tmp_path / "hangs.jpg")
-    names = [str(images.folder / name) for name in list(images.names)[: BATCH - 1]]
-    (tmp_path / "list.txt").write_text("\n".join([*names, str(tmp_path / "hangs.jpg")]))
+@dataclass(frozen=True, eq=False)
+class Slow(Source):
+    """A source on a file system that takes its time with one of its files."""
 
-    def release():
-        time.sleep(1.5)
-        with (tmp_path / "hangs.jpg").open("wb") as pipe:
-            pipe.write(b"late")
+    def read(self, index, max_mb=MAX_MB):
+        if index == 7:
+            time.sleep(1.5)
+        return super().read(index, max_mb)
 
-    ours = stream(tmp_path / "list.txt")
-    late = threading.Thread(target=release)
-    late.start()
+
+def test_a_file_system_that_is_slow_shows_as_waiting(places):
+    images = scan(places["list"]).subset(range(BATCH))
+    ours = stream(Slow(images.folder, images.names, images.classes, images.label_N))
     next(ours)
-    late.join()
     assert ours.waited_s > 1.4
     ours.close()

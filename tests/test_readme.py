@@ -27,7 +27,7 @@ def test_every_option_named_is_one(file):
     others = {"num_gpus", "json", "help", "seed", "views", "dtype", "hash"}
     if file == "docs/slurm.md":
         others |= LAUNCHERS
-    others |= {"shard_mb", "max_side", "images", "rounds", *planner.OWN}
+    others |= {"shard_mb", "max_side", "images", "rounds", "master_port", *planner.OWN}
     for name in re.findall(r"--([a-z_]+(?:\.[A-Za-z_]+)*)", (ROOT / file).read_text()):
         general = re.sub(r"^teachers\.\w+\.", "teachers.NAME.", name)
         assert general in known or name in others, name

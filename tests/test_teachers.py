@@ -447,15 +447,22 @@ def test_a_cache_of_another_summary_or_side_is_refused(pooled, vit, tmp_path):
     manifest = {"format": 1, "whole": True, "seed": 0, "views": 1, "dtype": "bf16", "samples": 1}
     manifest |= {"tokens": GRID**2, "chunk": 128, "draws": draws, "teachers": teachers}
 
+    for row in rows:
+        width = teachers[row.name]["width"]
+        tokens = Tokens(torch.zeros(1, width), torch.zeros(1, GRID**2, width))
+        cache.layout_of(tmp_path, manifest).write(row.name, 0, range(1), [tokens])
+
     def opened() -> dict[str, str]:
         (tmp_path / cache.MANIFEST).write_text(json.dumps(manifest))
-        facts = cache.FeatureCache(str(tmp_path), rows, draws).facts
+        facts = cache.FeatureCache(str(tmp_path), rows, draws, samples=1).facts
         return {name: row["cls"] for name, row in facts.items()}
 
     assert opened() == {"t": "attention pool", "plain": "token"}
     for key, value in {"cls": "mean of patches", "size": 4}.items():
         good, teachers["t"][key] = teachers["t"][key], value
-        with pytest.raises(ValueError, match=f"t was made with {key} '?{value}'?, this run has"):
+        with pytest.raises(
+            ValueError, match=rf"\(t\) was made with {key} '?{value}'?, this run has"
+        ):
             opened()
         teachers["t"][key] = good
 

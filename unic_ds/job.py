@@ -74,8 +74,7 @@ def resolve(options: dict[str, str], ranks: int | None = None) -> Job:
         settings = ds_config.merge(file, stage, ranks)
         jobs.append(Job(cfg=stage, settings=settings, out=folder, resume=resume, init=init))
         init = str(folder / "student")
-    if len(jobs) > 1 and resume not in ("auto", "never"):
-        raise ValueError(f"--resume {resume!r} is of one stage; add --stages '' to train one alone")
+    check_resume(resume, stages=len(jobs))
     for job in jobs:
         check_folder(job, last=job is jobs[-1])
     check_inputs(cfg)
@@ -192,15 +191,23 @@ def prepare_demonstration(cfg: Config) -> None:
         quickstart.prepare()
 
 
+def check_resume(resume: str, *, stages: int) -> None:
+    """Raise ValueError if --resume names nothing that a run of so many stages can go on with."""
+    if resume in ("auto", "never"):
+        return
+    if kind_of(resume) != "folder":
+        raise ValueError(
+            f"--resume {resume!r} is neither auto, never nor a run folder or checkpoint; weights"
+            " alone start a new run by --student.init"
+        )
+    if stages > 1:
+        raise ValueError(f"--resume {resume!r} is of one stage; add --stages '' to train one alone")
+
+
 def check_folder(job: Job, *, last: bool) -> None:
-    """Raise ValueError if the run folder cannot be one, or `resume` names nothing to go on with."""
+    """Raise ValueError if the run folder cannot be one, or holds a run that is not this one."""
     if job.out.exists() and not job.out.is_dir():
         raise ValueError(f"--out {str(job.out)!r} is a file; give a folder")
-    if job.resume not in ("auto", "never") and not Path(job.resume).is_dir():
-        raise ValueError(
-            f"--resume {job.resume!r} is neither auto, never nor a run folder or checkpoint;"
-            " weights alone start a new run by --student.init"
-        )
     extension.check(job.cfg, job.out, resume=job.resume, last=last)
 
 
