@@ -116,7 +116,7 @@ def state_of(out: Path, steps: int, told: Told) -> tuple[str, str]:
     step = last_step(out)
     of = f"{step} of {steps}" if steps else str(step)
     if job.ended(out):
-        return "finished", f"It trained {step} steps, exported and was evaluated."
+        return "finished", f"It trained {step} steps and exported its student."
     ranks = last_start(out)
     if locked(out) or any(alive(out, row) for row in ranks):
         written = (out / "log.jsonl").stat().st_mtime if step else time.time()

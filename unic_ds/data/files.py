@@ -155,7 +155,7 @@ def first_folder(name: str) -> str:
 
 def is_hidden(name: str) -> bool:
     """True for a name that begins with a dot, and for the folder that macOS adds to archives."""
-    return name.startswith(".") or name == "__MACOSX"
+    return name == "__MACOSX" or (name.startswith(".") and name not in (".", ".."))
 
 
 def ending_of(name: str) -> str:

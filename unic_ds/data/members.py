@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from unic_ds.data.files import SUFFIXES
+from unic_ds.data.files import SUFFIXES, is_hidden
 from unic_ds.data.tar_headers import DEVICES, FOLDER, LINKS, REGULAR, Archive, DamagedTar, Header
 from unic_ds.files import open_regular
 from unic_ds.printable import printable
@@ -121,11 +121,6 @@ def top_folder(name: str) -> str:
         if part not in ("", ".", ".."):
             return part
     return ""
-
-
-def is_hidden(part: str) -> bool:
-    """If a part of a path is one that programs make for themselves."""
-    return part == "__MACOSX" or (part.startswith(".") and part not in (".", ".."))
 
 
 class _Grouping:

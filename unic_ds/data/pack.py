@@ -29,8 +29,9 @@ from PIL import Image
 from unic_ds import dist, log
 from unic_ds.config import Data
 from unic_ds.data import order, shard_index, shards
+from unic_ds.data.files import is_hidden
 from unic_ds.data.labels import CLASSES
-from unic_ds.data.members import Member, is_hidden
+from unic_ds.data.members import Member
 from unic_ds.data.pack_records import Record, read_object, read_record
 from unic_ds.data.reader import measure, opened
 from unic_ds.data.shards import INDEX, MissingShard

@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from unic_ds.data import shard_index
-from unic_ds.data.files import SUFFIXES
+from unic_ds.data.files import SUFFIXES, is_hidden
 from unic_ds.data.labels import CLASSES, class_names
-from unic_ds.data.members import is_hidden
 from unic_ds.data.names import Names
 from unic_ds.data.order import Run, Runs
 from unic_ds.data.source import MAX_MB, Source, refuse_large
