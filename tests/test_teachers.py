@@ -319,6 +319,7 @@ def test_a_python_source_that_fails_says_whose_failure_it_is(tmp_path, monkeypat
         row = config.Teacher(name="t", source=f"python:{name}:make")
         with pytest.raises(ValueError, match=re.escape(f"teacher 't': {words}")) as error:
             sources.outline(row, grid=GRID)
+        assert f"({name}.py, line 2)" in str(error.value) or "fails" not in words
     (tmp_path / "unfinished.py").write_text("def make(:\n")
     with pytest.raises(ValueError, match="importing 'unfinished' fails: SyntaxError") as error:
         sources.outline(config.Teacher(name="t", source="python:unfinished:make"), grid=GRID)

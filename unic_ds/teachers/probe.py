@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ def shape_of(
     except Exception as exc:  # foreign code may fail in any way; say whose it is
         images = "an image" if count == 1 else f"a batch of {count} images"
         raise ValueError(
-            f"teacher {row.name!r} fails on {images} of {size} px: {first_line(exc)}"
+            f"teacher {row.name!r} fails on {images} of {size} px: {first_line(exc)} ({place(exc)})"
         ) from exc
     cls_BC, patch_BNC = tokens
     side = round(patch_BNC.shape[1] ** 0.5) if patch_BNC.ndim == 3 else 0
@@ -84,6 +86,12 @@ def check_kind(tokens: Tokens, device: torch.device) -> None:
             raise NotTokens(f"gives {kind} on {x.device} for images on {device}; move it there")
         if x.requires_grad:
             raise NotTokens(f"gives {kind} that requires grad; detach it: teachers are frozen")
+
+
+def place(exc: Exception) -> str:
+    """File and line that raised an exception: a module's author looks there first."""
+    frame = traceback.extract_tb(exc.__traceback__)[-1]
+    return f"{printable(Path(frame.filename).name)}, line {frame.lineno}"
 
 
 def first_line(exc: Exception) -> str:

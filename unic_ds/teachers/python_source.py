@@ -12,7 +12,7 @@ from torch import nn
 
 from unic_ds import config
 from unic_ds.printable import printable
-from unic_ds.teachers.probe import first_line
+from unic_ds.teachers.probe import first_line, place
 from unic_ds.teachers.towers import PythonTower, Source
 
 OPTION = {"image_size": "size", "patch_size": "patch"}
@@ -102,7 +102,7 @@ def call_python(row: config.Teacher) -> nn.Module:
         raise
     except Exception as exc:
         raise ValueError(
-            f"teacher {row.name!r}: {where}:{name}() fails: {first_line(exc)}"
+            f"teacher {row.name!r}: {where}:{name}() fails: {first_line(exc)} ({place(exc)})"
         ) from exc
     if not isinstance(model, nn.Module):
         raise ValueError(
