@@ -89,7 +89,9 @@ def environment():
         for k, v in os.environ.items()
         if k not in ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE")
     }
-    return env | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "OMP_NUM_THREADS": "1"}
+    own = os.pathsep.join(filter(None, (str(ROOT / "tests"), env.get("PYTHONPATH"))))
+    path = f"{Path(sys.executable).parent}:{env['PATH']}"
+    return env | {"PATH": path, "PYTHONPATH": own, "OMP_NUM_THREADS": "1"}
 
 
 def start(command):

@@ -122,6 +122,8 @@ def report(error: BaseException) -> int:
         interrupt.pause()  # the launcher may end this rank for the failure of another
         write(text)
         return code
+    if isinstance(cause, KeyboardInterrupt):
+        return code  # every rank gets the signal, and rank 0 says so
     interrupt.stop()
     time.sleep(WAIT_S)  # the launcher ends the job when the first rank leaves: let it be that one
     if ours(cause) or SPEAKS in vars(error):

@@ -19,6 +19,10 @@ LAUNCH = "TORCHELASTIC_RUN_ID"
 WORDS = {"loss": "loss not finite", "gradient": "gradient not finite", "spike": "loss spike"}
 
 
+class Ended(RuntimeError):
+    """The failure of a run whose events already have the line about its end."""
+
+
 def write(out: Path, event: str, **facts: Any) -> None:
     """A line from rank 0, which is on the disk before the run goes on."""
     if dist.rank() == 0:
@@ -62,10 +66,10 @@ def refusals(out: Path) -> Iterator[None]:
 
 
 def raise_last(out: Path) -> None:
-    """RuntimeError where torchrun tries again what came to its end."""
+    """Raise Ended where torchrun tries again what came to its end."""
     ends = [row for row in log.read(out / FILE) if row.get("job") == os.environ.get(LAUNCH, "")]
     if tries() and ends:
-        raise RuntimeError(f"not tried again: {ends[-1]['says']}")
+        raise Ended(f"not tried again: {ends[-1]['says']}")
 
 
 def tries() -> int | None:

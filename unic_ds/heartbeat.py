@@ -100,7 +100,7 @@ class Heart:
         says = entry.summary(interrupt.cause(error))
         with suppress(OSError):
             self.tell(0.0, error=says)
-        if first:
+        if first and not isinstance(error, events.Ended):
             phase, step = self.at
             events.failed(self.out, says, step=step, phase=phase)
 

@@ -88,7 +88,7 @@ def plan(task: job.Job, parts: Any, setback: Setback) -> None:
     if to is None or len(done) >= most:
         says = report(task.out, setback, "" if to is None else f"{len(done)}")
         events.end(task.out, "stopped", says, first=setback.first, last=setback.last)
-        raise RuntimeError(says)
+        raise events.Ended(says)
     first = to + 1 if any(row["to"] == to for row in done) else setback.first
     span = [parts.stream.data_step(first), parts.stream.data_step(setback.last)]
     row = {"at": setback.last, "to": to, "left_out": span}
