@@ -116,7 +116,7 @@ pytestmark = [DEMONSTRATION, pytest.mark.slow, pytest.mark.alone, pytest.mark.di
 @pytest.mark.fault("a rank sleeps in a teacher", "ends, naming it and its phase")
 def test_a_rank_that_does_not_get_on_is_named_with_its_phase(out):
     command = launched(out, **RUN, run__stall_timeout=12)
-    end = end_of(out, command, SLEEPY="1:5")  # two calls find out its width and FLOPs
+    end = end_of(out, command, SLEEPY="1:6")  # three calls find out its width and FLOPs
     check(end, "no progress", "at 'teachers' of step 3 (in ")
     assert "the others wait for it: 1 at " in end.printed
     assert end.event["ranks"][0]["phase"] == "teachers"
@@ -125,7 +125,7 @@ def test_a_rank_that_does_not_get_on_is_named_with_its_phase(out):
 
 @pytest.mark.fault("all ranks hang at the same point", "ends, blaming none")
 def test_where_all_ranks_hang_none_is_blamed(out):
-    end = end_of(out, launched(out, **RUN, run__stall_timeout=12), SLEEPY="all:5")
+    end = end_of(out, launched(out, **RUN, run__stall_timeout=12), SLEEPY="all:6")
     assert end.code == 1 and end.left == [], end.printed[-3000:]
     assert "none of the 2 ranks got on for " in end.printed
     assert "at 'teachers' of step " in end.event["says"] and end.event["event"] == "no progress"
