@@ -8,7 +8,8 @@ golden table.
 
 An op is a file of `unic_kernels` with a function `builds(arch)`. What may not ship: code that
 spills to the stack, wants more shared memory than a block can have, or multiplies bf16 without
-tensor cores. Numbers depend on the compiler, so the table names the versions that it holds for.
+tensor cores, without asynchronous copies, or with operands loaded number by number. Numbers depend
+on the compiler, so the table names the versions that it holds for.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ INSTRUCTIONS = {
     "mma": r"\bHG?MMA\b|\bUTC\w*MMA\b",
     "spill": r"\b(?:STL|LDL)\b",
     "wide": r"\b(?:LDG|STG)\S*\.128\b",
+    "narrow": r"\bLDG\S*\.[US]?(?:8|16)\b",
     "async": r"\bLDGSTS\b|\bUTMALDG\b",
 }
-"""Counted in the machine code; `wide` are 16-byte accesses to global memory."""
+"""Counted in the machine code; `wide` are accesses of 16 bytes to global memory, `narrow` are loads
+of one or two.
+"""
 
 sys.path.insert(0, str(HERE))
 
@@ -113,6 +117,10 @@ def faults(key: str, row: dict[str, int]) -> list[str]:
         found.append(f"shared {row['shared']} > {most}")
     if row["dots"] and not row["mma"]:
         found.append("a product in bf16 without tensor cores")
+    if row["dots"] and row["narrow"] > 1:  # one is the bias: a number a thread, side by side
+        found.append(f"a product in bf16 with {row['narrow']} loads of one number each")
+    if row["dots"] and not row["async"]:
+        found.append("a product in bf16 without asynchronous copies")
     return found
 
 

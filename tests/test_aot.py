@@ -38,6 +38,8 @@ def test_the_table_holds_what_may_ship():
         assert row["stack"] == row["spill"] == 0, key
         assert row["registers"] <= 255, key
         assert bool(row["mma"]) == bool(row["dots"]), key
+        if row["dots"]:
+            assert row["narrow"] <= 1 and row["async"] > 0, key
     assert sum(row["dots"] > 0 for row in rows.values()) > 20
 
 
@@ -54,4 +56,12 @@ def test_a_table_of_another_compiler_says_so(tmp_path):
     other = golden | {"versions": {"triton": "0", "ptxas": "0"}}
     assert "--write" in module.differences(golden["rows"], other, whole=True)[0]
     assert module.faults(key, row | {"spill": 3}) == ["spill 3"]
-    assert module.faults(key, row | {"dots": 1, "mma": 0}) != []
+    sound = row | {"dots": 1, "mma": 1, "narrow": 1, "async": 1}
+    assert module.faults(key, sound) == []
+    for worse, said in (
+        ({"mma": 0}, "without tensor cores"),
+        ({"narrow": 2}, "2 loads of one number each"),
+        ({"async": 0}, "without asynchronous copies"),
+    ):
+        (fault,) = module.faults(key, sound | worse)
+        assert said in fault

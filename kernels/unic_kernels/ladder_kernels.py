@@ -38,7 +38,18 @@ def entry(table, i, ALIGN: tl.constexpr):
     column = tl.multiple_of(tl.load(at + 2).to(tl.int64), ALIGN)
     before = tl.multiple_of(tl.load(at + 4).to(tl.int64), ALIGN)
     own = tl.multiple_of(tl.load(at + 5).to(tl.int64), ALIGN)
-    return tl.load(at), row, column, tl.load(at + 3), before, own
+    return tl.load(at), row, column, tl.multiple_of(tl.load(at + 3), ALIGN), before, own
+
+
+@triton.jit
+def clamp_columns(j, width, ALIGN: tl.constexpr):
+    """Columns j below `width`, which ALIGN divides, else 0, where a store masks what is computed.
+
+    Neighbours in groups of ALIGN are inside or outside together. `tl.where` hides that from the
+    compiler, which would then load element by element and not by asynchronous copies; a group that
+    is outside reads the first ALIGN columns.
+    """
+    return tl.max_contiguous(tl.multiple_of(tl.where(j < width, j, 0), ALIGN), ALIGN)
 
 
 @triton.jit
@@ -118,7 +129,7 @@ def find_kept(
 def hidden_gradient(
     dy, weight, z, dz, part, order, count, rows, tokens, width, before, own, total_width,
     row_tiles, column_tiles,
-    EVEN: tl.constexpr,
+    ALIGN: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dz = (dy W2) gelu'(z) of one teacher's kept images, and its sums over a tile's rows."""
@@ -132,7 +143,7 @@ def hidden_gradient(
     j = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, INNER)
     dy_at = dy + row[:, None] * width + k[None, :]
-    w_at = weight + k[:, None].to(tl.int64) * own + tl.where(j < own, j, 0)[None, :]
+    w_at = weight + k[:, None].to(tl.int64) * own + clamp_columns(j, own, ALIGN)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, width, INNER):
         if EVEN:
@@ -165,7 +176,7 @@ def input_gradient(
     image = tl.where(r < rows, r // tokens, 0)
     row = tl.where(r < rows, r, 0).to(tl.int64)
     j = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    d = tl.where(j < width, j, 0)
+    d = clamp_columns(j, width, ALIGN)
     k = tl.arange(0, INNER)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i in range(blocks):
@@ -203,8 +214,8 @@ def weight_gradient(
     live = tl.load(count + teacher) * tokens
     i = tl.arange(0, ROWS)
     j = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    left += before * rows + column + tl.where(i < valid, i, 0)[None, :]
-    right += tl.where(j < width, j, 0)[None, :]
+    left += before * rows + column + clamp_columns(i, valid, ALIGN)[None, :]
+    right += clamp_columns(j, width, ALIGN)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, live, INNER):
         r = start + tl.arange(0, INNER)

@@ -250,6 +250,7 @@ def hidden_gradients(
                 layout.total,
                 row_tiles,
                 column_tiles,
+                ALIGN=math.gcd(16, own),
                 EVEN=width % config.inner == 0,
                 **config.constants(),
                 **config.options(),
@@ -288,7 +289,7 @@ def input_gradients(
                 len(table),
                 row_tiles,
                 column_tiles,
-                ALIGN=layout.align,
+                ALIGN=math.gcd(layout.align, width),
                 EVEN=all(block.width % config.inner == 0 for block in layout.rungs[rung]),
                 **config.constants(),
                 **config.options(),
@@ -299,7 +300,10 @@ def input_gradients(
 def product(
     left: Tensor, right_BND: Tensor, out: Tensor, table: Tensor, kept: Kept, align: int
 ) -> None:
-    """Write left^T right over kept rows; the table says which columns of `left` are which rows."""
+    """Write left^T right over kept rows; the table says which columns of `left` are which rows.
+
+    `align` divides every width in the table.
+    """
     images, tokens, width = right_BND.shape
     config = pick(CONFIGS, out.device).of(out.dtype)
     column_tiles = triton.cdiv(width, config.columns)
@@ -319,7 +323,7 @@ def product(
             right_BND.stride(1),
             len(table),
             column_tiles,
-            ALIGN=align,
+            ALIGN=math.gcd(align, width),
             **config.constants(),
             **config.options(),
         )
@@ -373,7 +377,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any]]]:
         kind = "z" if keep else "h alone"
         yield f"first_linear {kind}", first_linear, even | {"PACKED": False, "KEEP_Z": keep}
     yield "first_linear packed", first_linear, even | {"PACKED": True, "KEEP_Z": True}
-    yield "hidden_gradient", hidden_gradient, {"EVEN": True}
+    yield "hidden_gradient", hidden_gradient, even
     yield "input_gradient", input_gradient, even
     yield "weight_gradient", weight_gradient, {"ALIGN": 16}
 

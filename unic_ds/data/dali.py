@@ -7,7 +7,8 @@ one image, and restarts this one.
 
 from __future__ import annotations
 
-from typing import Any
+from collections import deque
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,37 @@ from unic_ds.data.draw import Draws
 from unic_ds.data.reader import Undecodable
 
 INVERTED = [float(min(v, 255 - v)) for v in range(256)]  # solarise at 0.5
+
+
+class Event(Protocol):
+    """torch.cuda.Event, as far as it is used."""
+
+    def query(self) -> bool: ...
+    def synchronize(self) -> None: ...
+
+
+class LentOutputs:
+    """DALI's outputs, kept until torch's stream has copied them.
+
+    `share_outputs` makes torch's stream wait for DALI's, and nothing makes DALI wait for torch: an
+    output that Python forgets returns to DALI's pool while its copy may only be queued, and the
+    next batch is written over it.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Event, Any]] = deque()
+
+    def keep(self, outputs: Any, copied: Event) -> None:
+        """Keep `outputs` until the event `copied`; forget those that are copied by now."""
+        while self._waiting and self._waiting[0][0].query():
+            self._waiting.popleft()
+        self._waiting.append((copied, outputs))
+
+    def wait(self) -> None:
+        """Wait for all copies and forget the outputs."""
+        for copied, _ in self._waiting:
+            copied.synchronize()
+        self._waiting.clear()
 
 
 class Decoder:
@@ -52,6 +84,7 @@ class Decoder:
             "prefetch_queue_depth": depth,
             "device_id": here if self._gpu else None,  # None, not -1, is DALI without a GPU
         }
+        self._lent = LentOutputs()
         self.restart()
 
     def push(self, encoded: list[NDArray[np.uint8]], draws: Draws) -> None:
@@ -75,6 +108,7 @@ class Decoder:
 
     def restart(self) -> None:
         """Forget every batch that was pushed, and the error of one."""
+        self._lent.wait()
         self._pipe = graph(self.sizes, colour=self.colour, gpu=self._gpu, **self._options)
         self._pipe.build()
         self._fed = 0
@@ -82,6 +116,7 @@ class Decoder:
 
     def close(self) -> None:
         """Free the pipeline's threads and memory."""
+        self._lent.wait()
         del self._pipe
 
     def _inputs(self, draws: Draws) -> dict[str, Any]:
@@ -111,11 +146,14 @@ class Decoder:
 
     def _outputs(self) -> dict[int, Tensor]:
         """Copies of the oldest outputs; on the GPU in the order of torch's stream, unwaited for."""
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self._gpu else None
+        stream = torch.cuda.current_stream(self.device) if self._gpu else None
+        outputs = self._pipe.share_outputs(stream.cuda_stream if stream else None)
         images = {}
-        for size, output in zip(self.sizes, self._pipe.share_outputs(stream), strict=True):
+        for size, output in zip(self.sizes, outputs, strict=True):
             image_B3HW = from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
             images[size] = image_B3HW.clone(memory_format=torch.contiguous_format)
+        if stream:
+            self._lent.keep(outputs, stream.record_event())
         self._pipe.release_outputs()
         return images
 
