@@ -56,6 +56,7 @@ MODELS = {
 """Refused by `plan` too, which needs neither weights nor images."""
 FILES = {
     "no weights": ({"teachers": "t=timm:vit_tiny_patch16_224"}, "is not in the cache; run"),
+    "other weights": ({"teachers": "t=file:{file}#arch=vit_tiny_patch16_224"}, "do not fit vit_"),
     "no module": ({"teachers": "t=python:nowhere:build"}, "cannot import 'nowhere'"),
     "eight-bit units": ({"teachers.a.precision": "fp8_dynamic"}, "needs a GPU of compute"),
     "PHI-S": (

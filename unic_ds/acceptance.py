@@ -86,6 +86,8 @@ def accept_teachers(
             precision.check_device(row, dist.device())
         if outlined and (called or not row.source.startswith("python:")):
             widths[row.name] = width_of(replace(row, placement="replicate", micro=0), grid)
+        if called and row.source.startswith("file:"):
+            sources.check_fit(row, grid)
     return widths
 
 

@@ -134,18 +134,39 @@ def from_file(row: config.Teacher, grid: int) -> Source:
     """`file:PATH#arch=NAME`: local safetensors or weights-only .pth, through timm's own filters."""
     path = weights.locate(row)
     assert path is not None
+    source = file_source(row, grid, path, {"file": str(encodable(path))})
+    return source._replace(licence=licence_of(path))
+
+
+def file_source(row: config.Teacher, grid: int, path: Path, overlay: dict[str, Any]) -> Source:
+    """A timm model with weights that `overlay` names to timm: those of the file at `path`."""
     arch = row.source.rpartition("#arch=")[2]
     check_arch(row, arch)
     classes = classes_of(row, path, arch)
     # The head is built as the file has it: timm is strict only where their classes agree.
-    overlay = {
-        "file": str(encodable(path)),
-        "num_classes": classes,
-        "label_offset": 0,
-        "custom_load": False,
-    }
-    source = timm_source(row, grid, arch, overlay, num_classes=classes)
-    return source._replace(licence=licence_of(path))
+    overlay |= {"num_classes": classes, "label_offset": 0, "custom_load": False}
+    return timm_source(row, grid, arch, overlay, num_classes=classes)
+
+
+def check_fit(row: config.Teacher, grid: int) -> None:
+    """ValueError unless the weights of a file: teacher have its architecture's names and shapes.
+
+    They are mapped and not read. A filter of timm that looks at values is not run to its end: such
+    weights are checked when they are loaded.
+    """
+    path = weights.locate(row)
+    assert path is not None
+    try:
+        state = {k: x.to("meta") for k, x in weights.state_of(path).items()}
+    except (ValueError, AttributeError):  # what is wrong with the file, `classes_of` says
+        state = {}
+    try:
+        with torch.device("meta"):
+            file_source(row, grid, path, {"state_dict": state})
+    except ValueError as error:
+        cause = error.__cause__
+        if not isinstance(cause, NotImplementedError) and "meta tensor" not in str(cause):
+            raise
 
 
 def classes_of(row: config.Teacher, path: Path, arch: str) -> int:
