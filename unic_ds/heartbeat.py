@@ -88,7 +88,13 @@ class Heart:
         self.left.set()
         self.thread.join()
         refused = isinstance(error, ValueError) and entry.ours(error) and not self.at[1]
-        if error is None or refused:
+        if refused:
+            self.first_to_fail()
+        # A launcher ends the other ranks after one that was refused or failed, and reported it.
+        followed = isinstance(error, KeyboardInterrupt) and self.failed.exists()
+        if error and followed:
+            entry.mute(error, unless=False)
+        if error is None or refused or followed:
             self.clear()
             return
         self.fail(error)
@@ -136,11 +142,13 @@ class Heart:
         folder = self.out / pulse.FOLDER
         files = [pulse.file_of(self.out, self.rank)]
         if self.rank == 0:
-            theirs = {pulse.file_of(self.out, row.rank) for row in self.others()}
-            files = [file for file in folder.glob("*") if file not in theirs]
+            kept = {self.failed, *(pulse.file_of(self.out, row.rank) for row in self.others())}
+            files = [file for file in folder.glob("*") if file not in kept]
         with suppress(OSError):
             for file in files:
                 file.unlink(missing_ok=True)
+            if not self.others():
+                self.failed.unlink(missing_ok=True)
             folder.rmdir()  # fails until the last has left
             self.out.rmdir()  # fails where the run made more than this
 
