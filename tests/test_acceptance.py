@@ -63,7 +63,7 @@ FILES = {
         {
             "standardise.kind": "phi_s",
             "standardise.fit_steps": "2",
-            "teachers": "t=python:odd_teacher:build",
+            "teachers": "t=python:seven_wide:build",
         },
         "teacher 't': no Hadamard matrix of width 7",
     ),
@@ -87,7 +87,7 @@ def there(tmp_path_factory):
     save_file(timm.create_model("test_vit").state_dict(), root / "vit.safetensors")
     student = build_encoder(config.Student(model="vit_tiny_patch16_224", size=32))
     save_file(student.state_dict(), root / "init.safetensors")
-    (root / "odd_teacher.py").write_text(
+    (root / "seven_wide.py").write_text(
         "from small_teacher import Small\n\n\ndef build():\n    return Small(7)\n"
     )
     return root
