@@ -191,7 +191,7 @@ def problem(folder: Path, hashes: bool) -> str:
 
 @dataclass(kw_only=True)
 class Told:
-    """What the events of a run say."""
+    """A summary of a run's events."""
 
     skipped: int = 0
     reasons: set[str] = field(default_factory=set)  # of the skipped steps
@@ -217,7 +217,7 @@ class Told:
 
 
 def read_events(out: Path) -> Told:
-    """What the run's events say, in the memory of one line."""
+    """The run's events, read in the memory of one line."""
     file, told = out / events.FILE, Told()
     if not file.exists():
         return told

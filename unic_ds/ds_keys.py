@@ -14,7 +14,7 @@ from unic_ds.printable import printable
 
 
 class Kind(NamedTuple):
-    """What a key's value must be, in words and as a test."""
+    """The values that a key may have, in words and as a test."""
 
     says: str
     holds: Callable[[Any], bool]
@@ -146,7 +146,7 @@ INSTEAD = {
     "flops_profiler.output_file": "it would write where the file says",
     "zero_optimization.leaf_module": "it would import what the file names",
 }
-"""What to do in place of keys that people set."""
+"""Remedies for keys that people set."""
 
 
 def check(value: Any, known: Any = KEYS, at: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Where the ranks of one machine meet when the deepspeed launcher was given no port. Stdlib only.
+"""The meeting place of one machine's ranks when deepspeed was given no port. Stdlib only.
 
 The launcher then gives port 29500 to every job, so that two jobs of a machine would collide.
 """

@@ -142,7 +142,7 @@ def find_images(cfg: config.Config) -> tuple[Any, Any]:
 
 
 def scan(cfg: config.Config) -> tuple[Any, Any]:
-    """What --data.train and --data.val name (None if not given), on this rank."""
+    """Sources of --data.train and --data.val (None if not given), on this rank."""
     from unic_ds import data
 
     train = data.scan(cfg.data.train)

@@ -172,7 +172,7 @@ def by_ending(endings: Counter[str]) -> str:
 
 
 def walk(root: str) -> Found:
-    """What lies below a folder; each real folder is listed once, however many links lead to it.
+    """The contents of a folder; each real folder is listed once, however many links lead to it.
 
     Folders come before links to folders, and these in the order of their paths, so which path a
     folder has depends on names alone. ValueError for a folder that cannot be listed.

@@ -87,7 +87,7 @@ class LeftOut:
 
 
 class Contents(NamedTuple):
-    """What a shard holds."""
+    """The contents of a shard."""
 
     members: list[Member]
     left_out: LeftOut

@@ -215,7 +215,7 @@ def _array(data: bytes) -> NDArray[Any]:
 
 
 def notes_of(tables: Tables) -> list[str]:
-    """What is to be said of the shards at every start."""
+    """Notes on the shards, printed at every start."""
     block = tables.get("notes", np.empty(0, np.uint8))[: NOTES << 10]
     return list(islice(Names.cut(block.tobytes()), NOTES))
 

@@ -82,7 +82,7 @@ def three(row: config.Teacher, model: nn.Module, key: str) -> tuple[float, ...]:
 
 
 def call_python(row: config.Teacher) -> nn.Module:
-    """What the function of a `python:` source returns; ValueError if there is none or it fails."""
+    """The module of a `python:` source's function; ValueError if there is none or it fails."""
     where, _, name = row.source.removeprefix("python:").partition(":")
     try:
         make: Callable[[], Any] | None = getattr(importlib.import_module(where), name, None)

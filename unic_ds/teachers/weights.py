@@ -239,7 +239,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def known_by(hashed: Mapping[str, Any]) -> str:
-    """What identifies weights: their content, or their file where no content is known."""
+    """The identity of weights: their content, or their file where no content is known."""
     return hashed.get("content") or hashed["sha256"]
 
 
