@@ -29,7 +29,10 @@ METHODS = {
 """Asking a tensor for these is a read, whatever its device is here."""
 
 FACTORIES = {"tensor", "as_tensor"}
-"""These read the tensors of a list that they are given, without an operator."""
+"""These read the tensors of a list that they are given, without an operator.
+
+With a device they upload numbers of the host; CUDA makes the host wait until such a copy is done.
+"""
 
 OPERATORS = {
     *("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "_assert_scalar"),
@@ -37,6 +40,9 @@ OPERATORS = {
     *("_unique", "_unique2", "unique_dim", "unique_consecutive", "_linalg_check_errors"),
 }
 """Operators whose answer, or the shape of whose answer, the host must know."""
+
+FILLS = {"masked_fill", "masked_fill_"}
+"""Operators whose value CUDA reads back where it is a tensor; a CPU does that within the kernel."""
 
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 COPIES = {"_to_copy", "copy_"}
@@ -59,7 +65,8 @@ class HostReads:
     """
 
     def __init__(self, roots: Mapping[str, Path]):
-        self.roots = {owner: f"{root.resolve()}/" for owner, root in roots.items()}
+        # as imported, and behind links
+        self.roots = {f"{path}/": x for x, root in roots.items() for path in (root, root.resolve())}
         self.reads: list[Read] = []
         self.operators: Counter[str] = Counter()
         self._asked = False
@@ -87,7 +94,7 @@ class HostReads:
     def _asker(self, frame: FrameType | None) -> tuple[str, str]:
         while frame is not None:
             name, file = frame.f_code.co_name, frame.f_code.co_filename
-            for owner, root in self.roots.items():
+            for root, owner in self.roots.items():
                 if file.startswith(root) and file != __file__:
                     return owner, f"{file.removeprefix(root)}:{name}"
             if name == BACKWARD[1] and file.endswith(BACKWARD[0]):
@@ -106,7 +113,9 @@ class _Methods(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         moved = name == "to" and any(word == "cpu" for word in (*args[1:], *kwargs.values()))
         listed = name in FACTORIES and isinstance(args[0], (list, tuple)) and holds(args[0])
-        if not (name in METHODS or moved or listed):
+        uploaded = name in FACTORIES and kwargs.get("device") is not None
+        uploaded |= name in ("__getitem__", "__setitem__") and contains_list(args[1])
+        if not (name in METHODS or moved or listed or uploaded):
             return func(*args, **kwargs)
         self.counted.note(name)
         outer, self.counted._asked = self.counted._asked, True
@@ -128,6 +137,7 @@ class _Operators(TorchDispatchMode):
         if (
             name in OPERATORS
             or (name in INDEXING and masks(args[1]))
+            or (name in FILLS and isinstance(args[2], Tensor))
             or returns(name, args, answer)
         ):
             self.counted.note(name)
@@ -139,6 +149,11 @@ def holds(values: Any) -> bool:
     if isinstance(values, (list, tuple)):
         return any(map(holds, values))
     return isinstance(values, Tensor)
+
+
+def contains_list(index: Any) -> bool:
+    """Whether an index has a list of numbers, which is uploaded to the tensor's device."""
+    return isinstance(index, list) or (isinstance(index, tuple) and any(map(contains_list, index)))
 
 
 def masks(indices: Any) -> bool:

@@ -45,6 +45,10 @@ PLANTED = {
     "masked write": lambda: X.clone().__setitem__(X > 0, 1.0),
     "unique": lambda: X.unique(),
     "repeat": lambda: X.repeat_interleave(torch.tensor([1, 1, 2])),
+    "upload": lambda: torch.tensor(1.0, device=X.device),
+    "list as index": lambda: X[[0, 2]],
+    "fill": lambda: X.masked_fill(X > 0, S),
+    "fill in place": lambda: X.clone().masked_fill_(X > 0, S),
 }
 
 HARMLESS = {
@@ -143,7 +147,10 @@ def test_a_whole_step_reads_nothing_and_a_log_line_once(counted, name):
         assert row["backward"] == row["elsewhere"] == {}, step
 
 
-ZERO3 = {"runtime/utils.py:is_invalid_grad_norm: __bool__": 1}
+ZERO3 = {
+    "runtime/zero/stage3.py:get_grad_norm_direct: tensor": 2,
+    "runtime/utils.py:is_invalid_grad_norm: __bool__": 1,
+}
 ZERO0 = {
     "runtime/utils.py:has_overflow_serial: __bool__",  # for each parameter
     "runtime/utils.py:has_overflow: item",

@@ -158,7 +158,7 @@ def merge(settings: dict[str, Any], cfg: Config, world: int) -> dict[str, Any]:
         refuse_what_averages_cannot(settings)
         merged["zero_allow_untested_optimizer"] = True  # DeepSpeed knows AdamW by its exact type
     if cfg.precision:
-        merged["bf16"] = {"enabled": cfg.precision == "bf16"}
+        merged["bf16"] = settings.get("bf16", {}) | {"enabled": cfg.precision == "bf16"}
         if cfg.precision == "fp32":
             merged.pop("communication_data_type", None)
             merged.pop("data_types", None)

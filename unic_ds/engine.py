@@ -88,7 +88,83 @@ def build(student: nn.Module, cfg: config.Optim, settings: dict[str, Any]) -> An
         confine(student, F.linear)
         F.linear = linear
     optimizer.state.clear()  # under ZeRO-0 in bf16 DeepSpeed took a step of zero gradients
+    mask_norm_on_device()
+    wait_on_device(engine.optimizer, deepspeed.accelerator.get_accelerator())
     return engine
+
+
+def wait_on_device(optimizer: Any, accelerator: Any) -> None:
+    """Make streams wait for each other where DeepSpeed makes the host wait for the device.
+
+    After each backward DeepSpeed 0.19.8 stops the host until the gradients are reduced: ZeRO-1 and
+    2 with `overlap_comm` for the whole device, ZeRO-3 for its reduction stream, and at the end of
+    a step for the whole device. Kernels need that order, the host does not:
+
+    - Accumulation, norm and AdamW are queued on the current stream, after its wait.
+    - Buckets and gradients freed afterwards were allocated on the current stream, which reuses
+      their memory after its wait; the allocator holds what was given to `record_stream`.
+    - Memory that the reduction stream allocated is reused by that stream, after its own wait for
+      the stream that fills the next bucket.
+    - ZeRO-3's gathers read what AdamW wrote, so their stream waits for the current one. DeepSpeed
+      leaves that to the wait for the device, which it omits where no parameter is persistent.
+
+    Under offload the CPU reads gradients, so the host has to wait. A CPU has no streams, and an
+    optimiser without these names is of another version: both stay as they are.
+    """
+    offloads = ("cpu_offload", "offload_optimizer", "offload_param")
+    if any(getattr(optimizer, name, False) for name in offloads):
+        return
+    epilogue = "independent_gradient_partition_epilogue"
+    if stream := getattr(optimizer, "reduction_stream", None):
+        queue_waits(optimizer, epilogue, accelerator, stream)
+    stream = getattr(optimizer, "reduce_and_partition_stream", None)
+    offload = getattr(optimizer, "parameter_offload", None)  # ZeRO-3's hooks, offloaded or not
+    gathers = getattr(offload, "_DeepSpeedZeRoOffload__allgather_stream", None)
+    if stream and gathers:
+        queue_waits(optimizer, epilogue, accelerator, stream)
+        queue_waits(optimizer, "_post_step", accelerator, gathers)
+
+
+def queue_waits(optimizer: Any, name: str, accelerator: Any, stream: Any) -> None:
+    """Let the current stream and `stream` wait for each other during and after a method.
+
+    Within it they do so in the place of `synchronize`, of the accelerator and of `stream`.
+    """
+    method = getattr(optimizer, name, None)
+    if method is None:
+        return
+
+    def meet(*_: Any) -> None:
+        current = accelerator.current_stream()
+        stream.wait_stream(current)  # in ZeRO-1 and 2 a bucket may be full and not reduced yet
+        current.wait_stream(stream)
+
+    def queued(*given: Any) -> None:
+        for owner in (accelerator, stream):
+            owner.synchronize = meet
+        try:
+            method(*given)
+            meet()
+        finally:
+            for owner in (accelerator, stream):
+                del owner.synchronize
+
+    setattr(optimizer, name, queued)
+
+
+def mask_norm_on_device() -> None:
+    """Let ZeRO-1 and 2 mark a norm that is not finite without a wait of the host.
+
+    DeepSpeed 0.19.8 uploads the -1 that it writes there, and CUDA's `masked_fill_` reads it back:
+    two waits for each parameter group in every step.
+    """
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    def mask(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
+        norm.masked_fill_(~norm.isfinite(), val)
+
+    if hasattr(stage_1_and_2, "mask_nan_or_inf_with_val_inplace"):
+        stage_1_and_2.mask_nan_or_inf_with_val_inplace = mask
 
 
 def adamw(groups: list[dict[str, Any]], cfg: config.Optim) -> torch.optim.AdamW:
