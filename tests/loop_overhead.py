@@ -76,10 +76,10 @@ def main(argv: list[str]) -> int:
         made = parts.build(task)
         student, _ = parts.start_student(task, made.teachers)
         other = engine.build(student, task.cfg.optim, task.settings)
-        request = dist.StopRequest(*job.stop_files(task.out, ""))
+        votes = dist.StepVotes(*job.stop_files(task.out, ""))
         for turn in range(TURNS):
             first = 1 + turn * STEPS
-            found["ours"].append(ours(task, made, first, request=request, beat=beat))
+            found["ours"].append(ours(task, made, first, votes=votes, beat=beat))
             found["bare"].append(bare(task.cfg, made, other, first))
         made.stream.close()
     if dist.rank() == 0:

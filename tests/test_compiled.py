@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from runs import DEMONSTRATION, curve, options, run, together
+from runs import DEMONSTRATION, ROOT, curve, options, run, together
+from runs import TINY as TINY_RUN
 from torch import nn
 
-from unic_ds import config, ds_config
-from unic_ds.compiled import compile_each, repeated
+from unic_ds import config, ds_config, quickstart
+from unic_ds.compiled import compile_each, from_scratch, repeated, uncompiled
 from unic_ds.ladder import Head
 from unic_ds.student import Student
 
+IMAGES = quickstart.root() / quickstart.PARTS[0]
 TINY = config.Student(model="vit_tiny_patch16_224", size=32, drop_path=0.3, checkpoint="every:2")
 
 
@@ -87,6 +90,72 @@ def test_a_compiled_run_is_the_run(tmp_path: Path) -> None:
     run(together(tmp_path / "plan.json"))
     eager, ours = ([row["loss"] for row in curve(tmp_path / name).values()] for name in which)
     assert ours == pytest.approx(eager, rel=1e-4)
+
+
+def grown(block: nn.Module, sides: range) -> None:
+    """Call a block on batches of so many rows."""
+    for side in sides:
+        block(torch.ones(side, 2))
+
+
+def test_more_variants_than_torch_keeps_are_an_error_and_a_new_stage_has_none() -> None:
+    blocks = [nn.Linear(2, 2) for _ in range(2)]
+    for block in blocks:  # they share the code of Linear.forward, as blocks of two models do
+        block.forward = torch.compile(block.forward, dynamic=False, backend="eager")
+    counters = torch._dynamo.utils.counters
+    with from_scratch(True):
+        grown(blocks[0], range(1, 9))
+        counters.clear()
+        with pytest.raises(RuntimeError, match="more than 8 variants"), from_scratch(True):
+            grown(blocks[0], range(1, 6))
+            grown(blocks[1], range(6, 10))
+        assert counters["stats"]["unique_graphs"] == 8
+    with from_scratch(True):
+        grown(blocks[1], range(9, 17))
+
+
+def test_an_evaluation_compiles_nothing() -> None:
+    block = nn.Linear(2, 2)
+    block.forward = torch.compile(block.forward, dynamic=False, backend="eager")
+    counters = torch._dynamo.utils.counters
+    with from_scratch(True):
+        counters.clear()
+        with uncompiled(True):
+            grown(block, range(1, 20))
+        assert not counters["stats"]["unique_graphs"]
+        grown(block, range(1, 3))
+        assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_what_is_not_compiled_leaves_torch_s_limit_alone() -> None:
+    block = nn.Linear(2, 2)
+    block.forward = torch.compile(block.forward, dynamic=False, backend="eager")
+    with from_scratch(False), uncompiled(False):
+        grown(block, range(1, 12))
+
+
+@pytest.mark.slow
+@DEMONSTRATION
+def test_each_stage_of_a_compiled_run_compiles_its_blocks_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher's blocks are timm's, as DINOv2's are: one code object with the student's.
+
+    Three variants a stage (teacher, the student's first block, its others): the third stage would
+    pass dynamo's limit of eight. What dynamo captures runs as it is: the limit is dynamo's.
+    """
+    monkeypatch.setenv("TORCH_COMPILE_OVERRIDE_BACKENDS", ">=0:eager")
+    teacher = {"teachers": "vit=python:timm_teacher:build"}
+    stages = "student.size=32 optim.steps=1;student.size=48 optim.steps=1"
+    more = {"stages": stages, "student.size": 64, "optim.steps": 2, "run.compile": "all"}
+    few = {"data.val_share": 0.25, "eval.max_train": 32, "eval.max_val": 16}
+    pairs = TINY_RUN | teacher | more | few | {"data.train": IMAGES, "out": tmp_path / "run"}
+    words = [word for key, value in pairs.items() for word in (f"--{key}", str(value))]
+    script = ROOT / "tests" / "counted_stages.py"
+    printed = run([sys.executable, str(script), str(tmp_path / "graphs"), *words])
+    assert "recompile_limit" not in printed
+    assert "student after" in printed
+    assert json.loads((tmp_path / "graphs").read_text()) == [3, 3, 3]
 
 
 def test_a_compiled_student_under_zero3_is_refused_and_its_teachers_are_not() -> None:

@@ -87,7 +87,7 @@ def test_a_poor_node_is_told_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("check", "limit", "met", "unmet", "remedy"),
     [
-        ("disk speed", "SLOW_MB_S", 0.0, 1e9, "--run.save_every"),
+        ("disk speed", "SLOW_MB_S", 0.0, 1e9, "--run.save_minutes"),
         ("clock", "SKEW_S", 1e9, -1.0, "by NTP"),
     ],
 )

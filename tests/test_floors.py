@@ -21,7 +21,8 @@ FLOORS = (
     {"config", "documents", "pulse", "tensor_files"},
     {"override", "methods"},
     {"ds_keys"},
-    {"tokens", "ops", "compiled", "optim", "average", "dist", "ds_config", "entry", "gpus"},
+    {"tokens", "ops", "compiled", "optim", "average", "dist", "ds_config", "entry", "gpus"}
+    | {"determinism"},
     {"balance", "ladder", "log", "guard", "counters"},
     {"data", "teachers", "student", "loss", "engine", "evaluate", "recipes", "quickstart"},
     {"reshard", "extension"},

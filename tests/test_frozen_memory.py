@@ -31,3 +31,20 @@ def test_steps_under_zero3_hold_no_more_than_the_first(tmp_path):
     assert max(held[1:]) - held[0] < 1e5, held
     # The allocator's own ups and downs; the six blocks of each of 24 steps would make 29.
     assert min(resident[-2:]) - min(resident[1:3]) < 10e6, resident
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_steps_leave_no_tensors_to_the_collector(tmp_path, stage):
+    """Which waits for a log line: on a GPU such tensors would fill its memory until then."""
+    words = options(
+        tmp_path / "run",
+        stage,
+        optim__steps=20,
+        optim__batch_size=4,
+        student__model="test_vit",
+        student__checkpoint="full",
+        data__backend="torch",
+    )
+    run([sys.executable, str(ROOT / "tests" / "step_garbage.py"), str(tmp_path / "rows"), *words])
+    found = json.loads((tmp_path / "rows").read_text())
+    assert found["objects"] and not found["tensor_bytes"], found

@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves, ends well, and goes on to the same curve."""
+"""A run that is asked to stop, or saves by the clock, goes on to the same curve."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import DEMONSTRATION, curve, launched, reached, run, start, two
+from runs import DEMONSTRATION, curve, kill_on_the_way, launched, reached, run, saved, start, two
 
 from unic_ds import dist
 
@@ -66,15 +66,46 @@ def test_a_stop_file_or_a_signal_to_one_rank_saves_and_ends_the_run(whole, tmp_p
     assert curve(out) == curve(whole)
 
 
-def test_a_signal_that_comes_again_is_one_request(tmp_path):
+@pytest.mark.dist
+@pytest.mark.slow
+def test_saves_by_the_clock_do_not_move_the_curve(tmp_path):
+    """Two ranks: they save together, at log lines, and no line is another for it."""
+    more = MORE | {"optim__steps": 20, "run__save_every": 0, "run__log_every": 3}
+    unhurried, hurried = tmp_path / "unhurried", tmp_path / "hurried"
+    assert run(two(unhurried, **more)).count("saved step_") == 1
+    more |= {"run__save_minutes": 0.01}  # some steps: which ones is the machine's affair
+    kill_on_the_way(two(hurried, **more), hurried, 17)
+    assert saved(hurried) % 3 == 0
+    printed = run(two(hurried, **more))
+    assert "resumed after step" in printed and "saved step_" in printed
+    assert curve(hurried) == curve(unhurried)
+
+
+@pytest.fixture
+def handlers():
+    """Signals are handled as before once the test is over."""
+    before = {number: signal.getsignal(number) for number in dist.StepVotes.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_that_comes_again_is_one_request(handlers, tmp_path):
     """Slurm tells the ranks and torchrun, which tells them again while they save."""
-    before = {number: signal.getsignal(number) for number in dist.StopRequest.SIGNALS}
-    try:
-        request = dist.StopRequest(tmp_path / "STOP")
-        assert not request.agreed() and not request.agreed()
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert [request.agreed(), request.agreed()] == [False, True]
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    votes = dist.StepVotes(tmp_path / "STOP")
+    assert not votes.agreed().stop and not votes.agreed().stop
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert [votes.agreed(), votes.agreed()] == [(False, False), (True, False)]
+
+
+def test_the_clock_asks_for_a_save_until_there_is_one(handlers):
+    never, votes = dist.StepVotes(), dist.StepVotes(save_s=0.2)
+    assert not votes.agreed().save
+    time.sleep(0.2)
+    assert [votes.agreed().save for _ in range(3)] == [False, True, True]
+    votes.saved()
+    assert [votes.agreed().save for _ in range(2)] == [False, False]
+    time.sleep(0.2)
+    assert [votes.agreed().save for _ in range(2)] == [False, True]
+    assert not any(never.agreed().save for _ in range(3))

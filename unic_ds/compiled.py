@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -10,6 +13,43 @@ def compile_each(blocks: nn.Module | list[nn.Module]) -> None:
     """Compile each block's forward at its first call; hooks and later wrapping stay outside."""
     for block in blocks.children() if isinstance(blocks, nn.Module) else blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
+
+
+@contextmanager
+def from_scratch(on: bool) -> Iterator[None]:
+    """Context manager that forgets compiled code, then lets none fall back to eager; if `on`.
+
+    Dynamo keeps what it compiles by code object, which models of one class share over all stages
+    of a run, and runs eagerly what comes after the 8th (`recompile_limit`), with a warning alone.
+    RuntimeError with the remedy instead.
+    """
+    if not on:
+        yield
+        return
+    import torch._dynamo  # seconds
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        try:
+            yield
+        except FailOnRecompileLimitHit as error:
+            limit = torch._dynamo.config.recompile_limit
+            raise RuntimeError(
+                f"torch.compile was asked for more than {limit} variants of a block (TORCH_LOGS="
+                "recompiles names them), and the rest would run uncompiled; start the same command"
+                " with --run.compile none, student or teachers"
+            ) from error
+
+
+@contextmanager
+def uncompiled(on: bool) -> Iterator[None]:
+    """Context manager that runs compiled blocks by their plain code, if `on`: of other batches."""
+    if not on:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def repeated(module: nn.Module) -> list[nn.Module]:

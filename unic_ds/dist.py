@@ -15,7 +15,7 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as td
@@ -216,20 +216,29 @@ def node_mesh() -> Any:
     return init_device_mesh(device().type, shape, mesh_dim_names=names)["node"]
 
 
-class StopRequest:
-    """True once the run was asked to stop: by a signal to any rank, or a file that rank 0 sees.
+class Agreed(NamedTuple):
+    """What all ranks do after a step."""
 
-    All ranks learn it at the same step. What each has heard is summed while the next step runs, so
-    that nobody waits for it.
+    stop: bool  # save, and end the run
+    save: bool  # save at the next log line
+
+
+class StepVotes:
+    """Whether the run stops after a step, and whether it is time to save; the same on all ranks.
+
+    Any rank stops a run by a signal, rank 0 by a file that it sees, and saves by its clock once
+    `save_s` seconds have passed since the last save (0: never). Votes are summed while the next
+    step runs, so that nobody waits for them.
     """
 
     SIGNALS = interrupt.SIGNALS
 
-    def __init__(self, *files: Path):
-        self.files, self.heard = files, 0
+    def __init__(self, *files: Path, save_s: float = 0.0):
+        self.files, self.heard, self.save_s = files, 0, save_s
+        self.saved_at, self.outdated = time.monotonic(), False
         # On the CPU, and looked at through NumPy: neither device nor torch is asked.
-        self.votes = torch.zeros(1)
-        self.yes_1 = self.votes.numpy()
+        self.votes = torch.zeros(2)
+        self.stop_save = self.votes.numpy()
         self.sum: td.Work | None = None
         interrupt.handle(self.hear)
 
@@ -252,11 +261,20 @@ class StopRequest:
         if self.heard:
             raise interrupt.Interrupted(self.heard)
 
-    def agreed(self) -> bool:
-        """Whether any rank had been asked when all last called this; every rank calls it."""
+    def saved(self) -> None:
+        """Start the clock anew after a save; every rank calls it, after the same step."""
+        self.saved_at, self.outdated = time.monotonic(), True
+
+    def agreed(self) -> Agreed:
+        """What the votes were when all ranks last called this; every rank calls it at each step."""
         if self.sum is not None:
             self.sum.wait()
-        asked = bool(self.yes_1[0])
-        self.yes_1[0] = bool(self.heard) or (rank() == 0 and any(map(Path.exists, self.files)))
+        stop, save = map(bool, self.stop_save)
+        found = Agreed(stop, save and not self.outdated)  # a vote from before the last save
+        self.outdated = False
+        first = rank() == 0
+        late = self.save_s and time.monotonic() - self.saved_at >= self.save_s
+        self.stop_save[0] = bool(self.heard) or (first and any(map(Path.exists, self.files)))
+        self.stop_save[1] = first and bool(late)
         self.sum = td.all_reduce(self.votes, async_op=True) if world() > 1 else None
-        return asked
+        return found

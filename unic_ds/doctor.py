@@ -203,7 +203,7 @@ def disk_speed(name: str, patient: Patient) -> Row:
         os.fsync(file.fileno())
         speed = WRITTEN_MB * 1.048576 / (time.monotonic() - begun)
     slow = speed < SLOW_MB_S
-    todo = "put --out on a faster file system, or save more rarely (--run.save_every)"
+    todo = "put --out on a faster file system, or save more rarely (--run.save_minutes)"
     text = f"{speed:.0f} MB/s in {patient.disk}"
     return row_of(name, text, remedy=todo if slow else "", state=WARNING if slow else OK)
 

@@ -27,7 +27,7 @@ from unic_ds import entry, events, interrupt, pulse
 from unic_ds.config import Run
 from unic_ds.pulse import Pulse
 
-PATIENT = {"building": 4, "resuming": 4, "saving": 4, "evaluating": 12}
+PATIENT = {"building": 4, "resuming": 4, "compiling": 4, "saving": 4, "evaluating": 12}
 """Times run.stall_timeout, in phases that have none inside; a probe is fitted in one line."""
 BEATS = 30  # in run.hang_timeout
 LOST = ("gloo", "nccl", "connection", "peer")  # words of a collective that lost a rank

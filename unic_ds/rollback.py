@@ -104,7 +104,7 @@ def report(out: Path, setback: Setback, times: str) -> str:
     but = (
         f"it went back {times} times already (--run.max_rollbacks)"
         if times
-        else "there is no checkpoint from before to go back to (--run.save_every)"
+        else "there is no checkpoint from before to go back to (--run.save_minutes)"
     )
     return (
         f"steps {setback.first} to {setback.last} were all skipped, and {but};"

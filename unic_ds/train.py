@@ -6,10 +6,11 @@ deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json [--recipe NAME] [--
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ Distil frozen vision teachers into one ViT student.
   process
 
 The same command again resumes; a finished run prints its table."""
+
+COLLECT_EVERY = 50
+"""Steps after which Python's garbage is collected, if no log line came before."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         accept(task, stages)
     for stage in stages:
         announce(stage, task)
-        with heart(stage) as beat:
+        with heart(stage) as beat, kernels(stage.cfg.run):
             done = distil(stage, beat, whole=task)
         if not done:
             break
@@ -79,8 +83,9 @@ def waiting(task: job.Job) -> list[job.Job]:
 
 def heart(stage: job.Job) -> Any:
     """Join the ranks; the context in which one that is dead or stuck ends the run."""
-    from unic_ds import dist, events, heartbeat
+    from unic_ds import determinism, dist, events, heartbeat
 
+    determinism.choose(stage.cfg.run.deterministic)
     try:
         dist.start(timeout_s=heartbeat.longest_s(stage.cfg.run))
     except Exception as error:
@@ -94,6 +99,15 @@ def heart(stage: job.Job) -> Any:
         rank=dist.rank(),
         world=dist.world(),
     )
+
+
+@contextmanager
+def kernels(run: config.Run) -> Iterator[None]:
+    """Context manager of a stage: errors about its kernels name the setting that mends them."""
+    from unic_ds import compiled, determinism
+
+    with compiled.from_scratch(run.compile != "none"), determinism.explained():
+        yield
 
 
 def announce(stage: job.Job, task: job.Job) -> None:
@@ -119,8 +133,8 @@ def show(task: job.Job) -> int:
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every so many steps, and at the last, happens now."""
-    return step % every == 0 or step == last
+    """True if what happens every so many steps (0: never), and at the last, happens now."""
+    return step == last or (every > 0 and step % every == 0)
 
 
 def distil(task: job.Job, beat: Callable[[str, int], None], *, whole: job.Job) -> bool:
@@ -130,7 +144,7 @@ def distil(task: job.Job, beat: Callable[[str, int], None], *, whole: job.Job) -
     do. It saves and stops when the run's stop file is there, or after SIGUSR1 or SIGTERM to any
     rank.
     """
-    from unic_ds import dist, events, finish, log, rollback
+    from unic_ds import compiled, dist, events, finish, log, rollback
     from unic_ds.folder import record, resume
     from unic_ds.parts import build
 
@@ -141,21 +155,22 @@ def distil(task: job.Job, beat: Callable[[str, int], None], *, whole: job.Job) -
         beat("resuming", 0)
         first, last = resume(task, parts) + 1, parts.steps
         lock = record(task, parts, whole)
-    stops = job.stop_files(whole.out, whole.cfg.run.stop_file)
-    request = dist.StopRequest(*stops)
+    stops, run = job.stop_files(whole.out, whole.cfg.run.stop_file), task.cfg.run
+    votes = dist.StepVotes(*stops, save_s=60 * run.save_minutes)
     step = None
     while step is None:
         try:
-            step = learn(task, parts, first, request=request, beat=beat)
+            step = learn(task, parts, first, votes=votes, beat=beat)
         except rollback.Setback as setback:
             beat("resuming", setback.last)
             rollback.plan(task, parts, setback)
             first = resume(task, parts) + 1
     parts.stream.close()
     if step == last:
-        request.close()
+        votes.close()
         beat("evaluating", step)
-        finish.finish(task, parts)
+        with compiled.uncompiled(run.compile != "none"):
+            finish.finish(task, parts)
     else:
         log.say(f"stopped after step {step} of {last}; the same command goes on from there")
         if dist.rank() == 0:
@@ -165,9 +180,9 @@ def distil(task: job.Job, beat: Callable[[str, int], None], *, whole: job.Job) -
 
 
 def learn(
-    task: job.Job, parts: Any, first: int, *, request: Any, beat: Callable[[str, int], None]
+    task: job.Job, parts: Any, first: int, *, votes: Any, beat: Callable[[str, int], None]
 ) -> int:
-    """Train from step `first` until the last, or until `request` is made; the step it came to.
+    """Train from step `first` until the last, or until `votes` stop it; the step it came to.
 
     rollback.Setback where too many steps in a row were skipped.
     """
@@ -175,26 +190,30 @@ def learn(
     from unic_ds.engine import grad_norm
     from unic_ds.folder import save
 
-    cfg, last = task.cfg, parts.steps
-    stop, step = min(cfg.run.stop_at or last, last), first - 1
+    run, last = task.cfg.run, parts.steps
+    stop, step = min(run.stop_at or last, last), first - 1
     book = log.Log(
         task.out,
         steps=last,
         first=first,
-        batch_size=cfg.optim.batch_size,
+        batch_size=task.cfg.optim.batch_size,
         flops_per_image=parts.flops,
     )
-    with book:
+    with book, garbage_kept():
         for step in range(first, stop + 1):
-            rate = optim.learning_rate(step, cfg.optim, parts.train.per_epoch)
+            rate = optim.learning_rate(step, task.cfg.optim, parts.train.per_epoch)
             optim.apply(parts.engine.optimizer, rate)
-            for metrics in optimise(cfg, parts, step, beat):
+            compiles = step == first and run.compile != "none"
+            for metrics in optimise(task.cfg, parts, step, compiling(beat) if compiles else beat):
                 book.add(metrics)
             if step == first:
                 log.say(f"first optimiser step done {log.since_start():.0f} s after the start")
-            asked = request.agreed()
-            saves = asked or due(step, cfg.run.save_every, stop)
-            if saves or due(step, cfg.run.log_every, stop):
+            agreed, logs = votes.agreed(), due(step, run.log_every, stop)
+            saves = any(due(step, every, stop) for every in (run.save_every, run.keep_every))
+            saves |= agreed.stop or (agreed.save and logs)
+            if logs or step % COLLECT_EVERY == 0:
+                gc.collect()  # on all ranks at once, and while a GPU still computes
+            if saves or logs:
                 row, verdict_PK = book.write(
                     step,
                     waited_s=parts.stream.waited_s,
@@ -207,9 +226,31 @@ def learn(
             if saves:
                 beat("saving", step)
                 save(task, parts, step, loss=row["loss"])
-            if asked:
+                votes.saved()
+            if agreed.stop:
                 break
     return step
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Context manager in which Python's garbage waits for `gc.collect`, which skips what is there.
+
+    Left to itself, Python collects on each rank at another moment, and all ranks wait for each.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def compiling(beat: Callable[[str, int], None]) -> Callable[[str, int], None]:
+    """`beat` for a step that waits for torch.compile: one patient phase."""
+    return lambda _, step: beat("compiling", step)
 
 
 def optimise(

@@ -102,12 +102,19 @@ class Run:
     """Cadence of the loop, and what it does about trouble; a run may go on with others."""
 
     log_every: int = knob(10, "steps between log lines", machinery=True)
-    save_every: int = knob(
-        1000, "steps between checkpoints; the last step always saves", machinery=True
+    save_minutes: float = knob(
+        15.0,
+        "minutes from one checkpoint to the next, which is saved at a log line; 0: off; the last"
+        " step always saves",
+        machinery=True,
+        most=1e6,
     )
+    save_every: int = knob(0, "steps between checkpoints, too; 0: off", machinery=True)
     keep_last: int = knob(2, "newest checkpoints kept", machinery=True, most=1_000_000)
     keep_every: int = knob(
-        0, "keep each checkpoint whose step is a multiple of this; 0: off", machinery=True
+        0,
+        "save and keep a checkpoint of each step that is a multiple of this; 0: off",
+        machinery=True,
     )
     keep_best: int = knob(
         0,
@@ -116,7 +123,15 @@ class Run:
         most=1_000_000,
     )
     compile: Literal["none", "student", "teachers", "all"] = knob(
-        "none", "whose transformer blocks run through torch.compile", machinery=True
+        "none",
+        "whose transformer blocks run through torch.compile while the student trains",
+        machinery=True,
+    )
+    deterministic: bool = knob(
+        False,
+        "run deterministic GPU kernels alone, so that a run repeats itself and resumes bit for bit,"
+        " as it does on a CPU; slower",
+        machinery=True,
     )
     stop_at: int = knob(
         0, "save and stop after this step, to be resumed; 0: at the end", machinery=True
@@ -159,17 +174,17 @@ class Run:
     stall_timeout: float = knob(
         600.0,
         "seconds in which no rank gets on after which the run ends (four times as many while it"
-        " builds, resumes or saves, twelve while it evaluates); 0: off",
+        " builds, resumes, compiles or saves, twelve while it evaluates); 0: off",
         machinery=True,
         most=1e9,
     )
 
     def __post_init__(self) -> None:
         check_most(self, "run.")
-        for key in ("log_every", "save_every", "keep_last", "rollback_after"):
+        for key in ("log_every", "keep_last", "rollback_after"):
             check(getattr(self, key) > 0, f"run.{key}", "positive", getattr(self, key))
-        optional = ("stop_at", "keep_every", "keep_best", "spike", "max_rollbacks")
-        for key in (*optional, "hang_timeout", "stall_timeout"):
+        optional = ("save_minutes", "save_every", "stop_at", "keep_every", "keep_best", "spike")
+        for key in (*optional, "max_rollbacks", "hang_timeout", "stall_timeout"):
             check(getattr(self, key) >= 0, f"run.{key}", ">= 0", getattr(self, key))
 
     def compiles(self, what: str) -> bool:
