@@ -3,6 +3,18 @@
 set -uo pipefail
 source slurm/env.sh || exit
 
+# Compiled kernels stay on the node's own disk, in a folder that nobody else can write to: programs
+# are loaded from there.
+cache=${SLURM_TMPDIR:-/tmp}/unic_ds_$(id -u)
+mkdir -m 700 "$cache" 2>/dev/null
+if [ -d "$cache" ] && [ ! -L "$cache" ] && [ -O "$cache" ] && [ "$(stat -c %a "$cache")" = 700 ]; then
+  export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
+  export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
+else
+  printf '%s\n' "unic_ds: node $SLURMD_NODENAME: ${cache@Q} is not a folder of mode 700 of your own;" \
+    "kernels are cached where Triton and torch do by themselves" >&2
+fi
+
 # Or ranks that start again in the same job would meet at the addresses of the dead.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "${CONTAINER[@]}" torchrun \

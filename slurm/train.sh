@@ -33,19 +33,26 @@ main() {
   esac
   asked= # to stop: by the time limit or by a preemption
   timer= # of the time limit: the process that waits for LATE seconds
-  mkdir -p "$OUT" || exit 2
   rm -f "$OUT/STOP"
-  trap 'asked=yes; touch "$OUT/STOP"; late' USR1
-  trap 'asked=yes; touch "$OUT/STOP"' TERM
+  trap 'stop; late' USR1
+  trap stop TERM
   if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
     rm -f "$OUT/slurm.failed"
     refuse "$ranks"
   fi
+  mkdir -p "$OUT" || exit 2 # what is refused leaves none
+  if [ -n "$asked" ]; then stop; fi
   say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, $ranks ranks, in ${OUT@Q}"
   train
   code=$?
   if [ "$code" -eq 0 ] && { [ -z "$asked" ] || finished; }; then return 0; fi
   again "$code"
+}
+
+# Asked to stop: have the ranks save and stop.
+stop() {
+  asked=yes
+  if [ -d "$OUT" ]; then touch "$OUT/STOP"; fi
 }
 
 say() { printf '%s\n' "unic_ds: job $SLURM_JOB_ID: $*" >&2; }
@@ -73,7 +80,9 @@ refuse() {
   local ranks=$1 why
   if ! once check --ranks "$ranks" "${OPTIONS[@]}"; then
     why="unic-ds check says why above"
-  elif finished || once plan --gpus "$ranks" --gpu "$GPU" "${OPTIONS[@]}"; then
+  elif finished && ! given run.extend; then
+    return
+  elif once plan --gpus "$ranks" --gpu "$GPU" "${OPTIONS[@]}"; then
     return
   else
     why="unic-ds plan found no room on $ranks x $GPU, or failed, see above"
@@ -143,18 +152,43 @@ again() {
     RUNNING | SIGNALING) ;;
     *) return "$1" ;;
   esac
-  if ! asked_to_stop && { decided || ! hopeful; }; then return "$1"; fi
+  local without
+  without=$(unfit)
+  if ! asked_to_stop && { { [ -z "$without" ] && decided; } || ! hopeful; }; then return "$1"; fi
   if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
     say "requeued $MAX_REQUEUES times (MAX_REQUEUES); submit it again to go on"
     return 1
   fi
-  ask scontrol requeue "$SLURM_JOB_ID"
+  (
+    trap '' TERM # which Slurm sends to all of a job that is requeued
+    ask scontrol requeue "$SLURM_JOB_ID" || exit
+    if [ -n "$without" ]; then exclude "$without"; fi
+  )
 }
+
+# The nodes that the ranks of this start named as unfit, by commas.
+unfit() {
+  grep -hsF "$(job_in_event)" "$OUT"/stage*/events.jsonl "$OUT"/events.jsonl |
+    sed -n 's/.*"exclude": "\([A-Za-z0-9._,-]*\)".*/\1/p' | tail -n 1
+}
+
+# Keep the job's next start off nodes, beside those that it is kept off already.
+exclude() {
+  local now
+  now=$(ask scontrol --oneliner show job "$SLURM_JOB_ID")
+  now=$([[ $now =~ \ ExcNodeList=([^\ ]+) ]] && printf '%s' "${BASH_REMATCH[1]}")
+  if [ "$now" = '(null)' ]; then now=; fi
+  if ask scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${now:+$now,}$1"; then
+    say "requeued without $1"
+  fi
+}
+
+# How an event that ends this start for good names it, as node.sh tells torchrun.
+job_in_event() { printf '"job": "%s"' "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"; }
 
 # Whether this start ended for a reason that the next would meet again.
 decided() {
-  local name=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} # as node.sh tells torchrun
-  grep -qsF "\"job\": \"$name\"" "$OUT"/stage*/events.jsonl "$OUT"/events.jsonl || return 1
+  grep -qsF "$(job_in_event)" "$OUT"/stage*/events.jsonl "$OUT"/events.jsonl || return 1
   say "it would end so again; not requeued"
 }
 

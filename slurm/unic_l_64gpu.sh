@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=unic_l --output=slurm/%x-%j.log --open-mode=append
-#SBATCH --nodes=8 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64
+#SBATCH --nodes=8 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64 --mem=0
 #SBATCH --time=24:00:00 --signal=B:USR1@300 --requeue
 # UNIC-L on 64 GPUs, from the repository's root: sbatch slurm/unic_l_64gpu.sh [--option value ...]
 

@@ -64,6 +64,14 @@ write_settings() {
     for number in $(seq "$nodes"); do echo "$NET.$number n$number"; done
   } >"$dir/hosts"
   echo "Name=gpu File=$dir/dev/nvidia[0-$((gpus - 1))]" >"$dir/gres.conf"
+  # The fake GPUs are no devices that CUDA could use: a node is to train on its CPU, as one says by
+  # an empty CUDA_VISIBLE_DEVICES, unless DIR/dead has a file of its name: its GPUs do not come up.
+  mkdir -p "$dir/dead"
+  cat >"$dir/prolog" <<PROLOG
+#!/bin/sh
+[ -e "$dir/dead/\$SLURMD_NODENAME" ] || echo "export CUDA_VISIBLE_DEVICES="
+PROLOG
+  chmod 755 "$dir/prolog"
   # slurmd ends where it is left to find out and no cgroup is mounted.
   echo "CgroupPlugin=cgroup/v1" >"$dir/cgroup.conf"
   cat >"$dir/slurm.conf" <<CONF
@@ -79,6 +87,7 @@ SlurmctldLogFile=$dir/log/slurmctld.log
 SlurmdLogFile=$dir/log/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+TaskProlog=$dir/prolog
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core

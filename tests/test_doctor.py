@@ -105,6 +105,36 @@ def test_a_slow_disk_and_a_wrong_clock_are_told_so(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA comes up here")
+def test_a_node_whose_cuda_does_not_come_up_fails(tmp_path, monkeypatch):
+    patient = doctor.Patient(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
+    monkeypatch.setattr(doctor, "CHECKS", {"GPU": doctor.CHECKS["GPU"]})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.delenv("CROSS_SIZE", raising=False)
+    (row,) = doctor.here(patient)
+    assert (row.check, row.state) == ("GPU", "fails")
+    assert "should have GPUs" in row.result and "sees none: " in row.result
+    assert "CUDA_VISIBLE_DEVICES= (empty)" in row.remedy
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (row,) = doctor.here(patient)
+    assert (row.state, row.result) == ("ok", "none: a run on the CPU")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA comes up here")
+def test_ranks_that_cannot_meet_still_print_what_the_first_node_found(monkeypatch):
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher += ["--master_port", ranks_and_port(2)[-1], "-m", "unic_ds.cli", "doctor", "--json"]
+    printed = run(launcher, code=1)
+    line = next(line for line in printed.splitlines() if line.startswith('{"fails": true'))
+    rows = checks_of(line)
+    assert rows.keys() == {*doctor.CHECKS, "ranks"}
+    assert rows["GPU"]["state"] == rows["ranks"]["state"] == "fails"
+    assert rows["teachers"]["state"] == rows["disk speed"]["state"] == "ok"
+
+
 @pytest.mark.gpu
 def test_a_kernel_is_tried_on_the_gpu(tmp_path):
     patient = doctor.Patient(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")

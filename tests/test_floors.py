@@ -18,7 +18,7 @@ FILES = sorted((ROOT / "unic_ds").rglob("*.py"))
 FLOORS = (
     {"formula", "chance", "home", "named", "files", "printable"}
     | {"streams", "interrupt", "meeting"},
-    {"config", "documents", "pulse", "tensor_files"},
+    {"config", "documents", "node", "pulse", "tensor_files"},
     {"override", "methods"},
     {"ds_keys"},
     {"tokens", "ops", "compiled", "optim", "average", "dist", "ds_config", "entry", "gpus"}

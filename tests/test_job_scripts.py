@@ -7,6 +7,7 @@ Slurm's two programs that a batch script calls are the smallest that do their wo
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -71,8 +72,7 @@ def test_a_training_job_hands_its_options_on_word_for_word(cluster, tmp_path):
     assert repr(WORDS) in said(
         "unic_b_8gpu.sh", "--data.train", "x", f"--student.init={WORDS}", **env
     )
-    assert [path.name for path in tmp_path.iterdir() if path.name != "bin"] == [out.name]
-    assert not list(out.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]  # what is refused leaves no folder
 
 
 @pytest.mark.parametrize("recipe", ["..", "-rf", "$(touch ran)", "a/../../b"])
@@ -89,6 +89,36 @@ def test_a_number_of_ranks_is_not_reckoned_before_it_is_one(cluster):
 def test_a_node_hands_its_options_on_word_for_word(cluster):
     words = ["--ds_config", "ds_configs/zero2.json", "--recipe", "unic_b", f"--data.train={WORDS}"]
     assert repr(WORDS) in said("node.sh", *words, code=None, **cluster)
+
+
+@pytest.mark.parametrize(
+    ("state", "used"), [("none", True), ("700", True), ("755", False), ("link", False)]
+)
+def test_kernels_are_cached_on_the_node_where_nobody_else_can_put_them(tmp_path, state, used):
+    """With a torchrun that prints its environment; a folder that is there may be a stranger's."""
+    (tmp_path / "slurm").mkdir()
+    for name in ("env.sh", "node.sh"):
+        shutil.copy(ROOT / "slurm" / name, tmp_path / "slurm" / name)
+    (tmp_path / "torchrun").write_text("#!/bin/sh\nenv\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    cache = tmp_path / f"unic_ds_{os.getuid()}"
+    if state == "link":
+        (tmp_path / "other").mkdir(0o700)
+        cache.symlink_to(tmp_path / "other")
+    elif state != "none":
+        cache.mkdir()
+        cache.chmod(int(state, 8))
+    names = {"JOB_NUM_NODES": "1", "JOB_ID": "7", "NODEID": "0", "TMPDIR": str(tmp_path)}
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURMD_NODENAME": "n1"}
+    env |= {"MASTER_ADDR": "n1", "MASTER_PORT": "1", "TORCHINDUCTOR_CACHE_DIR": "mine"}
+    env |= {f"SLURM_{name}": value for name, value in names.items()}
+    done = subprocess.run(
+        ["bash", "slurm/node.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    assert (f"TRITON_CACHE_DIR={cache}/triton\n" in done.stdout) == used
+    assert "TORCHINDUCTOR_CACHE_DIR=mine\n" in done.stdout
+    assert ("is not a folder of mode 700 of your own" in done.stderr) != used
+    assert not used or cache.stat().st_mode & 0o777 == 0o700
 
 
 def test_plan_and_eval_hand_their_words_on(cluster, tmp_path):

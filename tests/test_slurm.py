@@ -196,7 +196,7 @@ def test_a_job_that_cannot_run_is_refused_before_it_trains(lab, tmp_path):
     assert not (ROOT / "ran").exists()
     recipe = tmp_path / "mine.yaml"
     assert "needs --out" in wrong(lab.submit(*SIZE, "slurm/unic_b_8gpu.sh", f"--recipe={recipe}"))
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def wrong(job: Batch) -> str:
@@ -436,6 +436,37 @@ def test_a_job_that_would_end_so_again_is_not_tried_again(lab, whole, tmp_path):
     told = json.loads((tmp_path / "run" / "events.jsonl").read_text())
     assert told["event"] == "refused" and told["job"] == f"{job.number}.0"
     assert told["says"] in printed
+
+
+@pytest.mark.fault("a node whose GPUs do not come up", "is named; the job goes on without it")
+def test_a_job_goes_on_without_a_node_whose_gpus_do_not_come_up(lab, whole, tmp_path):
+    """Not tried again by torchrun; the requeued job leaves out what sbatch did, and this node."""
+    out = tmp_path / "run"
+    quick = ["--recipe", "quickstart", *options(out, **RUN)]
+    job = lab.submit(*SIZE, "--exclude=n32", "slurm/unic_l_64gpu.sh", *quick)
+    job.waits(lambda: job.state == "RUNNING", "it has nodes")
+    dead = job.nodes[1]
+    (lab.folder / "dead" / dead).touch()  # it is still being checked
+    job.waits(lambda: job.restarts == 1 and job.state == "PENDING", "it is requeued")
+    printed = job.printed()
+    says = f"unic_ds: error: node {dead} should have GPUs (SLURM_GPUS_ON_NODE is 2)"
+    assert printed.count(says) == 1
+    assert f"requeued without {dead}" in printed
+    left_out = lab.run("scontrol", "show", "hostnames", job.facts()["ExcNodeList"]).split()
+    assert set(left_out) == {dead, "n32"}
+    job.started(1)
+    assert job.ended() == "COMPLETED" and dead not in job.nodes
+    assert curve(out) == curve(whole)
+
+
+def test_a_finished_run_that_is_to_train_longer_is_planned_like_any_other(lab, whole, tmp_path):
+    out, gpu = Path(shutil.copytree(whole, tmp_path / "run")), tmp_path / "tiny.yaml"
+    gpu.write_text("memory_gb: 2\ntflops: 10\nmemory_gb_s: 100\nnode_gb_s: 10\nnet_gb_s: 1\n")
+    longer = RUN | {"optim__steps": STEPS + 2, "run__extend": "true"}
+    words = ["--recipe", "quickstart", *options(out, **longer)]
+    printed = wrong(lab.submit(*SIZE, "slurm/unic_l_64gpu.sh", *words, UNIC_DS_GPU=str(gpu)))
+    assert "does NOT fit" in printed and "nothing was trained" in printed
+    assert curve(out) == curve(whole)
 
 
 def test_a_plan_is_a_job_too(lab):

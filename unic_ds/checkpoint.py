@@ -175,7 +175,7 @@ def fingerprints(folder: Path, *, written: bool = False) -> dict[str, dict[str, 
     """
     # One rank lists, and all agree: a network file system may show each another listing.
     listed = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    files = dist.share(sorted(listed) if dist.rank() == 0 else None)
+    files = dist.on_rank_0(lambda: sorted(listed))
     mine = {}
     for file in files[dist.rank() :: dist.world()]:
         mine[str(file.relative_to(folder))] = fingerprint(file, written=written)
@@ -202,7 +202,7 @@ def unread(found: dict[str, dict[str, Any]]) -> str:
 
 def verify(folder: Path) -> str:
     """What is wrong with a checkpoint, or nothing; the same on all ranks."""
-    expected = dist.share(read_manifest(folder) if dist.rank() == 0 else None)
+    expected = dist.on_rank_0(lambda: read_manifest(folder))
     if not expected:
         return f"no readable {MANIFEST}"
     found = fingerprints(folder)

@@ -6,22 +6,37 @@ Without a launcher a process is rank 0 of 1 and every exchange is the identity.
 from __future__ import annotations
 
 import atexit
+import json
+import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d as c10d
 
-from unic_ds import files, interrupt, meeting
+from unic_ds import files, interrupt, meeting, node
+
+LOG = logging.getLogger("unic_ds.dist")
+TIMEOUT_S = 1800
+REFUSAL_S = 300.0
+"""Seconds that a rank whose node is unfit waits for the others, to end them too."""
+READ_S = 10.0
+"""Seconds that rank 0 waits for the others to read why all end."""
+ALLOWED = frozenset(os.sched_getaffinity(0))
+"""CPU cores that this process may use, before it is bound to those near its GPU."""
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -51,11 +66,15 @@ def device() -> torch.device:
 
 def cores() -> int:
     """CPU cores this rank may keep busy: its share of what the process is allowed."""
-    return max(1, len(os.sched_getaffinity(0)) // local_world())
+    return max(1, len(ALLOWED) // local_world())
 
 
-def start(timeout_s: int = 1800) -> None:
-    """Join the process group of the launcher's environment; a lone process makes its own."""
+def start(timeout_s: int | None = None) -> None:
+    """Join the process group of the launcher's environment; a lone process makes its own.
+
+    No collective waits longer than `timeout_s` (1800). node.Unfit, on all ranks, where a node lacks
+    the GPUs that it should have, or where the ranks' devices or software do not go together.
+    """
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -65,33 +84,113 @@ def start(timeout_s: int = 1800) -> None:
         os.environ.setdefault(name, value)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores())
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
-        # What is asked for in fp32 is computed in it, and bf16 products are summed in fp32.
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if td.is_initialized():
+        if timeout_s:
+            set_timeout(timeout_s)
         return
+    facts = node.facts(local_rank(), local_world())
+    if facts.device == "cuda" and not facts.fault:
+        use_gpu()
     atexit.register(stop)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    timeout_s = timeout_s or TIMEOUT_S
+    join("cpu:gloo,cuda:nccl" if facts.device == "cuda" else "gloo", facts, timeout_s)
+    set_timeout(timeout_s)
+
+
+def use_gpu() -> None:
+    """Give this rank its GPU, the precision that is asked for there, and the cores beside it."""
+    torch.cuda.set_device(local_rank())
+    # What is asked for in fp32 is computed in it, and bf16 products are summed in fp32.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    near = node.cores_near(local_rank(), ALLOWED)
+    if len(near) >= cores():  # threads that start from here on stay there too
+        os.sched_setaffinity(0, near)
+
+
+def join(backend: str, facts: node.Facts, timeout_s: int) -> None:
+    """Meet the other ranks, compare nodes with them, and make the process group of all."""
     if world() == 1 and "MASTER_PORT" not in os.environ:
+        refuse(*node.judge([facts]))
         td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1)
         return
-    timeout = timedelta(seconds=timeout_s)
+    timeout, file = timedelta(seconds=timeout_s), meeting.file()
     try:
-        if file := meeting.file():
-            store = meet(file, timeout)
-            td.init_process_group(
-                backend, store=store, rank=rank(), world_size=world(), timeout=timeout
-            )
-            file.unlink(missing_ok=True)  # all have met
-        else:
-            td.init_process_group(backend, timeout=timeout)
+        store = meet(file, timeout) if file else environment_store(timeout)
+        compare(td.PrefixStore("nodes", store), facts, timeout)
+        td.init_process_group(
+            backend,
+            store=td.PrefixStore("default_pg", store),
+            rank=rank(),
+            world_size=world(),
+            timeout=timeout,
+        )
     except td.DistNetworkError as error:
         raise RuntimeError(
             f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             f" ({str(error).split(':')[-1].strip()}); give the launcher another --master_port"
         ) from error
+    if file:
+        file.unlink(missing_ok=True)  # all have met
+
+
+def environment_store(timeout: timedelta) -> td.Store:
+    """The store at the address that the launcher gives."""
+    store, _, _ = next(td.rendezvous("env://", rank(), world(), timeout=timeout))
+    store.set_timeout(timeout)
+    return store
+
+
+def compare(store: td.Store, mine: node.Facts, timeout: timedelta) -> None:
+    """Raise node.Unfit on all ranks where their nodes cannot train together; rank 0 judges.
+
+    A rank whose own node is unfit does not wait long for the others.
+    """
+    patience = timedelta(seconds=REFUSAL_S) if mine.fault else timeout
+    try:
+        store.set(f"facts {rank()}", json.dumps(asdict(mine)))
+        if rank() == 0:
+            keys = [f"facts {number}" for number in range(world())]
+            store.wait(keys, patience)
+            rows = [node.Facts(**json.loads(store.get(key))) for key in keys]
+            if says := node.mixture(rows):
+                LOG.warning("%s", says)
+            store.set("verdict", json.dumps(node.judge(rows)))
+        store.wait(["verdict"], patience)
+    except (td.DistStoreError, td.DistNetworkError) as error:
+        refuse(mine.fault, [mine.host])
+        if isinstance(error, td.DistNetworkError):
+            raise RuntimeError("rank 0 ended before all ranks had met; it says why") from None
+        raise TimeoutError(
+            f"not all ranks started within {timeout.total_seconds():.0f} s"
+        ) from None
+    says, nodes = json.loads(store.get("verdict"))
+    if not says:
+        return
+    store.add("read", 1)
+    last = time.monotonic() + READ_S
+    while rank() == 0 and store.add("read", 0) < world() and time.monotonic() < last:
+        time.sleep(0.05)  # the store ends with this process
+    refuse(says, nodes)
+
+
+def refuse(says: str, nodes: Sequence[str]) -> None:
+    """Raise node.Unfit where there is something to say."""
+    if says:
+        raise node.Unfit(says, nodes)
+
+
+def set_timeout(seconds: int) -> None:
+    """Give every process group, made or to come, one timeout.
+
+    Groups that DeepSpeed and FSDP make have torch's default (30 minutes with gloo beside NCCL), not
+    that of the group of all ranks, and neither library passes a timeout on.
+    """
+    timeout = timedelta(seconds=seconds)
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    change = getattr(td, "set_timeout", None) or c10d._set_pg_timeout  # since torch 2.14; before
+    for group in list(c10d._world.pg_map):
+        change(timeout, group)
 
 
 def meet(file: Path, timeout: timedelta) -> td.Store:
@@ -189,6 +288,19 @@ def share(value: Any) -> Any:
     box = [value]
     td.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_rank_0(find: Callable[[], T]) -> T:
+    """Return what `find` returns on rank 0, on every rank; its ValueError is raised on all."""
+    found, problem = None, ""
+    try:
+        found = find() if rank() == 0 else None
+    except ValueError as error:
+        problem = str(error)
+    found, problem = share((found, problem))
+    if problem:
+        raise ValueError(problem)
+    return cast(T, found)
 
 
 def spread(module: nn.Module, blocks: Sequence[nn.Module], *, offload: bool) -> None:

@@ -89,9 +89,12 @@ def show(rows: list[Row], *, as_json: bool) -> None:
 
 def between_ranks(patient: Patient) -> list[Row]:
     """Every node's own checks, by its first rank, and those of all ranks together."""
-    from unic_ds import dist
+    from unic_ds import dist, node
 
-    dist.start()
+    try:
+        dist.start()
+    except node.Unfit as error:  # no rank could wait for another
+        return [*here(patient), failing("ranks", error)] if dist.rank() == 0 else []
     mine = list(here(patient)) if dist.local_rank() == 0 else []
     rows = [row for part in dist.gather_objects(mine) for row in part]
     dist.barrier()
@@ -112,8 +115,13 @@ def here(patient: Patient) -> Iterator[Row]:
         try:
             yield check(name, patient)
         except (OSError, RuntimeError, ValueError) as error:
-            what, _, todo = str(error).partition("; ")
-            yield row_of(name, what, remedy=todo, state=FAILS)
+            yield failing(name, error)
+
+
+def failing(check: str, error: Exception) -> Row:
+    """A row about a check that found what would end a run."""
+    what, _, todo = str(error).partition("; ")
+    return row_of(check, what, remedy=todo, state=FAILS)
 
 
 def row_of(check: str, result: str, *, remedy: str = "", state: str = OK) -> Row:
@@ -122,18 +130,17 @@ def row_of(check: str, result: str, *, remedy: str = "", state: str = OK) -> Row
 
 
 def device(name: str, patient: Patient) -> Row:
-    """Whether torch sees the node's GPUs."""
+    """Row about the node's GPUs, of which torch must see one for each rank."""
     import torch
 
-    if torch.cuda.is_available():
-        count, first = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
-        return row_of(name, f"{count} x {first.name}, {first.total_memory / 1e9:.0f} GB")
-    if any(Path("/dev").glob("nvidia[0-9]*")):
-        raise RuntimeError(
-            "the node has NVIDIA devices, but torch sees none; compare `nvidia-smi` with the CUDA"
-            f" that torch was built for ({torch.version.cuda}), and look at CUDA_VISIBLE_DEVICES"
-        )
-    return row_of(name, "none: a run on the CPU")
+    from unic_ds import dist, node
+
+    if problem := node.fault(dist.local_world()):
+        raise RuntimeError(problem)
+    if not torch.cuda.is_available():
+        return row_of(name, "none: a run on the CPU")
+    count, first = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
+    return row_of(name, f"{count} x {first.name}, {first.total_memory / 1e9:.0f} GB")
 
 
 def processor(name: str, patient: Patient) -> Row:

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from unic_ds import dist, log
+from unic_ds import dist, entry, log, node
 from unic_ds.guard import Trouble
 
 FILE = "events.jsonl"
@@ -40,10 +40,31 @@ def append(out: Path, event: str, **facts: Any) -> None:
         os.close(file)
 
 
-def failed(out: Path, says: str, *, step: int, phase: str) -> None:
+def failed(out: Path, error: str, *, step: int, phase: str, **facts: Any) -> None:
     """Append a line about the exception that ends the run; nothing where `out` cannot take it."""
     with suppress(OSError):
-        append(out, "failed", rank=dist.rank(), step=step, phase=phase, error=says)
+        append(out, "failed", rank=dist.rank(), step=step, phase=phase, error=error, **facts)
+
+
+@contextmanager
+def meeting(out: Path) -> Iterator[None]:
+    """Record, on rank 0, why the ranks cannot train together.
+
+    torchrun's next try would have the same nodes; a Slurm job is requeued without those at fault.
+    """
+    try:
+        yield
+    except Exception as error:
+        if dist.rank() == 0:
+            says, facts = entry.summary(error), {}
+            if isinstance(error, node.Unfit):
+                exclude = ",".join(error.nodes)
+                facts = {"job": os.environ.get(LAUNCH, ""), "says": says, "exclude": exclude}
+                if tries() is not None:  # a first start has no folder in which to tell the next
+                    with suppress(OSError):
+                        out.mkdir(parents=True, exist_ok=True)
+            failed(out, says, step=0, phase="meeting", **facts)
+        raise
 
 
 def end(out: Path, event: str, says: str, **facts: Any) -> None:

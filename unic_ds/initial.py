@@ -38,7 +38,7 @@ def start(path: str, student: Student, teachers: Teachers) -> dict[str, dict[str
     finite.
     """
     files = files_of(path)
-    hashes = examined(files)
+    hashes = dist.on_rank_0(lambda: examined(files))
     start_encoder(path, student.encoder)
     taken = ["encoder"]
     if wrong := start_ladder(files.get(LADDER), student.ladder):
@@ -56,19 +56,12 @@ def start(path: str, student: Student, teachers: Teachers) -> dict[str, dict[str
 
 
 def examined(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
-    """`weights.hashes` of files that rank 0 reads; ValueError on all ranks for unsound weights."""
-    found: dict[str, dict[str, str]] = {}
-    problem = ""
-    try:
-        for name, file in files.items() if dist.rank() == 0 else ():
-            if problem := unsound(Safetensors(file)):
-                raise ValueError(f"student.init {str(file)!r} holds no sound weights: {problem}")
-            found[name] = weights.hashes(file)
-    except ValueError as error:
-        problem = str(error)
-    found, problem = dist.share((found, problem))
-    if problem:
-        raise ValueError(problem)
+    """`weights.hashes` of files; ValueError for unsound weights."""
+    found = {}
+    for name, file in files.items():
+        if problem := unsound(Safetensors(file)):
+            raise ValueError(f"student.init {str(file)!r} holds no sound weights: {problem}")
+        found[name] = weights.hashes(file)
     return found
 
 

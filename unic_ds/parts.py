@@ -96,7 +96,7 @@ def find_teachers(cfg: config.Config, train: Any, cache: Any) -> tuple[Any, dict
         cache=cache,
         sample=few(cfg, train),
     )
-    manifest = dist.share(teachers.manifest() if dist.rank() == 0 else None)
+    manifest = dist.on_rank_0(teachers.manifest)
     for name, facts in manifest.items():
         source = printable(facts["source"])  # a cache's manifest may be a stranger's
         log.say(f"teacher {name}: {source}, {facts['width']} wide, {facts['size']} px")

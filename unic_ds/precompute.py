@@ -38,8 +38,7 @@ def store(cfg: config.Config, out: Path, *, views: int, dtype: str, yes: bool, b
         device=dist.device(),
         sample=few(cfg, train),
     )
-    made = describe(cfg, train, teachers, views, dtype) if dist.rank() == 0 else None
-    manifest = dist.share(made)
+    manifest = dist.on_rank_0(lambda: describe(cfg, train, teachers, views, dtype))
     layout = cache.layout_of(out, manifest)
     check(layout, manifest, yes)
     dist.barrier()  # all have looked at the folder as it was

@@ -33,7 +33,7 @@ def left_out(rollbacks: list[dict[str, Any]]) -> order.Spans:
 
 def settle(out: Path) -> list[dict[str, Any]]:
     """The run's roll-backs, the same on all ranks; checkpoints that they gave up are removed."""
-    rows = dist.share(read(out / FILE) if dist.rank() == 0 else None)
+    rows = dist.on_rank_0(lambda: read(out / FILE))
     if rows and dist.rank() == 0:
         saved = checkpoint.steps_in(out / "checkpoints")
         gone = [folder for folder in saved if given_up(folder, rows)]

@@ -71,7 +71,8 @@ def accept(task: job.Job, stages: list[job.Job]) -> None:
     """
     from unic_ds import acceptance, events
 
-    events.raise_last(task.out)
+    for stage in stages:
+        events.raise_last(stage.out)
     with events.refusals(task.out) if task.out.is_dir() else nullcontext():
         acceptance.accept(stages, starting=True)
 
@@ -86,12 +87,8 @@ def heart(stage: job.Job) -> Any:
     from unic_ds import determinism, dist, events, heartbeat
 
     determinism.choose(stage.cfg.run.deterministic)
-    try:
+    with events.meeting(stage.out):
         dist.start(timeout_s=heartbeat.longest_s(stage.cfg.run))
-    except Exception as error:
-        if dist.rank() == 0:  # OUT may not be there yet
-            events.failed(stage.out, entry.summary(error), step=0, phase="meeting")
-        raise
     return heartbeat.Heart(
         stage.out,
         stage.cfg.run,

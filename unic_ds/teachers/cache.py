@@ -217,30 +217,25 @@ class FeatureCache:
             )
         self.seed, self.views = manifest["seed"], manifest["views"]
         self.layout = layout_of(self.folder, manifest)
-        self.facts = self.compare(stored, manifest)
+        self.facts = dist.on_rank_0(lambda: self.compare(stored, manifest))
         self.identity = {"views": self.views, "seed": self.seed, "dtype": self.layout.dtype}
         self.identity["teachers"] = list(self.facts)
 
     def compare(
         self, rows: Sequence[config.Teacher], manifest: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
-        """Facts of each cached teacher; ValueError, on all ranks, where it is another or broken."""
+        """Facts of each cached teacher; ValueError where it is another or broken."""
         facts: dict[str, dict[str, Any]] = {}
-        problem = ""
-        try:
-            for row in rows if dist.rank() == 0 else ():
-                theirs, ours = manifest["teachers"][row.name], own_facts(row)
-                ours |= sources.kind_of(row, math.isqrt(self.layout.tokens))
-                refuse_others(f"{str(self.folder)!r} ({row.name})", theirs, ours)
-                facts[row.name] = theirs | {k: ours[k] for k in weights.HASHES if k in ours}
-            if dist.rank() == 0 and (path := self.layout.broken(facts)):
-                problem = f"{str(path)!r} is missing, no regular file or of another size"
-                problem = f"the feature cache is not whole: {problem}; make it again"
-        except ValueError as error:
-            problem = str(error)
-        facts, problem = dist.share((facts, problem))
-        if problem:
-            raise ValueError(problem)
+        for row in rows:
+            theirs, ours = manifest["teachers"][row.name], own_facts(row)
+            ours |= sources.kind_of(row, math.isqrt(self.layout.tokens))
+            refuse_others(f"{str(self.folder)!r} ({row.name})", theirs, ours)
+            facts[row.name] = theirs | {k: ours[k] for k in weights.HASHES if k in ours}
+        if path := self.layout.broken(facts):
+            raise ValueError(
+                f"the feature cache is not whole: {str(path)!r} is missing, no regular file or of"
+                " another size; make it again"
+            )
         return facts
 
     def read(self, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> dict[str, Tokens]:
