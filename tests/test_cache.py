@@ -2,10 +2,13 @@
 theirs.
 """
 
+import dataclasses
 import json
 import os
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from unic_ds import config, quickstart
 from unic_ds.teachers import cache
+from unic_ds.teachers.pool import Teachers
 from unic_ds.tokens import Tokens
 
 pytestmark = DEMONSTRATION
@@ -181,8 +185,22 @@ def tokens_of(count: int, seed: int) -> Tokens:
     return Tokens(3 * x_BNC[:, 0], x_BNC[:, 1:])
 
 
+def read(
+    made: cache.Layout,
+    index_B: list[int],
+    view_B: list[int],
+    *,
+    threads: int = 1,
+    pin: bool = False,
+) -> Tokens:
+    """Tokens of teacher `a`, read by so many threads."""
+    with ThreadPoolExecutor(threads) as readers:
+        return made.read("a", np.array(index_B), np.array(view_B), readers, pin=pin)()
+
+
+@pytest.mark.parametrize("threads", [1, 16])
 @pytest.mark.parametrize(("dtype", "share"), [("bf16", 2**-8), ("int8", 1 / 127)])
-def test_what_is_read_is_what_was_written(tmp_path, dtype, share):
+def test_what_is_read_is_what_was_written(tmp_path, dtype, share, threads):
     made, known = layout(tmp_path, dtype), {}
     for number, (view, span) in enumerate(made.missing()):
         assert not made.written(view, span)
@@ -191,9 +209,9 @@ def test_what_is_read_is_what_was_written(tmp_path, dtype, share):
         made.write("a", view, span, halves)
         assert made.written(view, span)
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.bin")) == made.total()
-    index_B, view_B = np.array([6, 0, 5, 3]), np.array([1, 0, 0, 1])
-    found = made.read("a", index_B, view_B)
-    for b, (index, view) in enumerate(zip(index_B.tolist(), view_B.tolist(), strict=True)):
+    index_B, view_B = [6, 0, 5, 3], [1, 0, 0, 1]
+    found = read(made, index_B, view_B, threads=threads)
+    for b, (index, view) in enumerate(zip(index_B, view_B, strict=True)):
         chunk = known[view, index // 4]
         for kind, (whole, one) in enumerate(zip(chunk, found, strict=True)):
             # int8: half a step of the chunk's largest, and bf16's rounding after it
@@ -206,7 +224,7 @@ def test_what_is_not_finite_stays_so(tmp_path):
     made, tokens = replace(layout(tmp_path, "int8", 1), samples=4), tokens_of(4, 0)
     tokens.patch_BNC[1, 2, 3] = torch.inf
     made.write("a", 0, range(4), [tokens])
-    found = made.read("a", np.arange(4), np.zeros(4, np.int64))
+    found = read(made, [0, 1, 2, 3], [0, 0, 0, 0])
     assert not found.patch_BNC[1, 2, 3].isfinite()
 
 
@@ -216,8 +234,31 @@ def test_a_file_that_was_cut_off_is_told(tmp_path):
     path = made.path("a", 0, 0)
     path.write_bytes(path.read_bytes()[:-5])
     assert not made.written(0, range(4))
-    with pytest.raises(RuntimeError, match="cut off"):
-        made.read("a", np.array([1]), np.array([0]))
+    with pytest.raises(RuntimeError, match=r"000000\.bin' was cut off; make the cache again"):
+        read(made, [1, 0, 2], [0, 0, 0], threads=3)
+    path.unlink()
+    with pytest.raises(RuntimeError, match=r"cannot be read \(No such file or directory\); bring"):
+        read(made, [1], [0])
+
+
+class Meeting(cache.Layout):
+    """A layout whose files are read only while three others are being read."""
+
+    barrier = threading.Barrier(4, timeout=30)
+
+    def fill(self, *args):
+        self.barrier.wait()
+        super().fill(*args)
+
+
+def test_several_files_are_read_at_once(tmp_path):
+    plain, index_B, view_B = layout(tmp_path, "bf16"), [6, 0, 5, 3, 4, 1, 2, 0], [1, 0] * 4
+    for number, (view, span) in enumerate(plain.missing()):
+        plain.write("a", view, span, [tokens_of(len(span), number)])
+    fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
+    found = read(Meeting(**fields), index_B, view_B, threads=4)
+    for ours, theirs in zip(found, read(plain, index_B, view_B), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 DRAWS = {"grid": 2, "images": "those"}
@@ -246,6 +287,33 @@ ROW = config.Teacher(name="a", source="python:x:y")
 
 def opened(folder: Path, row: config.Teacher = ROW) -> cache.FeatureCache:
     return cache.FeatureCache(str(folder), (row,), DRAWS, samples=7)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_stored_tokens_arrive_though_the_device_lags(tmp_path, device):
+    """Two seconds behind the host, which meanwhile reads into memory that it has freed."""
+    made(tmp_path)
+    cached, gpu = opened(tmp_path), device != "cpu"
+    teachers = Teachers(
+        (ROW,), grid=2, standardise=config.Standardise(), device=torch.device(device), cache=cached
+    )
+    draws = [np.random.default_rng(k).integers(0, (7, 2), (6, 2)).T for k in range(12)]
+    found = []
+    with ThreadPoolExecutor(4) as readers:
+        if gpu:  # a new pinned block may wait for the device: have as many as will be needed
+            blocks = [cached.read(*draw, readers, pin=True)() for draw in draws]
+            del blocks
+            torch.cuda._sleep(int(4e9))
+        for index_B, view_B in draws:
+            stored = cached.read(index_B, view_B, readers, pin=gpu)()
+            assert all(x.is_pinned() == gpu and x.is_contiguous() for x in stored["a"])
+            found.append(teachers.raw({}, stored)["a"])
+            del stored
+    if gpu:
+        assert not torch.cuda.current_stream().query()  # the host has not waited for a copy
+    for tokens, (index_B, view_B) in zip(found, draws, strict=True):
+        for x, want in zip(tokens, read(cached.layout, index_B, view_B), strict=True):
+            assert torch.equal(x.cpu(), want)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def test_values_follow_the_annotation_not_their_looks():
         ("optim.lr", "-1", "optim.lr must be positive"),
         ("eval.on", "maybe", "--eval.on must be true or false, got 'maybe'"),
         ("data.augment", "strong", "one of unic, weak, none"),
+        ("data.readers", "0", "data.readers must be >= 1, got 0"),
         ("drop.rate", "1.5", r"drop.rate must be in \[0, 1\], got 1.5"),
         ("ladder.rungs", "a,b", "ladder.rungs must be all, half, middle, last"),
         ("student.mean", "123.675,116.28,103.53", r"student.mean must be in \[0, 1\] .*by 255"),
@@ -117,7 +118,10 @@ def test_the_order_of_the_teachers_is_science():
 def test_science_leaves_the_machinery_out():
     one, two = (
         Config(),
-        override_all(Config(), {"run.save_every": "7", "data.threads": "3", "data.train": "/x"}),
+        override_all(
+            Config(),
+            {"run.save_every": "7", "data.threads": "3", "data.readers": "3", "data.train": "/x"},
+        ),
     )
     assert override.science(one) == override.science(two)
     assert override.science(one) != override.science(override_all(one, {"optim.lr": "1"}))

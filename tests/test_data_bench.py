@@ -22,6 +22,7 @@ def test_it_measures_every_way_and_the_index(tmp_path):
     images = tmp_path / "pack"
     pack.pack(scan(folder(tmp_path / "images", 24)), images, pack.Settings(), workers=1)
     words = ["--size", "32", "--batch", "4", "--batches", "2", "--rounds", "2", "--threads", "1"]
+    words += ["--readers", "1", "2", "--latency_ms", "20"]
     command = [sys.executable, "-m", "unic_ds.data.bench", *words]
     done = subprocess.run(
         [*command, "--images", str(images), "--json", str(tmp_path / "bench.json")],
@@ -32,7 +33,7 @@ def test_it_measures_every_way_and_the_index(tmp_path):
         timeout=300,
     )
     result = json.loads((tmp_path / "bench.json").read_text())
-    ways = {"torchvision, PIL", "torchvision, tensors", "torch twin"}
+    ways = {"torchvision, PIL", "torchvision, tensors", "torch twin", "readers 1", "readers 2"}
     if backend(Data()) == "dali":
         ways |= {"DALI on the CPU", "DALI on the CPU, packed"}
     assert ways <= result["images_per_s"].keys()

@@ -226,6 +226,7 @@ def test_keys_are_text_and_dates_too(tmp_path):
         (Optim, "lr_batch", 2**64),
         (Data, "prefetch", 10**9),
         (Data, "threads", 10**9),
+        (Data, "readers", 10**9),
         (Data, "window", 10**9),
         (Data, "blur_max", 1e9),
         (Standardise, "fit_steps", 10**9),

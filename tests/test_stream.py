@@ -9,7 +9,10 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 import zlib
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from pictures import encode, folder, orientation, photo
 from unic_ds.config import Data
 from unic_ds.data import Stream, passes, scan
 from unic_ds.data.reader import Reader, measure
+from unic_ds.data.source import MAX_MB, Source
 
 CPU = torch.device("cpu")
 COUNT = 24
@@ -35,10 +39,21 @@ def need(backend):
         pytest.importorskip("nvidia.dali", reason="nvidia-dali-cuda130 is not installed")
 
 
-def stream(root, cfg=None, *, batch_size=8, micro=4, rank=0, world=1, sizes=(32, 48), seed=0):
+def stream(
+    root,
+    cfg=None,
+    *,
+    batch_size=8,
+    micro=4,
+    rank=0,
+    world=1,
+    sizes=(32, 48),
+    seed=0,
+    device=CPU,
+):
     cfg = cfg or Data(backend="torch")
     return Stream(
-        scan(root),
+        root if isinstance(root, Source) else scan(root),
         cfg,
         seed=seed,
         sizes=sizes,
@@ -46,7 +61,7 @@ def stream(root, cfg=None, *, batch_size=8, micro=4, rank=0, world=1, sizes=(32,
         micro=micro,
         rank=rank,
         world=world,
-        device=CPU,
+        device=device,
     )
 
 
@@ -103,6 +118,104 @@ def test_seek_goes_on_where_a_run_left(backend, pictures):
     next(resumed)
     resumed.seek(4)
     assert all(same(a, b) for a, b in zip(take(resumed, 4), straight[8:], strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_number_of_readers_shows_the_same(backend, pictures, tmp_path):
+    """Broken files among them, and after a seek."""
+    need(backend)
+    root = shutil.copytree(pictures, tmp_path / "copy")
+    for index, how in ((3, "empty"), (4, "decoder"), (20, "decoder")):
+        harm(root / scan(root).names[index], how)
+    shown = {}
+    for readers in (1, 3, 16):
+        ours = stream(root, Data(backend=backend, readers=readers, bad_limit=0.2))
+        shown[readers] = [next(ours) for _ in range(4)]
+        ours.seek(4)
+        shown[readers] += take(ours, 6)
+    for readers in (3, 16):
+        assert all(same(a, b) for a, b in zip(shown[readers], shown[1], strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Distant(Source):
+    """A source on a file server that answers after 0.1 s; it counts what it was asked at once."""
+
+    asked: list[int] = field(default_factory=lambda: [0, 0])  # for now, for at most
+
+    def read(self, index, max_mb=MAX_MB):
+        with LOCK:
+            self.asked[0] += 1
+            self.asked[1] = max(self.asked)
+        time.sleep(0.1)
+        with LOCK:
+            self.asked[0] -= 1
+        return super().read(index, max_mb)
+
+
+LOCK = threading.Lock()
+
+
+def test_sixteen_readers_hide_a_file_server_s_latency_better_than_four(pictures):
+    """Though a micro batch has four files: those of the next are asked for meanwhile."""
+    waited, found = {}, scan(pictures)
+    for readers in (4, 16):
+        images = Distant(found.folder, found.names, found.classes, found.label_N)
+        cfg = Data(backend="torch", augment="none", readers=readers)
+        ours = stream(images, cfg, sizes=(32,))
+        take(ours, 12)
+        waited[readers] = ours.waited_s
+        assert images.asked[1] == readers
+    assert waited[4] > 1.1  # 48 files, 4 at once
+    assert waited[16] < 0.6 * waited[4]  # 0.3 s, and decoding on a busy machine
+
+
+@dataclass(frozen=True, eq=False)
+class Raising(Source):
+    """A source of which one file ends the thread that reads it."""
+
+    error: type[BaseException] = Exception
+
+    def read(self, index, max_mb=MAX_MB):
+        if index == 7:
+            raise self.error("no more")
+        return super().read(index, max_mb)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, SystemExit, KeyboardInterrupt])
+def test_whatever_ends_a_reader_reaches_who_iterates(pictures, error):
+    found = scan(pictures)
+    images = Raising(found.folder, found.names, found.classes, found.label_N, error)
+    ours, raised = stream(images), []
+
+    def iterate():
+        try:
+            take(ours, 12)
+        except BaseException as error:
+            raised.append(error)
+
+    waiting = threading.Thread(target=iterate, daemon=True)
+    waiting.start()
+    waiting.join(60)
+    assert not waiting.is_alive() and [type(one) for one in raised] == [error]
+    ours.close()
+
+
+@pytest.mark.gpu
+def test_a_stream_that_lags_gets_the_twin_s_images(pictures):
+    """Two seconds behind the host, which meanwhile decodes into memory that it has freed."""
+    ours = stream(pictures, device=torch.device("cuda"))
+    # A new block of memory may wait for the device: have as many as will be needed.
+    blocks = [torch.empty(12 * s * s, dtype=torch.uint8).pin_memory() for s in (32, 48) * 20]
+    blocks += [block.cuda() for block in blocks]
+    del blocks
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(4e9))
+    late = take(ours, 12)
+    assert not torch.cuda.current_stream().query()  # the host has not waited for a copy
+    for batch, want in zip(late, take(stream(pictures), 12), strict=True):
+        for size, image_B3HW in batch.images.items():
+            assert torch.equal(image_B3HW.cpu(), want.images[size])
 
 
 def test_batches_hold_what_was_asked_for(pictures):

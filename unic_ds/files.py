@@ -41,6 +41,14 @@ def read_limited(path: Path | str, limit: int) -> bytes:
     return data
 
 
+def read_into(file: BinaryIO, offset: int, buffer: memoryview) -> bool:
+    """Fill a contiguous buffer with bytes from `offset`; False where the file ends before."""
+    left = buffer.cast("B")
+    while left and (count := os.preadv(file.fileno(), [left], offset)):
+        left, offset = left[count:], offset + count
+    return not left
+
+
 def read_text(path: Path | str, limit: int = TEXT_LIMIT) -> str:
     """A UTF-8 text file, with or without a byte order mark; ValueError where it is not UTF-8.
 

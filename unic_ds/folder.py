@@ -227,5 +227,6 @@ def refuse_other_summaries(
         if theirs != row["cls"]:
             raise ValueError(
                 f"checkpoint {where!r} was trained on another summary (CLS target) of teacher"
-                f" {name!r}: {theirs}, this run has {row['cls']}; start in a fresh --out"
+                f" {name!r}: {theirs}, this run has {row['cls']}; start a new run in another"
+                " --out, from weights alone by --student.init if you like"
             )

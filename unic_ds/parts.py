@@ -281,8 +281,9 @@ def open_stream(
 
     views = None
     if cache:
+        read = partial(cache.read, pin=device.type == "cuda")
         views = data.Views(
-            cache.seed, cache.views, lambda slots: cache.read(slots.index_B, slots.epoch_B)
+            cache.seed, cache.views, lambda slots, on: read(slots.index_B, slots.epoch_B, on)
         )
     return data.Stream(
         train,

@@ -47,6 +47,12 @@ class Data:
     threads: int = knob(
         0, "decoding threads per rank; 0: the rank's share of the cores", machinery=True, most=4_096
     )
+    readers: int = knob(
+        16,
+        "files read at once per rank, images and stored features alike",
+        machinery=True,
+        most=1_024,
+    )
     prefetch: int = knob(2, "batches decoded ahead", machinery=True, most=1_024)
     bad_limit: float = knob(
         0.01, "stop when more than this share of the images cannot be read", machinery=True
@@ -78,6 +84,7 @@ class Data:
             0 < self.blur_min <= self.blur_max, "data.blur_min", "in (0, blur_max]", self.blur_min
         )
         check(self.threads >= 0, "data.threads", ">= 0", self.threads)
+        check(self.readers >= 1, "data.readers", ">= 1", self.readers)
         check(self.prefetch >= 1, "data.prefetch", ">= 1", self.prefetch)
         check(self.max_mb > 0, "data.max_mb", "positive", self.max_mb)
         check(self.max_megapixels > 0, "data.max_megapixels", "positive", self.max_megapixels)

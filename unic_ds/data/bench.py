@@ -20,6 +20,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -39,6 +41,7 @@ from unic_ds.data.draw import draw
 from unic_ds.data.names import Names
 from unic_ds.data.reader import Reader
 from unic_ds.data.shards import Shards
+from unic_ds.data.source import MAX_MB, Mixture
 
 MANY = 1_281_167  # images of ImageNet-1k, whose index is measured
 MADE = 384  # photographs made where none are named
@@ -54,6 +57,10 @@ def main() -> None:
         pack.pack(source, Path(temporary) / "pack", pack.Settings(shard_mb=16), workers=threads)
         packed = scan(Path(temporary) / "pack")
         made = ways(source, packed, args.size, args.batch, threads)
+        slow = distant(source, args.latency_ms / 1e3)
+        for readers in args.readers:
+            cfg = Data(threads=threads, readers=readers)
+            made[f"readers {readers}"] = stream_of(slow, cfg, args.size, args.batch)
         speed = race(made, args.batch, args.batches, args.rounds)
         before = before_decoding(source, args.batch)
     result = {
@@ -90,6 +97,8 @@ def options() -> argparse.ArgumentParser:
     add("--batches", type=int, default=16, help="batches timed in a round (default 16)")
     add("--rounds", type=int, default=5, help="rounds (default 5)")
     add("--threads", type=int, default=0, help="threads or workers (default: the cores)")
+    add("--readers", type=int, nargs="+", default=[], help="also measure so many reader threads")
+    add("--latency_ms", type=float, default=0, help="that those wait for each file (default 0)")
     add("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     return parser
 
@@ -114,30 +123,50 @@ def photographs(folder: Path) -> Path:
 
 def ways(source: Source, packed: Source, size: int, batch: int, threads: int) -> dict[str, Make]:
     """Name -> what makes its endless batches."""
-
-    def ours(which: Source, decoder: Any, device: str = "cpu") -> Make:
-        return lambda: Stream(
-            which,
-            Data(backend=decoder, threads=threads),
-            seed=0,
-            sizes=(size,),
-            batch_size=batch,
-            micro=batch,
-            rank=0,
-            world=1,
-            device=torch.device(device),
-        )
-
+    twin, dali = (Data(backend=name, threads=threads) for name in ("torch", "dali"))
     made = {"torchvision, PIL": lambda: plain(source, size, batch, threads, tensors=False)}
     made["torchvision, tensors"] = lambda: plain(source, size, batch, threads, tensors=True)
-    made["torch twin"] = ours(source, "torch")
+    made["torch twin"] = stream_of(source, twin, size, batch)
     if backend(Data()) == "dali":
-        made["DALI on the CPU"] = ours(source, "dali")
-        made["DALI on the CPU, packed"] = ours(packed, "dali")
+        made["DALI on the CPU"] = stream_of(source, dali, size, batch)
+        made["DALI on the CPU, packed"] = stream_of(packed, dali, size, batch)
         if torch.cuda.is_available():
-            made["DALI mixed (GPU)"] = ours(source, "dali", "cuda")
-            made["DALI mixed (GPU), packed"] = ours(packed, "dali", "cuda")
+            made["DALI mixed (GPU)"] = stream_of(source, dali, size, batch, "cuda")
+            made["DALI mixed (GPU), packed"] = stream_of(packed, dali, size, batch, "cuda")
     return made
+
+
+def stream_of(source: Source, cfg: Data, size: int, batch: int, device: str = "cpu") -> Make:
+    """Our endless batches of a source."""
+    return lambda: Stream(
+        source,
+        cfg,
+        seed=0,
+        sizes=(size,),
+        batch_size=batch,
+        micro=batch,
+        rank=0,
+        world=1,
+        device=torch.device(device),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Distant(Mixture):
+    """A source whose files come late."""
+
+    latency_s: float = 0.0
+
+    def read(self, index: int, max_mb: float = MAX_MB) -> NDArray[np.uint8]:
+        """Bytes of a sample after the latency."""
+        time.sleep(self.latency_s)
+        return super().read(index, max_mb)
+
+
+def distant(source: Source, latency_s: float) -> Source:
+    """The same samples as on a file server that takes so long for each."""
+    fields = source.folder, source.names, source.classes, source.label_N
+    return Distant(*fields, (source,), (1.0,), latency_s) if latency_s else source
 
 
 class Plain(Dataset[torch.Tensor]):

@@ -14,9 +14,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +30,6 @@ from unic_ds.data import memory
 from unic_ds.data.draw import Draws, draw
 from unic_ds.data.reader import Reader, Sample, Undecodable, fault
 
-READERS = 4  # files read at once, against the latency of a network file system
 log = logging.getLogger("unic_ds.data")
 
 
@@ -50,6 +50,18 @@ class Slots:
     index_B: NDArray[np.int64]
     epoch_B: NDArray[np.int64]
     position_B: NDArray[np.int64]
+
+
+Beside = Callable[[Slots, Executor], Callable[[], Any]]
+"""Starts reading what else is known of a batch's slots; what it returns waits for it."""
+
+
+class Reading(NamedTuple):
+    """A batch whose files are being read."""
+
+    slots: Slots
+    samples: list[Future[Sample]]
+    beside: Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -113,14 +125,13 @@ class Feed:
         sizes: tuple[int, ...],
         batch: int,
         device: torch.device,
-        beside: Callable[[Slots], Any] | None = None,
+        beside: Beside | None = None,
     ):
-        """`beside` reads, on the reading thread, what else is known of a batch's slots."""
         memory.few_heaps()
         self.waited_s = 0.0
         self._beside = beside
         self._reader, self._cfg, self._seed = reader, reader.cfg, seed
-        self._sizes, self._device = sizes, device
+        self._sizes, self._batch, self._device = sizes, batch, device
         threads = self._cfg.threads or dist.cores()
         self._decoder = decoder(
             self._cfg, sizes, batch=batch, depth=self._cfg.prefetch, threads=threads, device=device
@@ -129,7 +140,7 @@ class Feed:
         self._flight: deque[Work] = deque()
         self._ended = False
         self._stop = threading.Event()
-        self._queue: queue.Queue[Work | Exception | None] = queue.Queue(self._cfg.prefetch)
+        self._queue: queue.Queue[Work | BaseException | None] = queue.Queue(self._cfg.prefetch)
         self._thread = threading.Thread(
             target=self._read_ahead, args=(plan,), name="unic_ds-read", daemon=True
         )
@@ -164,16 +175,21 @@ class Feed:
 
     def _read_ahead(self, plan: Iterator[Slots]) -> None:
         """The reading thread: plan -> queue, then None, or the exception that ended it."""
+        readers = ThreadPoolExecutor(self._cfg.readers, thread_name_prefix="unic_ds-read")
+        cuda = self._device.type == "cuda"
         try:
-            with ThreadPoolExecutor(READERS, thread_name_prefix="unic_ds-read") as readers:
-                for slots in plan:
-                    if not self._put(self._read(slots, readers)):
+            # A new thread's current GPU is the first, on which pinning would open a context.
+            with torch.cuda.device(self._device) if cuda else nullcontext():
+                for work in self._read(plan, readers):
+                    if not self._put(work):
                         return
             self._put(None)
-        except Exception as error:  # handed to the thread that iterates, which raises it
+        except BaseException as error:  # raised in the thread that iterates, which waits for it
             self._put(error)
+        finally:
+            readers.shutdown(cancel_futures=True)
 
-    def _put(self, item: Work | Exception | None) -> bool:
+    def _put(self, item: Work | BaseException | None) -> bool:
         """Queue an item; False when the feed was closed instead."""
         while not self._stop.is_set():
             try:
@@ -183,10 +199,23 @@ class Feed:
                 continue
         return False
 
-    def _read(self, slots: Slots, readers: ThreadPoolExecutor) -> Work:
-        samples = list(readers.map(self._reader.read, slots.index_B.tolist()))
-        beside = self._beside(slots) if self._beside else None
-        return Work(slots, samples, self._draw(slots, samples), beside)
+    def _read(self, plan: Iterator[Slots], readers: Executor) -> Iterator[Work]:
+        """Batches in the plan's order; `data.readers` files are asked for beyond the next one's."""
+        ahead, reading = -(-self._cfg.readers // self._batch), deque[Reading]()
+        for slots in plan:
+            reading.append(self._begin(slots, readers))
+            if len(reading) > ahead:
+                yield self._finish(reading.popleft())
+        while reading:
+            yield self._finish(reading.popleft())
+
+    def _begin(self, slots: Slots, readers: Executor) -> Reading:
+        samples = [readers.submit(self._reader.read, index) for index in slots.index_B.tolist()]
+        return Reading(slots, samples, self._beside(slots, readers) if self._beside else _nothing)
+
+    def _finish(self, reading: Reading) -> Work:
+        samples = [future.result() for future in reading.samples]
+        return Work(reading.slots, samples, self._draw(reading.slots, samples), reading.beside())
 
     def _draw(self, slots: Slots, samples: list[Sample]) -> Draws:
         """Draws keyed by the planned sample, in windows of the sample that is shown."""
@@ -200,7 +229,7 @@ class Feed:
                 item = self._queue.get(block=wait)
             except queue.Empty:
                 return
-            if isinstance(item, Exception):
+            if isinstance(item, BaseException):
                 self._ended = True
                 raise item
             if item is None:
@@ -267,3 +296,7 @@ class Feed:
         samples = [*work.samples[:b], sample, *work.samples[b + 1 :]]
         draws = work.draws.put(b, self._draw(slot, [sample]))
         return Work(work.slots, samples, draws, work.beside)
+
+
+def _nothing() -> None:
+    """Stand for a batch beside which nothing is read."""

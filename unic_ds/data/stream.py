@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import count
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from unic_ds.config import Data
 from unic_ds.data import memory, order
-from unic_ds.data.feed import Batch, Feed, Slots
+from unic_ds.data.feed import Batch, Beside, Feed, Slots
 from unic_ds.data.reader import Reader
 from unic_ds.data.source import Source
 
@@ -23,7 +23,7 @@ class Views(NamedTuple):
 
     seed: int
     views: int = 0  # 0: a new one in every epoch
-    beside: Callable[[Slots], Any] | None = None  # what is kept of a batch's samples and views
+    beside: Beside | None = None  # reads what is kept of a batch's samples and views
 
     def of(self, epoch_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """The view of each epoch."""

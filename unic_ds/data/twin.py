@@ -51,31 +51,41 @@ class Decoder:
         """`batch` and `depth` (batches pushed ahead) bind DALI only."""
         self.sizes, self.colour, self.device = sizes, colour, device
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="unic_ds-decode")
-        self._ahead: deque[list[Future[list[Tensor]]]] = deque()
+        self._ahead: deque[tuple[list[Tensor], list[Future[None]]]] = deque()
 
     def push(self, encoded: list[NDArray[np.uint8]], draws: Draws) -> None:
         """Begin a batch; `draws` are of the same images."""
         pixel_B33, mean_B33 = map(torch.from_numpy, draw.colour(draws))
-        self._ahead.append(
-            [
-                self._threads.submit(self._image, image, draws.one(b), pixel_B33[b], mean_B33[b])
-                for b, image in enumerate(encoded)
-            ]
-        )
+        gpu = self.device.type == "cuda"  # pinned, so that the copy does not wait
+        images = [
+            torch.empty(len(encoded), 3, size, size, dtype=torch.uint8, pin_memory=gpu)
+            for size in self.sizes
+        ]
+        futures = [
+            self._threads.submit(
+                self._image,
+                image,
+                draws.one(b),
+                pixel_B33[b],
+                mean_B33[b],
+                [image_B3HW[b] for image_B3HW in images],
+            )
+            for b, image in enumerate(encoded)
+        ]
+        self._ahead.append((images, futures))
 
     def pop(self) -> dict[int, Tensor]:
         """Size -> uint8 B3HW of the oldest batch; Undecodable where an image of it is."""
-        rows = [future.result() for future in self._ahead.popleft()]
-        images = [torch.stack(column) for column in zip(*rows, strict=True)]
-        if self.device.type == "cuda":  # pinned, so that the copy does not wait
-            images = [
-                image_B3HW.pin_memory().to(self.device, non_blocking=True) for image_B3HW in images
-            ]
+        images, futures = self._ahead.popleft()
+        for future in futures:
+            future.result()
+        # torch keeps pinned memory until what copies from it is done.
+        images = [image_B3HW.to(self.device, non_blocking=True) for image_B3HW in images]
         return dict(zip(self.sizes, images, strict=True))
 
     def restart(self) -> None:
         """Forget every batch that was pushed."""
-        for futures in self._ahead:
+        for _, futures in self._ahead:
             for future in futures:
                 future.cancel()
         self._ahead.clear()
@@ -86,18 +96,25 @@ class Decoder:
         self._threads.shutdown()
 
     def _image(
-        self, encoded: NDArray[np.uint8], one: Draws, pixel_33: Tensor, mean_33: Tensor
-    ) -> list[Tensor]:
-        """One image at every size, uint8 3HW."""
+        self,
+        encoded: NDArray[np.uint8],
+        one: Draws,
+        pixel_33: Tensor,
+        mean_33: Tensor,
+        out: list[Tensor],
+    ) -> None:
+        """Write one image at every size, uint8 3HW, to `out`."""
         crop_3HW = decode(encoded, *one.window_B4[0].tolist())
         images = [resize(crop_3HW, size, flip=bool(one.flip_B[0])) for size in self.sizes]
-        if not self.colour:
-            return images
-        shift_31 = mean_33 @ images[0].float().mean((1, 2))[:, None]
-        images = [recolour(image_3HW, pixel_33, shift_31) for image_3HW in images]
-        if one.sigma_B[0] > 0:
-            images = [self._blur(image_3HW, float(one.sigma_B[0])) for image_3HW in images]
-        return [solarise(image_3HW) for image_3HW in images] if one.solarise_B[0] else images
+        if self.colour:
+            shift_31 = mean_33 @ images[0].float().mean((1, 2))[:, None]
+            images = [recolour(image_3HW, pixel_33, shift_31) for image_3HW in images]
+            if one.sigma_B[0] > 0:
+                images = [self._blur(image_3HW, float(one.sigma_B[0])) for image_3HW in images]
+            if one.solarise_B[0]:
+                images = [solarise(image_3HW) for image_3HW in images]
+        for image_3HW, out_3HW in zip(images, out, strict=True):
+            out_3HW.copy_(image_3HW)
 
     def _blur(self, image_3HW: Tensor, sigma: float) -> Tensor:
         size, first = image_3HW.shape[-1], self.sizes[0]

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from unic_ds.tokens import Tokens
 MANIFEST = "manifest.json"
 BYTES = {"bf16": 2, "int8": 1}
 CHUNK = 128  # samples of a file
-OPEN = 512  # files kept mapped
 READERS, BATCH = 16, 4096
 """Threads that look at files, and files that they are given at a time."""
 LARGEST = {"samples": 1 << 40, "views": 1 << 20, "tokens": 1 << 20, "chunk": 1 << 20}
@@ -118,29 +117,65 @@ class Layout:
             for block in encode(x_BNC, self.dtype):
                 file.write(block.tobytes())
 
-    def read(self, name: str, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> Tokens:
-        """A teacher's tokens of samples under views, in bf16 on the CPU."""
-        rows = []
-        for index, view in zip(index_B.tolist(), view_B.tolist(), strict=True):
-            chunk, row = divmod(index, self.chunk)
-            path = self.path(name, view, chunk)
-            samples = min(self.chunk, self.samples - chunk * self.chunk)
-            try:
-                whole = mapped(path).size == self.size(name, samples)
-            except (OSError, ValueError) as error:
-                raise RuntimeError(f"{str(path)!r} cannot be read ({error})") from None
-            if not whole:
-                raise RuntimeError(f"{str(path)!r} was cut off; make the cache again")
-            rows.append(decode(mapped(path), row, self.widths[name], samples, self.dtype))
-        x_BNC = torch.stack(rows)
-        return Tokens(x_BNC[:, 0], x_BNC[:, 1:])
+    def read(
+        self,
+        name: str,
+        index_B: NDArray[np.int64],
+        view_B: NDArray[np.int64],
+        readers: Executor,
+        *,
+        pin: bool = False,
+    ) -> Callable[[], Tokens]:
+        """Start reading a teacher's tokens of samples under views; the result waits for them.
 
+        They are bf16 on the CPU, with `pin` in page-locked memory, which a GPU copies from while
+        the host goes on. The result raises RuntimeError for a file that cannot be read.
+        """
+        count, width = len(index_B), self.widths[name]
+        cls_BC = torch.empty(count, width, dtype=torch.bfloat16, pin_memory=pin)
+        patch_BNC = torch.empty(count, self.tokens, width, dtype=torch.bfloat16, pin_memory=pin)
+        tokens = Tokens(cls_BC, patch_BNC)
+        raw = (cls_BC.view(torch.int16), patch_BNC.view(torch.int16))
+        if scaled := self.dtype == "int8":
+            whole_BNC = torch.empty(count, 1 + self.tokens, width, dtype=torch.int8)
+            raw = (torch.empty(count, 2, width), whole_BNC)
+        parts = [x.numpy() for x in raw]
+        jobs = [
+            readers.submit(self.fill, name, index, view, [part[b] for part in parts])
+            for b, (index, view) in enumerate(zip(index_B.tolist(), view_B.tolist(), strict=True))
+        ]
 
-@lru_cache(maxsize=OPEN)
-def mapped(path: Path) -> NDArray[np.uint8]:
-    """The bytes of a file, read as they are asked for."""
-    with files.open_regular(path) as file:
-        return np.memmap(file, np.uint8, "r")
+        def wait() -> Tokens:
+            for job in jobs:
+                job.result()
+            if scaled:
+                decode(*raw, tokens)
+            return tokens
+
+        return wait
+
+    def fill(self, name: str, index: int, view: int, parts: Sequence[NDArray[Any]]) -> None:
+        """Read a sample's CLS and patch tokens in bf16, or its file's scales and its int8 tokens.
+
+        RuntimeError for a file that cannot be read or has another size than it should.
+        """
+        chunk, row = divmod(index, self.chunk)
+        path = self.path(name, view, chunk)
+        size = self.size(name, min(self.chunk, self.samples - chunk * self.chunk))
+        at = self.size(name, row)
+        places = (0, at) if self.dtype == "int8" else (at, at + parts[0].nbytes)
+        try:
+            with files.open_regular(path) as file:
+                whole = os.fstat(file.fileno()).st_size == size
+                for offset, part in zip(places, parts, strict=True):
+                    whole = whole and files.read_into(file, offset, part.data)
+        except OSError as error:
+            raise RuntimeError(
+                f"{str(path)!r} cannot be read ({error.strerror}); bring it back and resume, or"
+                " make the cache again"
+            ) from None
+        if not whole:
+            raise RuntimeError(f"{str(path)!r} was cut off; make the cache again")
 
 
 def is_whole(wanted: tuple[Path, int]) -> bool:
@@ -166,18 +201,12 @@ def encode(x_BNC: Tensor, dtype: str) -> list[NDArray[Any]]:
     return [scale_2C.numpy(), torch.cat(whole, 1).round().to(torch.int8).numpy()]
 
 
-def decode(data: NDArray[np.uint8], row: int, width: int, samples: int, dtype: str) -> Tensor:
-    """The tokens [1 + N, C] of one sample of a file, in bf16."""
-    if dtype == "bf16":
-        length = data.size // samples
-        raw = np.array(data[row * length : (row + 1) * length])
-        return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16).unflatten(0, (-1, width))
-    head = 2 * width * 4
-    length = (data.size - head) // samples
-    scale_2C = torch.from_numpy(np.array(data[:head]).view(np.float32)).view(2, width)
-    raw = np.array(data[head + row * length : head + (row + 1) * length])
-    x_NC = torch.from_numpy(raw.view(np.int8)).view(-1, width).float()
-    return torch.cat([x_NC[:1] * scale_2C[0], x_NC[1:] * scale_2C[1]]).bfloat16()
+def decode(scale_B2C: Tensor, x_BNC: Tensor, tokens: Tokens) -> None:
+    """Write int8 tokens, CLS first, times their scales to `tokens`, a sample at a time."""
+    for scale_2C, x_NC, cls_C, patch_NC in zip(scale_B2C, x_BNC, *tokens, strict=True):
+        x_NC = x_NC.float()
+        cls_C.copy_(x_NC[0] * scale_2C[0])
+        patch_NC.copy_(x_NC[1:] * scale_2C[1])
 
 
 class FeatureCache:
@@ -238,9 +267,19 @@ class FeatureCache:
             )
         return facts
 
-    def read(self, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> dict[str, Tokens]:
-        """Tokens of each cached teacher of this run, in bf16 on the CPU."""
-        return {name: self.layout.read(name, index_B, view_B) for name in self.facts}
+    def read(
+        self,
+        index_B: NDArray[np.int64],
+        view_B: NDArray[np.int64],
+        readers: Executor,
+        *,
+        pin: bool = False,
+    ) -> Callable[[], dict[str, Tokens]]:
+        """Start reading the tokens of each cached teacher of this run; as `Layout.read`."""
+        started = {
+            name: self.layout.read(name, index_B, view_B, readers, pin=pin) for name in self.facts
+        }
+        return lambda: {name: wait() for name, wait in started.items()}
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

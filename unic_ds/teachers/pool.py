@@ -22,6 +22,7 @@ from unic_ds.tokens import Target, Tokens
 
 Stored = Mapping[str, Tokens] | None
 """Tokens of teachers that are not run, on the CPU."""
+ANEW = "or start a new run in another --out, from weights alone by --student.init if you like"
 KINDS: dict[str, type[Standardiser]] = {"channel": Standardiser, "phi_s": PhiS}
 
 
@@ -156,13 +157,14 @@ class Teachers:
         if saved != sorted(self.norms):
             theirs, ours = ", ".join(saved), ", ".join(self.norms)
             raise ValueError(
-                f"the checkpoint has statistics of {theirs}; this run's teachers are {ours}"
+                f"the checkpoint has statistics of {theirs}; this run's teachers are {ours}; use"
+                f" the same, {ANEW}"
             )
         if state.keys() != self.state_dict().keys():
             theirs = "phi_s" if any(key.endswith(".basis_2CC") for key in state) else "channel"
             raise ValueError(
                 f"the checkpoint's statistics are of --standardise.kind {theirs}, this run's of"
-                f" {self.standardise.kind}; use the same, or start in a fresh --out"
+                f" {self.standardise.kind}; use the same, {ANEW}"
             )
         nn.ModuleDict(self.norms).load_state_dict(state)
 
