@@ -27,6 +27,7 @@ FLOORS = (
     {"data", "teachers", "student", "loss", "engine", "evaluate", "recipes", "quickstart"},
     {"reshard", "extension"},
     {"checkpoint", "job", "initial", "tracing", "events"},
+    {"step_time"},
     {"export", "plan", "parts", "rollback", "heartbeat"},
     {"acceptance"},
     {"finish", "published", "planner", "folder"},

@@ -6,8 +6,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from runs import ROOT, launch, run
 
-from unic_ds import cli, config, ds_config, entry, gpus
+from unic_ds import cli, config, ds_config, entry, gpus, step_time
+from unic_ds.counters import Meter, flop_counter
 
 SMALL = ["plan", "--recipe", "unic_b", "--student.model", "vit_tiny_patch16_224"]
 TEACHER = ["--teachers", "t=timm:vit_tiny_patch16_224", "--student.size", "64"]
@@ -15,7 +18,8 @@ TEACHER = ["--teachers", "t=timm:vit_tiny_patch16_224", "--student.size", "64"]
 
 def ask(capfd, *options):
     """(exit code, what was printed) of a plan."""
-    code = entry.run(cli.verb, [*SMALL, *TEACHER, *options])
+    given = [] if "--teachers" in options else TEACHER
+    code = entry.run(cli.verb, [*SMALL, *given, *options])
     out, err = capfd.readouterr()
     return code, out or err
 
@@ -61,7 +65,8 @@ def test_a_search_spreads_and_offloads_only_what_does_not_fit_without(capfd, tmp
     assert ways[0] == {("replicate", "GPU")} < ways[1]
     assert ways[2] and ("replicate", "GPU") not in ways[2]
     for plan in (p for plans in found for p in plans):
-        assert (plan["seconds"]["PCIe"] > 0) == (plan["optimiser"] == "CPU")
+        for part in ("PCIe", "waits for the GPU"):
+            assert (plan["seconds"][part] > 0) == (plan["optimiser"] == "CPU")
 
 
 def test_a_compiled_student_is_not_searched_under_zero3(capfd):
@@ -106,6 +111,136 @@ def test_measured_efficiencies_replace_the_assumed(capfd):
     )
     assert slow["seconds"]["teachers"] == pytest.approx(5 * fast["seconds"]["teachers"])
     assert slow["seconds"]["encoder"] == fast["seconds"]["encoder"]
+
+
+def test_a_large_run_takes_what_its_arithmetic_says(capfd):
+    """UNIC-L on 64 H100 by hand: 340 ms a step at 336 px, 163 + 85 + 34 of them in models."""
+    assert entry.run(cli.verb, ["plan", "--recipe", "unic_l", "--gpus", "64", "--json"]) == 0
+    small, large = json.loads(capfd.readouterr()[0])
+    assert sum(small["seconds"].values()) == pytest.approx(0.150, rel=0.15)
+    assert sum(large["seconds"].values()) == pytest.approx(0.340, rel=0.15)
+    by_hand = {"teachers": 0.163, "encoder": 0.085, "ladder": 0.034}
+    for part, seconds in by_hand.items():
+        assert large["seconds"][part] == pytest.approx(seconds, rel=0.1)
+    share = large["moved_seconds"]["teachers"] / large["seconds"]["teachers"]
+    assert 0.25 < share < 0.40 and large["bound"] == "GPU"
+
+
+def seconds(capfd, *options):
+    """The first stage's plan, and the seconds of its step."""
+    _, out = ask(capfd, "--json", *options)
+    plan = json.loads(out)[0]
+    return plan, sum(plan["seconds"].values())
+
+
+def test_small_micro_batches_wait_for_the_host(capfd):
+    few, few_s = seconds(capfd, "--gpus", "512")
+    half, half_s = seconds(capfd, "--gpus", "256")
+    assert few["micro_batch"] * 2 == half["micro_batch"] and few["bound"] == "host"
+    queueing = sum(few["host_seconds"].values())
+    assert few_s == pytest.approx(queueing)
+    assert half_s == pytest.approx(few_s, rel=0.01)  # however many images
+    slow = ("matmul=1e-4", "attention=1e-4", "ladder=1e-4", "memory=1e-4")
+    busy, busy_s = seconds(capfd, "--gpus", "256", "--efficiency", ",".join(slow))
+    assert busy["seconds"]["host not hidden"] == 0 and busy["bound"] == "GPU"
+    assert busy_s > sum(busy["host_seconds"].values())
+
+
+def test_blocks_that_are_recomputed_are_queued_again(capfd):
+    (plain, _), (again, _) = (
+        seconds(capfd, "--student.checkpoint", which) for which in ("none", "full")
+    )
+    assert plain["host_seconds"]["recomputation"] == 0 == plain["seconds"]["recomputation"]
+    forward = again["host_seconds"]["student forward"]
+    assert 0.5 * forward < again["host_seconds"]["recomputation"] < forward
+    assert again["seconds"]["encoder"] == plain["seconds"]["encoder"]
+    assert again["moved_seconds"]["recomputation"] > 0
+
+
+def test_compiled_blocks_move_less_and_queue_less(capfd):
+    (eager, _), (compiled, _), (student, _) = (
+        seconds(capfd, "--run.compile", which) for which in ("none", "all", "student")
+    )
+    for part in ("teachers", "encoder"):
+        assert compiled["moved_seconds"][part] < 0.8 * eager["moved_seconds"][part]
+    for part in ("teachers", "student forward", "student backward"):
+        assert compiled["host_seconds"][part] < eager["host_seconds"][part]
+    assert student["moved_seconds"]["encoder"] == compiled["moved_seconds"]["encoder"]
+    assert student["moved_seconds"]["teachers"] == eager["moved_seconds"]["teachers"]
+
+
+def test_a_rate_scales_the_kernels_that_it_is_of(capfd):
+    base, _ = seconds(capfd)
+    slow, _ = seconds(capfd, "--efficiency", "memory=0.388")  # half
+    for part in ("teachers", "encoder", "ladder"):
+        more = slow["seconds"][part] - base["seconds"][part]
+        assert more == pytest.approx(base["moved_seconds"][part])
+    assert slow["seconds"]["update"] == base["seconds"]["update"]
+    decoded = base["seconds"]["DALI"]
+    assert base["micro_batch"] * step_time.PIXELS / step_time.DECODED < decoded / 2
+    assert seconds(capfd, "--data.backend", "torch")[0]["seconds"]["DALI"] == 0
+    weak, _ = seconds(capfd, "--data.augment", "weak")
+    assert 0 < weak["seconds"]["DALI"] < decoded
+
+
+def test_a_bucket_at_least_hides_behind_nothing(capfd, tmp_path):
+    file, found = tmp_path / "ds.json", []
+    base = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    for bucket in (1_000_000, 100_000_000):
+        base["zero_optimization"]["reduce_bucket_size"] = bucket
+        file.write_text(json.dumps(base))
+        plan, _ = seconds(capfd, "--gpus", "64", "--ds_config", str(file))
+        found.append(plan["seconds"]["communication not hidden"])
+    assert found[0] < found[1]
+
+
+def test_plain_torch_computes_what_teacher_dropping_drops(capfd):
+    two = ",".join(f"{name}=timm:vit_tiny_patch16_224" for name in "ab")
+    more = ["--teachers", two, "--student.size", "64"]
+    (fused, _), (plain, _) = (
+        seconds(capfd, *more, "--kernels", kind) for kind in ("fused", "reference")
+    )
+    assert fused["tflop_per_image"]["ladder"] == pytest.approx(
+        plain["tflop_per_image"]["ladder"] * (1 + 2 * 0.75) / 3
+    )
+    assert plain["moved_seconds"]["ladder"] > 2 * fused["moved_seconds"]["ladder"]
+
+
+def test_operators_are_counted_by_what_they_read_and_write():
+    x, weight = torch.ones(64, 32), torch.ones(32, 32)
+    with Meter((x, weight)) as meter:
+        doubled = x.mul(2)
+        y = doubled.add_(1).T.T  # views cost nothing
+        del doubled
+        z = y @ weight
+        z = z.float().neg().exp()
+    work = meter.work()
+    assert work.matmul == work.flops == 2 * 64 * 32 * 32
+    assert work.moved == 8 * x.nbytes  # four operators read and write
+    assert work.moved_fused == 4 * x.nbytes  # two kernels do, neg's result is in no memory
+    assert (work.launches, work.launches_fused) == (5, 3)
+
+
+def test_flops_are_those_of_torchs_counter():
+    block = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    image = torch.ones(2, 9, 32)
+    with flop_counter() as counter:
+        block(image).sum().backward()
+    with Meter((image, *block.parameters())) as meter:
+        block(image).sum().backward()
+    assert meter.flops == counter.get_total_flops() > 0
+    assert meter.work().attention > 0
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_hosts_costs_can_be_measured():
+    printed = run(launch(ROOT / "tests" / "host_cost.py", ranks=1))
+    found = json.loads(printed[printed.index("{\n") : printed.rindex("}") + 1])
+    assert all(value > 0 for value in found.values()) and found["parameters"] == 294
+    assert found["student backward by ZeRO-2"] > found["student backward"]
+    # An operator takes microseconds, not milliseconds: the costs that the planner knows are near.
+    assert step_time.FORWARD_S / 10 < 1e-6 * found["DINOv2-g forward, us an operator"] < 1e-3
 
 
 @pytest.mark.parametrize(("batch", "world", "micro"), [(512, 8, 32), (4096, 256, 16), (100, 1, 25)])

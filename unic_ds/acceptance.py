@@ -97,14 +97,17 @@ def width_of(row: config.Teacher, grid: int) -> int:
 
     A python: source is called, and runs on this rank's device.
     """
-    called = row.source.startswith("python:")
-    device = dist.device() if called else torch.device("meta")
-    with Unfilled():
-        source = sources.outline(row, grid=grid)
-    if row.quantised:
-        precision.check_tower(row, source.tower.blocks())
     whole: dict[str, Any] = {"precision": "bf16"} if row.quantised else {}
-    return Teacher(replace(row, **whole), source, grid=grid, device=device).width
+    wide = replace(row, **whole)
+    if not row.source.startswith("python:"):
+        teacher = tracing.outlined(wide, grid)
+    else:
+        with Unfilled():
+            source = sources.outline(wide, grid=grid)
+        teacher = Teacher(wide, source, grid=grid, device=dist.device())
+    if row.quantised:
+        precision.check_tower(row, teacher.tower.blocks())
+    return teacher.width
 
 
 def accept_student(cfg: config.Config, widths: dict[str, int]) -> None:

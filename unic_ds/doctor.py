@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from unic_ds import ds_config, gpus, plan, planner
+from unic_ds import ds_config, gpus, planner
 from unic_ds.config import Config
 
 OK, WARNING, FAILS = "ok", "warning", "fails"
@@ -224,7 +224,7 @@ def disk_room(name: str, patient: Patient) -> Row:
         gpus.get("h100-80"),
         count,
         images=planner.IMAGENET,
-        efficiency=plan.Efficiency(),
+        efficiency=gpus.Efficiency(),
     )
     needs = max(row.checkpoint_gb for row in made) * (patient.cfg.run.keep_last + 1)
     free = shutil.disk_usage(patient.disk).free / 1e9

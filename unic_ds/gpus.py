@@ -1,9 +1,11 @@
-"""GPUs as the planner knows them: memory, peak and bandwidths, by the vendors' data sheets."""
+"""GPUs as the planner knows them: memory, peak and bandwidths by the vendors' data sheets, and the
+shares of them that kernels are assumed to reach.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,28 @@ class Gpu:
                     "a positive number",
                     value,
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """Shares of a GPU's peaks that kernels reach with large micro batches.
+
+    Assumptions, to be replaced by measured ones. Shares of the peak that all kernels of `teachers`
+    or `student` reach together, once measured, stand for `matmul`, `attention` and `memory` there.
+    """
+
+    matmul: float = 0.657  # products: 650 of an H100's 989 TFLOP/s
+    attention: float = 0.354  # forward and backward: 350 of them
+    ladder: float = 0.43  # the ladder's own kernels
+    memory: float = 0.776  # kernels that move bytes: 2.6 of an H100's 3.35 TB/s
+    teachers: float | None = None
+    student: float | None = None
+    links: float = 0.75
+    overlap: float = 0.80  # of what communication may hide behind: backward, teachers' forward
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            check(value is None or 0 < value <= 1, f"--efficiency {name}", "in (0, 1]", value)
 
 
 def _row(  # a data sheet's numbers, in the order of the fields

@@ -8,16 +8,17 @@ a weight (2 in bf16, 4 in fp32), as DeepSpeed holds it (tests/test_plan.py measu
     moments     8 P (12 P with an average), of W under s >= 1
     gradients   b P,        of W under s >= 2
 
-Time is FLOPs over peak times efficiency, plus the communication that backward does not hide.
+Time is that of the kernels (`step_time`), plus the communication that backward does not hide; or
+the host's, if Python takes longer to queue them.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from unic_ds import config, ds_config
-from unic_ds.gpus import Gpu
+from unic_ds import config, ds_config, step_time
+from unic_ds.gpus import Efficiency, Gpu
 
 if TYPE_CHECKING:  # for it knows torch, and a wrong option is told before
     from unic_ds.tracing import Trace
@@ -26,27 +27,9 @@ CONTEXT_GB = 2.0  # CUDA, NCCL and cuBLAS work spaces
 CACHE = 0.04  # what the caching allocator cannot use, of what is live
 FP32 = 4  # bytes
 CPU_GB_S = 200  # memory bandwidth of a node's CPUs, which its ranks share; assumed
-RECOMPUTE_ALL = 0.16  # of the ladder's work, as kernels/README.md counts it
 UPDATE = 34  # bytes that AdamW reads and writes for a weight
-HALF = 1000  # patch tokens of a micro batch at which GEMMs reach half their efficiency; assumed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Efficiency:
-    """Shares of the peaks that parts reach with large micro batches.
-
-    Assumptions, to be replaced by measured ones.
-    """
-
-    teachers: float = 0.50
-    student: float = 0.45
-    ladder: float = 0.50
-    links: float = 0.75
-    overlap: float = 0.80  # of what communication may hide behind: backward, teachers' forward
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            config.check(0 < value <= 1, f"--efficiency {name}", "in (0, 1]", value)
+BUSY = ("teachers", "encoder", "ladder", "recomputation")
+HIDDEN_HOST = "host not hidden"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +49,8 @@ class Plan:
     tflop_per_image: dict[str, float]
     traffic_gb: float  # that a GPU sends in an optimiser step
     seconds: dict[str, float]  # of an optimiser step, by part
+    moved_seconds: dict[str, float]  # of them, kernels that only move bytes
+    host_seconds: dict[str, float]  # that Python takes to queue an optimiser step
     images_per_s: float
     mfu: float
     days: float
@@ -80,8 +65,13 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether it fits."""
+        """True if it fits."""
         return self.needs_gb <= self.room_gb
+
+    @property
+    def bound(self) -> str:
+        """The slower of the two, which decides a step's time: host or GPU."""
+        return "host" if self.seconds[HIDDEN_HOST] else "GPU"
 
 
 def kinds(settings: dict[str, Any], traced: Trace, world: int, *, ema: bool) -> dict[str, float]:
@@ -185,23 +175,27 @@ def teachers(cfg: config.Config, traced: Trace, node: int) -> float:
 
 
 def flops_per_image(cfg: config.Config, traced: Trace, stage: int) -> dict[str, float]:
-    """FLOPs of an image's step by part; the ladder's backward skips what teacher dropping drops.
+    """FLOPs of an image's step by part; the ladder's own backward skips what teacher dropping
+    drops.
 
     Recomputation is what backward does of the forward again.
     """
     per = {name: value / traced.images for name, value in traced.flops.items()}
     teachers = sum(value for name, value in per.items() if name.startswith("teacher "))
     forward, ladder = per["encoder forward"], per["ladder forward"]
-    count = len(cfg.teachers)
-    kept = (1 + (count - 1) * (1 - cfg.drop.rate)) / count
-    again = 3 * RECOMPUTE_ALL if cfg.ladder.recompute == "all" else 0.0
+    own = traced.work["ladder forward"].ladder / traced.images  # by kernels that skip
+    again = 3 * step_time.RECOMPUTE_ALL if cfg.ladder.recompute == "all" else 0.0
     return {
         "teachers": teachers,
         "encoder": 3 * forward,
-        "ladder": ladder * (1 + 2 * kept),
-        "recomputation": per["recomputed under ZeRO-3" if stage == 3 else "recomputed"]
-        + again * ladder,
+        "ladder": 3 * ladder - 2 * own * (1 - step_time.kept_share(cfg)),
+        "recomputation": recomputed(traced, stage) / traced.images + again * own,
     }
+
+
+def recomputed(traced: Trace, stage: int) -> float:
+    """FLOPs of the encoder's blocks that backward computes again."""
+    return traced.flops["recomputed under ZeRO-3" if stage == 3 else "recomputed"]
 
 
 def traffic(
@@ -225,20 +219,33 @@ def traffic(
 
 
 def exposed(
-    settings: dict[str, Any], gradients: float, weights: float, backward: float, overlap: float
+    settings: dict[str, Any],
+    gradients: float,
+    weights: float,
+    backward: float,
+    overlap: float,
+    last: float,
 ) -> float:
     """Seconds for which a rank waits on communication that takes so long of each kind.
 
-    Gradients may hide behind backward, ZeRO-3's weights too; ZeRO-1 and 2 gather weights after the
-    step, when nothing else runs. ZeRO-1 sums gradients in the last backward alone.
+    Gradients may hide behind backward, ZeRO-3's weights too, but for the share of the `last`
+    bucket, which is full when backward ends; ZeRO-1 and 2 gather weights after the step, when
+    nothing else runs. ZeRO-1 sums gradients in the last backward alone.
     """
     stage = ds_config.stage(settings)
     beside, after = (gradients + weights, 0.0) if stage == 3 else (gradients, weights)
     if stage < 2:
         backward /= settings["gradient_accumulation_steps"]
     if stage and settings["zero_optimization"].get("overlap_comm", stage == 3):
-        beside = max(0.0, beside - overlap * backward)
+        beside = max(last * gradients, beside - overlap * backward)
     return beside + after
+
+
+def last_bucket(settings: dict[str, Any], traced: Trace) -> float:
+    """Share of the gradients in the bucket that backward fills last."""
+    trained = traced.encoder + traced.ladder
+    size = settings.get("zero_optimization", {}).get("reduce_bucket_size", 5e8)
+    return (trained % size or size) / trained if size < trained else 1.0
 
 
 def gathering(cfg: config.Config, traced: Trace, gpu: Gpu, gpus: int, rate: Efficiency) -> float:
@@ -288,28 +295,37 @@ def step_seconds(
     gpu: Gpu,
     gpus: int,
     rate: Efficiency,
-) -> dict[str, float]:
-    """Seconds of an optimiser step, by part."""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of an optimiser step by part, and those of kernels that only move bytes."""
     accumulation, stage = settings["gradient_accumulation_steps"], ds_config.stage(settings)
-    images, tokens = traced.images * accumulation, traced.images * traced.tokens
-    peak = gpu.tflops * 1e12 * tokens / (tokens + HALF)
-    at = {"teachers": rate.teachers, "ladder": rate.ladder}
-    per_image = flops_per_image(cfg, traced, stage)
-    busy = {part: images * n / (peak * at.get(part, rate.student)) for part, n in per_image.items()}
-    backward = 2 / 3 * (busy["encoder"] + busy["ladder"])
+    kernels = step_time.kernels(cfg, traced, gpu, rate, recomputed(traced, stage))
+    all_of: dict[str, float] = dict.fromkeys(BUSY, 0.0)
+    moved = dict(all_of)
+    for name, own in kernels.items():
+        part = name.partition(" ")[0]
+        all_of[part] += accumulation * own.all
+        moved[part] += accumulation * own.moved
+    backward = accumulation * (kernels["encoder backward"].all + kernels["ladder backward"].all)
     gradients, weights = (
         nbytes / speed(gpu, gpus, rate) for nbytes in traffic(settings, traced, gpus, accumulation)
     )
+    last = last_bucket(settings, traced)
     trained = traced.encoder + traced.ladder
     update = UPDATE * trained / (gpus if stage else 1) / (gpu.memory_gb_s * 1e9)
     gathers = accumulation * gathering(cfg, traced, gpu, gpus, rate)
     pcie, adam = crossing(settings, traced, gpu, gpus, rate)
-    return busy | {
-        "communication not hidden": exposed(settings, gradients, weights, backward, rate.overlap),
-        "teachers' weights not hidden": max(0.0, gathers - rate.overlap * busy["teachers"]),
+    busy = all_of | {
+        "DALI": accumulation * step_time.dali(cfg, traced, gpu, rate),
+        "communication not hidden": exposed(
+            settings, gradients, weights, backward, rate.overlap, last
+        ),
+        "teachers' weights not hidden": max(0.0, gathers - rate.overlap * all_of["teachers"]),
         "PCIe": pcie,
         "update": adam or update,
+        "waits for the GPU": step_time.WAIT_S if pcie else 0.0,
     }
+    queueing = sum(step_time.host(cfg, settings, traced, recomputed(traced, stage)).values())
+    return busy | {HIDDEN_HOST: max(0.0, queueing - sum(busy.values()))}, moved
 
 
 def make(
@@ -326,7 +342,7 @@ def make(
     micro = settings["train_micro_batch_size_per_gpu"]
     accumulation, stage = settings["gradient_accumulation_steps"], ds_config.stage(settings)
     assert traced.images == micro
-    seconds = step_seconds(cfg, settings, traced, gpu, gpus, efficiency or Efficiency())
+    seconds, moved = step_seconds(cfg, settings, traced, gpu, gpus, efficiency or Efficiency())
     total, batch = sum(seconds.values()), micro * accumulation * gpus
     per_image = flops_per_image(cfg, traced, stage)
     useful = sum(per_image.values()) - per_image["recomputation"]
@@ -346,6 +362,8 @@ def make(
         tflop_per_image={part: n / 1e12 for part, n in per_image.items()},
         traffic_gb=sum(traffic(settings, traced, gpus, accumulation)) / 1e9,
         seconds=seconds,
+        moved_seconds=moved,
+        host_seconds=step_time.host(cfg, settings, traced, recomputed(traced, stage)),
         images_per_s=batch / total,
         mfu=batch * useful / total / (gpus * gpu.tflops * 1e12),
         days=steps * total / 86400,

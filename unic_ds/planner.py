@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from unic_ds import config, ds_config, gpus, job, override, plan
 from unic_ds.config import Config
-from unic_ds.gpus import Gpu
+from unic_ds.gpus import Efficiency, Gpu
 
 IMAGENET = 1_281_167  # images that an epoch is taken to have where nobody says
 MICRO = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CHECKPOINTS = ("none", "every:2", "full")
 SHOWN = 8  # of what a search finds
+PACE = ("GB", "img/s", "MFU", "days", "bound")  # columns behind those of what was chosen
 FEW, MANY = 8, 64  # micro batches that a search traces: peaks grow faster where they are large
 OWN = ("gpus", "gpu", "ds_config", "images", "efficiency", "search", "json")
 
@@ -53,17 +54,17 @@ def accept(cfg: Config) -> None:
     acceptance.accept_models([stage for stage, _ in job.staged(cfg, Path())])
 
 
-def efficiency(text: str) -> plan.Efficiency:
+def efficiency(text: str) -> Efficiency:
     """Assumed shares of the peaks from `student=0.4,links=0.7`; ValueError for another name."""
     rates = {}
-    known = [field.name for field in fields(plan.Efficiency)]
+    known = [field.name for field in fields(Efficiency)]
     for word in filter(None, text.split(",")):
         name, _, value = word.partition("=")
         if name not in known:
             near = override.nearest(name, known)
             raise ValueError(f"--efficiency has no {name!r}{near}; there are {', '.join(known)}")
         rates[name] = float(override.coerce(float, value, f"--efficiency {name}"))
-    return plan.Efficiency(**rates)
+    return Efficiency(**rates)
 
 
 def stages(
@@ -73,7 +74,7 @@ def stages(
     count: int,
     *,
     images: int,
-    efficiency: plan.Efficiency,
+    efficiency: Efficiency,
 ) -> list[plan.Plan]:
     """A plan for each stage of a run."""
     from unic_ds.tracing import trace
@@ -96,7 +97,7 @@ def search(
     count: int,
     *,
     images: int,
-    efficiency: plan.Efficiency,
+    efficiency: Efficiency,
 ) -> list[plan.Plan]:
     """What fits of the last stage, the fastest first.
 
@@ -169,6 +170,8 @@ def show(found: list[plan.Plan], *, as_json: bool) -> None:
         console.print(table("memory of a GPU", "GB", row.memory_gb, row.needs_gb))
         console.print(table("FLOPs of an image", "TFLOP", row.tflop_per_image))
         console.print(table("an optimiser step", "s", row.seconds))
+        console.print(table("of it, moving bytes alone", "s", row.moved_seconds))
+        console.print(table("the host, to queue it", "s", row.host_seconds))
         verdict = "fits" if row.fits else "does NOT fit"
         console.print(f"{row.needs_gb:.1f} of {row.room_gb:.1f} GB: {verdict}")
         if not row.fits:
@@ -192,12 +195,12 @@ def show_found(found: list[plan.Plan], *, as_json: bool) -> None:
 
     names = ("ZeRO", "micro", "accum", "checkpoint", "teachers", "optimiser")
     # Narrow enough for the 80 columns of a job's log.
-    grid = Table(*names, "GB", "images/s", "MFU", "days", box=None, pad_edge=False)
+    grid = Table(*names, *PACE, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for row in found[:SHOWN]:
         pace = f"{row.images_per_s:.0f}", f"{row.mfu:.0%}", f"{row.days:.1f}"
         split = str(row.zero_stage), str(row.micro_batch), str(row.accumulation), row.checkpoint
         where = ", ".join(dict.fromkeys(row.placement.values())), row.optimiser
-        grid.add_row(*split, *where, f"{row.needs_gb:.1f}", *pace)
+        grid.add_row(*split, *where, f"{row.needs_gb:.1f}", *pace, row.bound)
     Console().print(grid)
 
 
@@ -208,10 +211,10 @@ def table(title: str, unit: str, rows: dict[str, float], total: float | None = N
     whole = sum(rows.values()) if total is None else total
     grid = Table(title=title, title_justify="left", box=None, show_header=False)
     for name, value in (rows | {"in all": whole}).items():
-        grid.add_row(name, f"{value:.3g} {unit}", f"{value / whole:.0%}")
+        grid.add_row(name, f"{value:.3g} {unit}", f"{value / whole:.0%}" if whole else "")
     return grid
 
 
 def as_dict(row: plan.Plan) -> dict[str, Any]:
     """A plan as plain values."""
-    return asdict(row) | {"needs_gb": row.needs_gb, "fits": row.fits}
+    return asdict(row) | {"needs_gb": row.needs_gb, "fits": row.fits, "bound": row.bound}

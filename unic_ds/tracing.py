@@ -7,6 +7,7 @@ memory; nothing is computed, so a ViT-g fits into a laptop.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unic_ds import balance, config
-from unic_ds.counters import Live, Unfilled, flop_counter
+from unic_ds.counters import Meter, Unfilled, Work, flop_counter
 from unic_ds.ladder import heads_of
 from unic_ds.loss import distill_loss
 from unic_ds.ops import KERNELS
@@ -31,6 +32,9 @@ from unic_ds.tokens import Target, Tokens
 AGAIN, AGAIN_ZERO3 = "recomputed", "recomputed under ZeRO-3"
 """FLOPs of blocks computed again: to the last tensor that backward wants; ZeRO-3's to the end."""
 
+PARTS = ("encoder forward", "ladder forward", "ladder backward", "encoder backward")
+"""Of a student's step, in order; the ladder's are with the loss."""
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -40,6 +44,7 @@ class Trace:
     flops: dict[
         str, float
     ]  # teacher NAME, encoder forward, ladder forward, backward, AGAIN, AGAIN_ZERO3
+    work: dict[str, Work]  # teacher NAME, encoder or ladder, forward or backward; nothing again
     kept: dict[str, int]  # for backward: encoder, ladder and loss
     targets: int  # bytes of the teachers' tokens
     teachers_peak: int  # beyond weights and targets, while a teacher runs
@@ -47,8 +52,10 @@ class Trace:
     encoder: int  # parameters, by part
     ladder: int
     frozen: int  # parameters of the student that are not trained
+    matrices: int  # tensors of trained parameters
     teachers: dict[str, tuple[int, int]]  # name -> (parameters, bytes of all its weights)
     widths: dict[str, int]
+    sizes: tuple[int, ...]  # sides of the images that student and teachers want
     tokens: int  # patch tokens of an image
 
 
@@ -63,6 +70,7 @@ def between(few: Trace, many: Trace, images: int) -> Trace:
         few,
         images=images,
         flops={name: line(a, many.flops[name]) for name, a in few.flops.items()},
+        work={name: a.combine(line, many.work[name]) for name, a in few.work.items()},
         kept={name: round(line(a, many.kept[name])) for name, a in few.kept.items()},
         targets=round(line(few.targets, many.targets)),
         teachers_peak=round(line(few.teachers_peak, many.teachers_peak)),
@@ -73,36 +81,56 @@ def between(few: Trace, many: Trace, images: int) -> Trace:
 class Run(NamedTuple):
     """What running one teacher on a micro batch costs."""
 
-    flops: float
+    work: Work
     parameters: int
     nbytes: int  # of its weights, on all ranks that share them
     peak: int  # beyond what a rank holds of its weights, and its tokens
     width: int
+    size: int  # of its images
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all its kernels."""
+        return self.work.flops
 
 
 class Forward(NamedTuple):
     """A teacher's forward, its weights whole and of more than eight bits."""
 
-    flops: float
+    work: Work
     peak: int  # beyond its weights
     said: int  # bytes of its tokens
     teacher: Teacher
 
 
 @cache
-def forward_of(row: config.Teacher, grid: int, images: int) -> Forward:
-    """Trace a teacher; ValueError where it cannot be built."""
+def outlined(row: config.Teacher, grid: int) -> Teacher:
+    """A teacher on the meta device, which gave tokens of two images; ValueError where it cannot."""
     with Unfilled():
         source = sources.outline(row, grid=grid)
-    teacher = Teacher(row, source, grid=grid, device=torch.device("meta"))
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    return Teacher(row, source, grid=grid, device=torch.device("meta"))
+
+
+@cache
+def faked(row: config.Teacher, grid: int) -> tuple[Teacher, FakeTensorMode]:
+    """A teacher whose weights are fake tensors of the mode."""
+    teacher, mode = outlined(row, grid), FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
         to_cpu(teacher)
+    return teacher, mode
+
+
+@cache
+def forward_of(row: config.Teacher, grid: int, images: int) -> Forward:
+    """Trace a teacher; ValueError where it cannot be built."""
+    teacher, mode = faked(row, grid)
+    with mode:
         image = torch.empty(images, 3, teacher.size, teacher.size, dtype=torch.uint8)
         given = (image, *teacher.parameters(), *teacher.buffers())
-        with flop_counter() as counter, Live(given) as live:
+        with Meter(given) as meter:
             tokens = teacher(image)
     said = sum(x.nbytes for x in tokens)
-    return Forward(float(counter.get_total_flops()), live.peak, said, teacher)
+    return Forward(meter.work(), meter.peak, said, teacher)
 
 
 def run_of(row: config.Teacher, grid: int, images: int) -> Run:
@@ -120,11 +148,12 @@ def run_of(row: config.Teacher, grid: int, images: int) -> Run:
     # The tokens of what it takes at once wait for the others', and are then put together.
     joined = found.said * images / at_once if at_once < images else 0
     return Run(
-        flops=found.flops * images / at_once,
+        work=found.work.times(images / at_once),
         parameters=teacher.parameter_count,
         nbytes=nbytes,
         peak=round(max(found.peak - found.said + gathered, joined)),
         width=teacher.width,
+        size=teacher.size,
     )
 
 
@@ -153,7 +182,8 @@ def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
     runs = {row.name: run_of(row, grid, images) for row in cfg.teachers}
     widths = {name: run.width for name, run in runs.items()}
     for name in stored(cfg):  # whose tokens come with the images
-        runs[name] = runs[name]._replace(flops=0.0, nbytes=0, peak=0)
+        runs[name] = runs[name]._replace(work=Work(), nbytes=0, peak=0)
+    shown = (run.size for name, run in runs.items() if name not in stored(cfg))
     # The student does not see where its teachers' weights are, nor how the run is run.
     rows = tuple(replace(row, placement="replicate", micro=0) for row in cfg.teachers)
     found = student_of(replace(cfg, teachers=rows, run=config.Run()), images, bf16)
@@ -161,6 +191,7 @@ def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
     return Trace(
         images=images,
         flops={f"teacher {name}": run.flops for name, run in runs.items()} | found.flops,
+        work={f"teacher {name}": run.work for name, run in runs.items()} | found.work,
         kept=found.kept,
         targets=sum(found.targets.values()),
         teachers_peak=max(
@@ -170,8 +201,10 @@ def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
         encoder=found.encoder,
         ladder=found.ladder,
         frozen=found.frozen,
+        matrices=found.matrices,
         teachers={name: (run.parameters, run.nbytes) for name, run in runs.items()},
         widths=widths,
+        sizes=tuple(dict.fromkeys((cfg.student.size, *shown))),
         tokens=grid * grid,
     )
 
@@ -193,12 +226,14 @@ class Step(NamedTuple):
     """What a student's step costs, beside its teachers."""
 
     flops: dict[str, float]
+    work: dict[str, Work]
     kept: dict[str, int]
     peak: int
     targets: dict[str, int]  # bytes of each teacher's tokens
     encoder: int  # parameters
     ladder: int
     frozen: int
+    matrices: int  # tensors of trained parameters
 
 
 @cache
@@ -216,20 +251,24 @@ def student_of(cfg: config.Config, images: int, bf16: bool) -> Step:
             )
             for row in cfg.teachers
         }
-        flops, kept, peak = step(cfg, student, targets, images)
+        flops, work, kept, peak = step(cfg, student, targets, images)
     if student.recomputed:
         plain = replace(cfg, student=replace(cfg.student, checkpoint="none"))
-        flops[AGAIN] = flops["backward"] - student_of(plain, images, bf16).flops["backward"]
+        without = student_of(plain, images, bf16)
+        flops[AGAIN] = flops["backward"] - without.flops["backward"]
+        work = without.work
     own = list(student.parameters())
     trained = {p for p in own if p.requires_grad}
     return Step(
         flops=flops,
+        work=work,
         kept=kept,
         peak=peak,
         targets={name: sum(x.nbytes for x in tokens) for name, tokens in targets.items()},
         encoder=sum(p.numel() for p in student.encoder.parameters() if p in trained),
         ladder=sum(p.numel() for p in student.ladder.parameters()),
         frozen=sum(p.numel() for p in own if p not in trained),
+        matrices=len(trained),
     )
 
 
@@ -256,8 +295,10 @@ def forward_flops(cfg: config.Config, widths: dict[str, int]) -> float:
 
 def step(
     cfg: config.Config, student: Student, targets: dict[str, Tokens], images: int
-) -> tuple[dict[str, float], dict[str, int], int]:
-    """(FLOPs by part, bytes kept for backward by part, bytes held at most) of a student's step."""
+) -> tuple[dict[str, float], dict[str, Work], dict[str, int], int]:
+    """(FLOPs by part, Work by part, bytes kept for backward by part, bytes held at most) of a
+    student's step.
+    """
     for parameter in student.parameters():  # where gradients go is another matter: ZeRO's
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(drop_grad)
@@ -277,26 +318,29 @@ def step(
             kept[part] += storage.nbytes()
         return x
 
-    totals, again = [0.0], list[float]()
+    marks, again = [Work()], list[float]()
 
     def mark() -> None:
+        marks.append(meter.work())
+
+    def climb() -> None:
         nonlocal part
         part = "ladder and loss"
-        totals.append(flops_now())
-
-    def flops_now() -> float:
-        return float(counter.get_total_flops())
+        mark()
 
     def begin(_: Tensor) -> None:
-        again.append(flops_now())
+        again.append(meter.flops)
 
     given = (*student.parameters(), *(x for tokens in targets.values() for x in tokens))
-    with flop_counter() as counter, Live(given) as live:
+    with Meter(given) as meter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             for block in student.recomputed:  # whose input is kept where no hook for it is called
                 block.register_forward_pre_hook(lambda _, given: begin(pack(given[0])))
-                block.register_forward_hook(lambda *_: again.append(flops_now() - again.pop()))
-            hook = student.ladder.register_forward_pre_hook(lambda *_: mark())
+                block.register_forward_hook(lambda *_: again.append(meter.flops - again.pop()))
+            # Backward reaches the last block when ladder and loss are done with.
+            last: nn.Module = student.encoder.blocks[-1]
+            last.register_forward_hook(lambda *found: on_gradient(found[-1], mark))
+            hook = student.ladder.register_forward_pre_hook(lambda *_: climb())
             pred = student(image, path_BK)
             hook.remove()
             judged, _ = distill_loss(
@@ -308,12 +352,18 @@ def step(
                 distances=cfg.distances,
                 ops=KERNELS[cfg.kernels],
             )
-        totals.append(flops_now())
+        mark()
         judged.backward()
-        totals.append(flops_now())
-    names = ("encoder forward", "ladder forward", "backward")
-    flops = {n: b - a for n, a, b in zip(names, totals, totals[1:], strict=False)}
-    return flops | {AGAIN: 0.0, AGAIN_ZERO3: sum(again)}, dict(kept), live.peak
+        mark()
+    found = {n: b.since(a) for n, a, b in zip(PARTS, marks, marks[1:], strict=False)}
+    flops = {name: found[name].flops for name in PARTS[:2]}
+    flops["backward"] = marks[-1].since(marks[2]).flops
+    return flops | {AGAIN: 0.0, AGAIN_ZERO3: sum(again)}, found, dict(kept), meter.peak
+
+
+def on_gradient(x: Tensor, call: Callable[[], None]) -> None:
+    """Call `call` when the gradient of `x` is complete, before it is used."""
+    x.register_hook(lambda _: call())
 
 
 def to_cpu(module: nn.Module) -> None:
