@@ -24,6 +24,7 @@ IMPORTED = (
     "unic_ds.finish",
     "unic_ds.evaluate.knn",
     "unic_ds.evaluate.linear",
+    "unic_ds.evaluate.rounds",
     "unic_ds.folder",
     "unic_ds.rollback",
     "unic_ds.heartbeat",

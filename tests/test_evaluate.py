@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+import json
 import time
+import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from forked import Forked
+from pictures import folder
 from PIL import Image
+from runs import TRAIN, run, tiny
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from unic_ds import dist
+from unic_ds import quickstart
 from unic_ds.evaluate import table
 from unic_ds.evaluate.features import extract, pixels
 from unic_ds.evaluate.knn import knn
-from unic_ds.evaluate.linear import linear
+from unic_ds.evaluate.linear import ITERATIONS, STRENGTHS, accuracy, fit, linear, tensors_taken
+from unic_ds.evaluate.rounds import attempt
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -57,7 +63,104 @@ def test_knn_is_the_weighted_vote(k: int, temperature: float) -> None:
         for i in np.argsort(-cosine)[:k]:
             votes[rows.train_label_N[i]] += np.exp((cosine[i] - 1) / temperature)
         hits += int(votes.argmax() == label)
-    assert dict(knn(*rows, k=k, temperature=temperature)) == {"knn": pytest.approx(100 * hits / 60)}
+    expected = {"knn": pytest.approx(100 * hits / 60)}
+    assert dict(knn(*rows, k=k, temperature=temperature)) == expected
+    small = dict(knn(*rows, k=k, temperature=temperature, block=1000))  # 6 rows, or 1, at a time
+    assert small == expected
+
+
+def test_equal_votes_go_to_the_smallest_label() -> None:
+    train_NC = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    label_N, val_NC = torch.tensor([9, 4, 2]), torch.tensor([[2.0, 0.0]])
+    assert dict(knn(train_NC, label_N, val_NC, torch.tensor([4]), k=2)) == {"knn": 100.0}
+    assert dict(knn(train_NC, label_N, val_NC, torch.tensor([9]), k=2)) == {"knn": 0.0}
+
+
+@pytest.fixture(scope="module")
+def photographs(demonstration: None) -> Rows:
+    """Thumbnails and classes of the demonstration's images: 1600 to train on, 1024 unseen."""
+    files = sorted((quickstart.root() / "images").glob("*/*.jpg"))
+    classes = sorted({file.parent.name for file in files})
+    image_N1HW = torch.stack([thumbnail(file) for file in files])
+    value_NC = pixels(image_N1HW)
+    label_N = torch.tensor([classes.index(file.parent.name) for file in files])
+    order_N = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
+    train, val = order_N.split([1600, len(files) - 1600])
+    return Rows(value_NC[train], label_N[train], value_NC[val], label_N[val])
+
+
+def thumbnail(file: Path) -> Tensor:
+    """A photograph in grey, 64 x 64."""
+    with Image.open(file) as image:
+        image.draft("L", (80, 80))
+        return torch.from_numpy(np.array(image.convert("L").resize((64, 64))))[None]
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_fit_is_the_fp64_solution_on_real_features(photographs: Rows, strength: float) -> None:
+    """The weakest penalties stop at 100 iterations, as scikit-learn does in NumPy."""
+    scaler = StandardScaler().fit(photographs.train_NC.double().numpy())
+    train, val = (
+        scaler.transform(x.double().numpy()) for x in (photographs.train_NC, photographs.val_NC)
+    )
+    labels = photographs.train_label_N.numpy()
+    with tensors_taken():
+        model = fit(photographs.train_NC, photographs.train_label_N, strength)
+        value = accuracy(model, photographs.val_NC, photographs.val_label_N)
+    with warnings.catch_warnings(action="ignore"):
+        same = LogisticRegression(C=strength, max_iter=ITERATIONS).fit(train, labels)
+    points = 100 * same.score(val, photographs.val_label_N.numpy())
+    assert abs(value - points) <= 0.2
+
+    if model[-1].n_iter_ < ITERATIONS:
+        best = LogisticRegression(C=strength, max_iter=5000, tol=1e-8).fit(train, labels)
+        least = objective(best, train, labels, strength)
+        assert abs(objective(model[-1], train, labels, strength) / least - 1) < 1e-4
+    else:
+        assert strength > 0.01
+
+
+def objective(model: Any, x_NC: Any, labels: Any, strength: float) -> float:
+    """The penalised loss that a logistic regression minimises, in fp64."""
+    weight_LC, bias_L = (torch.as_tensor(w).double() for w in (model.coef_, model.intercept_))
+    logit_NL = torch.from_numpy(x_NC) @ weight_LC.T + bias_L
+    loss = cross_entropy(logit_NL, torch.from_numpy(labels), reduction="sum")
+    return float(loss + weight_LC.square().sum() / (2 * strength))
+
+
+@pytest.mark.parametrize("k", [1, 10, 200])
+def test_knn_is_scikit_learn_s_on_real_features(photographs: Rows, k: int) -> None:
+    train, train_label, val, val_label = (x.numpy() for x in photographs)
+    model = KNeighborsClassifier(k, weights=lambda d: np.exp((1 - d) / 0.07), metric="cosine")
+    score = 100 * model.fit(train, train_label).score(val, val_label)
+    assert dict(knn(*photographs, k=k)) == {"knn": pytest.approx(score, abs=1e-9)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("classes", [2, 10])
+def test_a_gpu_finds_the_accuracies_of_the_cpu(classes: int) -> None:
+    rows = planted(2000, 1000, 256, classes, gap=4)
+    on_gpu = [x.cuda() for x in rows]
+    for evaluator in (knn, linear):
+        (name, here), *_ = evaluator(*rows)
+        found = list(evaluator(*on_gpu))
+        assert found == [(name, pytest.approx(here, abs=0.1))]
+        assert list(evaluator(*on_gpu)) == found
+
+
+@pytest.mark.gpu
+def test_probes_that_do_not_fit_the_gpu_name_the_remedy() -> None:
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        found = attempt("wide", planted(2000, 10, 2048, 3, gap=4), [knn], torch.device("cuda"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert found == (
+        {},
+        "the probes of 'wide' need more than the GPU's memory for 2,000 training images x 2048"
+        " features; lower --eval.max_train",
+    )
 
 
 def test_linear_finds_planted_classes() -> None:
@@ -163,46 +266,38 @@ def test_a_run_without_evaluation_has_results_too(tmp_path: Path) -> None:
     assert (np.diff(upright.astype(int)) == 1).sum() == 2  # the frame of the curve's axes alone
 
 
-RANK = """
-import torch
-from unic_ds import dist
-dist.start()
-rank = dist.rank()
-mine = torch.arange(3 * rank * 2.0).view(-1, 2) + 100 * rank  # 0 and 3 rows
-whole = dist.gather_rows(mine)
-label = dist.gather_rows(torch.full((3 * rank,), rank))
-truth = torch.cat([torch.arange(3 * r * 2.0).view(-1, 2) + 100 * r for r in range(2)])
-assert torch.equal(whole, truth), whole
-assert label.tolist() == [1] * 3, label
-dist.stop()
-"""
+@pytest.mark.dist
+def test_any_number_of_ranks_finds_the_same_table(tmp_path: Path) -> None:
+    """Shares of unequal length, images without a label, a last round with fewer models."""
+    rows = planted(151, 86, 72, 5, gap=6)
+    rows.train_label_N[7] = rows.val_label_N[-1] = -1
+    found = []
+    for ranks in (1, 2, 3):
+        file = tmp_path / f"{ranks}.pt"
+        torch.save(list(rows), file)
+        run(Forked(ranks, [str(Path(__file__).with_name("dealt_features.py")), str(file)]))
+        first, *others = json.loads(file.with_suffix(".measured").read_text())
+        assert others == [first] * (ranks - 1)
+        found.append(first)
+    (table, owners, failure), *more = found
+    assert failure == "features of 'middle' are NaN or infinite; set --eval.on false"
+    assert list(table) == ["narrow", "wide", "middle"]
+    assert all(50 < row["linear"] <= 100 and 50 < row["knn"] <= 100 for row in table.values())
+    assert [row.pop("rank") for row in owners.values()] == [0, 0, 0]
+    for (again, shared, same), dealt in zip(more, ([0, 0, 1], [2, 0, 1]), strict=True):
+        assert (again, same) == (table, failure)
+        assert [row.pop("rank") for row in shared.values()] == dealt  # the widest first
+        assert shared == owners
 
 
 @pytest.mark.dist
-def test_gather_rows_of_unequal_shares() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        where = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-        }
-        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        where |= {"PYTHONPATH": str(Path(__file__).parent.parent)}
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-c", RANK], env=os.environ | where, stderr=subprocess.PIPE
-            )
-        )
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
-
-
-def test_gather_rows_alone_is_the_identity() -> None:
-    rows_NC = torch.randn(5, 3)
-    assert torch.equal(dist.gather_rows(rows_NC), rows_NC)
+def test_a_probe_that_fails_on_one_rank_ends_the_run_by_one_sentence(tmp_path: Path) -> None:
+    for side in ("train", "val"):
+        folder(tmp_path / side, 16)
+    more = {"eval.max_train": 1, "optim.steps": 1}  # one image is of one class
+    printed = run(Forked(2, [TRAIN, *tiny(tmp_path, "run", more)]), code=1)
+    student = tmp_path / "run" / "student"
+    says = f"the student is in {str(student)!r}, but it could not be evaluated; mend this and"
+    assert printed.count(says) == 1 and "a linear probe wants training images" in printed
+    assert (student / "model.safetensors").is_file()
+    assert not (tmp_path / "run" / "results.json").exists()

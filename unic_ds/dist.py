@@ -258,18 +258,14 @@ def total(values: Tensor) -> Tensor:
     return summed
 
 
-def gather_rows(values_NC: Tensor) -> Tensor:
-    """Rows of every rank in rank order, the same on all; their numbers may differ.
-
-    Any number of axes after the first; shares are padded to the longest for the exchange.
-    """
+def gather_to(values: Tensor, owner: int) -> Tensor | None:
+    """`values` of every rank, stacked on a first axis in rank order, on `owner`; None elsewhere."""
     if world() == 1:
-        return values_NC
-    counts = gather(torch.tensor([len(values_NC)], device=values_NC.device)).flatten().tolist()
-    padded = values_NC.new_zeros(max(counts), *values_NC.shape[1:])
-    padded[: len(values_NC)] = values_NC
-    parts = gather(padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return values[None]
+    values = values.contiguous()
+    found = values.new_empty(world(), *values.shape) if rank() == owner else None
+    td.gather(values, None if found is None else list(found), dst=owner)
+    return found
 
 
 def gather_objects(value: Any) -> list[Any]:

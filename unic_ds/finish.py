@@ -5,7 +5,8 @@ own start.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unic_ds import chance, config, data, dist, engine, entry, export, initial, job, log
-from unic_ds.evaluate import features, table
+from unic_ds.evaluate import features, rounds, table
 from unic_ds.parts import can_evaluate
 from unic_ds.student import Student
 
@@ -22,14 +23,14 @@ from unic_ds.student import Student
 def finish(task: job.Job, parts: Any) -> None:
     """Write `student/`, then `results.json`, `results.png` and the table; every rank calls it.
 
-    Rank 0 fits the probes alone: the others are done, and wait for nothing. RuntimeError if the
-    evaluation fails: `student/` is there then, and no `results.json`.
+    RuntimeError, on every rank, if the evaluation fails: `student/` is there then, and no
+    `results.json`.
     """
     publish(task, parts)
     dist.barrier()
     let_go(parts)
     student, on = task.out / "student", task.cfg.eval.on
-    rows = {}
+    rows: rounds.Rows = {}
     if on and can_evaluate(parts.train, parts.val):
         rows = evaluate(task, parts, student)
     if dist.rank() == 0:
@@ -38,7 +39,7 @@ def finish(task: job.Job, parts: Any) -> None:
         print(end, flush=True)
 
 
-def evaluate(task: job.Job, parts: Any, student: Path) -> dict[str, dict[str, float]]:
+def evaluate(task: job.Job, parts: Any, student: Path) -> rounds.Rows:
     """The rows of `measure`; RuntimeError with the way on where it cannot read what it needs."""
     try:
         return measure(task, parts)
@@ -83,10 +84,20 @@ def sample(source: Any, cfg: config.Config, count: int) -> Tensor:
     return next(iter(batches)).images[size]
 
 
-def measure(task: job.Job, parts: Any) -> dict[str, dict[str, float]]:
+def measure(task: job.Job, parts: Any) -> rounds.Rows:
     """kNN and linear accuracy (%) of pixels, each teacher, the student before and after."""
     from unic_ds.evaluate import knn, linear  # scikit-learn takes seconds, and few starts get here
 
+    cfg, (train, val, widths) = task.cfg, extract(task, parts)
+    evaluators = (
+        partial(knn.knn, k=cfg.eval.k, temperature=cfg.eval.temperature),
+        partial(linear.linear, seed=cfg.seed),
+    )
+    return rounds.evaluate(train, val, widths, evaluators, dist.device())
+
+
+def extract(task: job.Job, parts: Any) -> tuple[rounds.Side, rounds.Side, dict[str, int]]:
+    """Features of the training and the validation images, and how wide each model's are."""
     cfg, device = task.cfg, dist.device()
     before, after = (
         Student(cfg.student, cfg.ladder, {}, seed=cfg.seed).to(device).eval() for _ in range(2)
@@ -109,56 +120,42 @@ def measure(task: job.Job, parts: Any) -> dict[str, dict[str, float]]:
         widths.update({name: value.shape[1] for name, value in columns.items()})
         return torch.cat([value.float() for value in columns.values()], 1)
 
-    sides = [
-        gather_features(task, source, limit, (cfg.student.size, *parts.teachers.sizes), encode)
+    sizes = (cfg.student.size, *parts.teachers.sizes)
+    train, val = (
+        side_of(task, source, limit, sizes, encode)
         for source, limit in ((parts.train, cfg.eval.max_train), (parts.val, cfg.eval.max_val))
-    ]
-    if dist.rank() != 0:
-        return {}
-    (train_NC, train_N), (val_NC, val_N) = sides
-    rows: dict[str, dict[str, float]] = {}
-    for name, train, val in zip(
-        widths, columns_of(train_NC, widths), columns_of(val_NC, widths), strict=True
-    ):
-        scores = [
-            *knn.knn(train, train_N, val, val_N, k=cfg.eval.k, temperature=cfg.eval.temperature),
-            *linear.linear(train, train_N, val, val_N, seed=cfg.seed),
-        ]
-        rows[name] = dict(scores)
-    return rows
+    )
+    return train, val, widths
 
 
-def columns_of(values_NC: Tensor, widths: dict[str, int]) -> Iterator[Tensor]:
-    """Each model's columns of features that stand side by side."""
-    return iter(values_NC.split(list(widths.values()), 1))
-
-
-def gather_features(
-    task: job.Job, source: Any, limit: int, sizes: tuple[int, ...], encode: Any
-) -> Any:
-    """Features (N, C) and labels (N) of a seeded choice of `limit` images, shared by ranks."""
+def side_of(
+    task: job.Job,
+    source: Any,
+    limit: int,
+    sizes: tuple[int, ...],
+    encode: Callable[[dict[int, Tensor]], Tensor],
+) -> rounds.Side:
+    """Features and labels of a seeded choice of `limit` images, shared by ranks."""
     words_N = chance.words(task.cfg.seed, "probe", 1, np.arange(len(source)))[:, 0]
     order_N = np.argsort(words_N, kind="stable")
     chosen_N = np.sort(order_N[source.label_N[order_N] >= 0][:limit])
-    mine_N = chosen_N[dist.rank() :: dist.world()]
-    share, longest = len(mine_N), -(-len(chosen_N) // dist.world())
+    mine_R = chosen_N[rounds.dealt(len(chosen_N))]
     batches = data.passes(
         source,
         task.cfg.data,
         sizes=tuple(dict.fromkeys(sizes)),
         batch=task.cfg.eval.batch,
-        # equally many for all: teachers may be spread over the ranks
-        indices=np.append(mine_N, chosen_N[: longest - share]),
+        indices=mine_R,
         device=dist.device(),
     )
     labels: list[Any] = []
 
     def noted() -> Iterator[Any]:
-        for batch in log.track(batches, -(-share // task.cfg.eval.batch), "evaluating"):
+        for batch in log.track(batches, -(-len(mine_R) // task.cfg.eval.batch), "evaluating"):
             # of what is shown: for a broken image that is its neighbour
             labels.append(source.label_N[batch.index_B])
             yield batch
 
-    values_NC = dist.gather_rows(features.extract(encode, noted())[:share])
-    labels_N = dist.gather_rows(torch.from_numpy(np.concatenate(labels))[:share])
-    return values_NC[labels_N >= 0], labels_N[labels_N >= 0]
+    share_RC = features.extract(encode, noted())
+    label_WR = dist.gather(torch.from_numpy(np.concatenate(labels)))
+    return rounds.Side(share_RC, rounds.in_order(label_WR, len(chosen_N)))

@@ -25,8 +25,8 @@ def extract(encode: Callable[[dict[int, Tensor]], Tensor], batches: Iterable[Bat
     """fp32 features (N, C) on the CPU, rows in the order of the batches.
 
     `encode` takes a batch's images (side in pixels -> uint8 B3HW) and gives its features (B, C).
-    This rank's share only: `dist.gather_rows` joins the shares, of features and labels alike.
-    ValueError where there are no batches, or `encode` gives another number of rows than images.
+    This rank's share only: `rounds.Side` gathers them. ValueError if there are no batches, or if
+    `encode` gives another number of rows than images.
     """
     rows = []
     for batch in batches:
