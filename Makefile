@@ -2,6 +2,7 @@
 # Both install what they need into .venv once; where pip looks is pip's own setting.
 
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -21,16 +22,17 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long test-faults soak test-gpu test-all bench-data lint types clean
+.PHONY: help quickstart test test-oldest sample-oldest test-long test-faults soak test-gpu test-all bench-data lint types clean
 
 help:
 	@echo "make quickstart   install, fetch the demonstration, train it (minutes on two CPU cores)"
 	@echo "make test         install and run the tests; test-long the long ones, test-all every one"
+	@echo "make test-oldest  part of the tests on the oldest versions, in .venv-oldest"
 	@echo "make test-faults  kill, stall and starve real runs; a table says what came of each"
 	@echo "make soak         a run killed fifty times at random moments (20 minutes)"
 	@echo "make bench-data   images per second of the data path beside torchvision's own loader"
 	@echo "make lint types   ruff; mypy"
-	@echo "make clean        remove .venv and caches; runs/ stays"
+	@echo "make clean        remove .venv, .venv-oldest and caches; runs/ stays"
 
 $(BIN)/python:
 	@"$(PYTHON)" -c '$(NEW_ENOUGH)' 2>/dev/null || { \
@@ -38,8 +40,8 @@ $(BIN)/python:
 	"it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 
-$(VENV)/.installed: setup.py pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[quickstart]' -c constraints.txt
+$(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP) -e '.[quickstart,cuda13]' -c $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.demo: demo-packages.txt $(VENV)/.installed
@@ -47,7 +49,7 @@ $(VENV)/.demo: demo-packages.txt $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) -e '.[quickstart,dev]' -c constraints.txt
+	$(PIP) -e '.[quickstart,cuda13,dev]' -c $(CONSTRAINTS)
 	@touch $@
 
 quickstart: $(VENV)/.demo
@@ -56,6 +58,15 @@ quickstart: $(VENV)/.demo
 
 test: $(VENV)/.demo $(VENV)/.dev
 	$(PYTEST) -m "not slow and not soak and not gpu"
+
+test-oldest:
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt sample-oldest
+
+# Kernels in the interpreter, initial weights, every ZeRO stage on two ranks, a killed run's resume.
+sample-oldest: $(VENV)/.demo $(VENV)/.dev
+	$(PYTEST) -m "not slow and not soak and not gpu" tests/test_ladder_triton.py \
+	tests/test_losses_triton.py tests/test_requirements.py tests/test_train.py tests/test_student.py \
+	-k "triton or requirements or main_command or kill_9 or zero_stage or initial_weights"
 
 test-long: $(VENV)/.demo $(VENV)/.dev
 	$(PYTEST) -m "slow and not alone and not soak and not gpu"
@@ -85,5 +96,5 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build unic_ds.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest build unic_ds.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

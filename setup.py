@@ -1,4 +1,4 @@
-"""Packaging. The floors are the versions this was tested with; constraints.txt pins them all."""
+"""Packaging. constraints-oldest.txt pins the floors, constraints.txt the newest that are tested."""
 
 import re
 from pathlib import Path
@@ -17,36 +17,45 @@ setup(
     packages=[*find_packages(include=["unic_ds", "unic_ds.*"]), "unic_kernels"],
     package_dir={"unic_kernels": "kernels/unic_kernels"},
     python_requires=">=3.11",
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: POSIX :: Linux",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+    ],
     install_requires=[
-        "deepspeed>=0.19.8",
-        "fire>=0.7.1",
-        "huggingface_hub>=2.4",
-        "matplotlib>=3.11",
-        "ninja>=1.13",  # DeepSpeed builds its C++ operators with it
-        "numpy>=2.4",
-        "nvidia-dali-cuda130>=2.4",  # `nvidia-dali` without a suffix is a decoy; torch's CUDA is 13
-        "open_clip_torch>=3.3",
-        "pillow>=13.0",
+        "deepspeed>=0.19.8",  # 0.18 skips the all-reduce between ranks on a CPU
+        "fire>=0.7",
+        "huggingface_hub>=0.34",
+        "matplotlib>=3.9",
+        "ninja>=1.11",  # DeepSpeed builds its C++ operators with it
+        "numpy>=1.26",
+        "open_clip_torch>=3.1",
+        "packaging>=24.2",
+        "pillow>=10.4",
         "pyyaml>=6.0",
-        "rich>=15.0",
-        "safetensors>=0.8",
-        "scikit-learn>=1.9",
-        "tensorboard>=2.21",
+        "rich>=13.9",
+        "safetensors>=0.5",
+        "scikit-learn>=1.5",
+        "tensorboard>=2.18",
         "timm>=1.0.31",
         "torchao>=0.18",
-        "torch>=2.14.1",
-        "torchvision>=0.29.1",
-        "triton>=3.8",
+        # a0: what a container builds from a release's branch is that release
+        "torch>=2.11.0a0",
+        "torchvision>=0.26.0a0",
+        "triton>=3.6",
     ],
     extras_require={
-        "quickstart": ["onnx>=1.23"],
+        # DALI for the CUDA that torch was built for; `nvidia-dali` without a suffix is a decoy
+        "cuda12": ["nvidia-dali-cuda120>=2.4"],
+        "cuda13": ["nvidia-dali-cuda130>=2.4"],
+        "quickstart": ["onnx>=1.17"],
         "dev": [
-            "hypothesis>=6.170",
+            "hypothesis>=6.120",
             "mypy>=2.4",
-            "pytest>=9.2",
-            "pytest-xdist>=3.8",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.17",
-            "webdataset>=1.0",
+            "webdataset>=0.2.111",
         ],
     },
     entry_points={"console_scripts": ["unic-ds = unic_ds.cli:main"]},

@@ -17,7 +17,7 @@ FILES = sorted((ROOT / "unic_ds").rglob("*.py"))
 
 FLOORS = (
     {"formula", "chance", "home", "named", "files", "printable"}
-    | {"streams", "interrupt", "meeting"},
+    | {"streams", "interrupt", "meeting", "requirements"},
     {"config", "documents", "node", "pulse", "tensor_files"},
     {"override", "methods"},
     {"ds_keys"},

@@ -12,7 +12,7 @@ from unic_ds import config
 from unic_ds.export import export
 from unic_ds.ladder import Head, Ladder, rung_blocks
 from unic_ds.ops import KERNELS
-from unic_ds.student import Student, build_encoder
+from unic_ds.student import Student, build_encoder, initialise
 from unic_ds.tokens import Tokens
 
 VECTORS = Path(__file__).parent / "data" / "ladder.npz"
@@ -66,6 +66,25 @@ def test_initial_weights_have_the_method_s_spread():
     assert head.std().item() == pytest.approx(0.02, rel=0.03)
     assert torch.equal(student.encoder.norm.weight, torch.ones(192))
     assert not student.encoder.norm.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["encoder.pos_embed", "encoder.cls_token", "encoder.w"])
+def test_initial_weights_in_bf16_are_those_in_fp32_rounded(name):
+    """ZeRO-3 draws into bf16, where torch 2.11 drew -2 and 2, a hundred times the std."""
+    low, high = (torch.full((1, 64, 384), 7.0, dtype=d) for d in (torch.bfloat16, torch.float32))
+    for weight in (low, high):
+        initialise({name: weight}, seed=1)
+    assert torch.equal(low, high.bfloat16())
+    assert high.abs().max() < 6 * (1e-6 if "token" in name else 0.02)
+
+
+def test_initial_weights_do_not_depend_on_torch_s_version():
+    """Of normal_, held to what torch 2.11 and 2.14 both draw; trunc_normal_ changed in between."""
+    weight = torch.empty(2, 8)
+    initialise({"encoder.w": weight}, seed=0)
+    drawn = [0.02120568, 0.02498990, -0.01624609, -0.00143706, -0.00251522, -0.03508782]
+    assert weight.flatten()[:6].tolist() == pytest.approx(drawn, abs=1e-7)
+    assert weight.flatten()[-2:].tolist() == pytest.approx([-0.01663949, 0.01471680], abs=1e-7)
 
 
 def test_predictions_have_the_teachers_widths_and_the_student_s_grid():

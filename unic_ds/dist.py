@@ -38,6 +38,9 @@ ALLOWED = frozenset(os.sched_getaffinity(0))
 
 T = TypeVar("T")
 
+# torch 2.14 renamed it, and warns about the old name.
+all_gather_single = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
+
 
 def rank() -> int:
     """This process among all, from 0."""
@@ -240,7 +243,7 @@ def gather(values: Tensor) -> Tensor:
     if world() == 1:
         return values[None]
     found = values.new_empty(world(), *values.shape)
-    td.all_gather_single(found.view(-1), values.contiguous().view(-1))
+    all_gather_single(found.view(-1), values.contiguous().view(-1))
     return found
 
 

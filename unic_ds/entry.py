@@ -104,6 +104,10 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     all done here: torch replaces sys.excepthook by one that loses what a process prints last.
     """
     try:
+        if not {"--help", "-h"} & set(argv):
+            from unic_ds import requirements  # 20 ms that --help does without
+
+            requirements.check()
         return main(argv)
     except BaseException as error:
         return report(error)

@@ -309,10 +309,11 @@ def has_cls(encoder: Any) -> bool:
 def initialise(weights: Mapping[str, Tensor], seed: int) -> None:
     """Give every weight the initial value that its (seed, name) says, on any rank and stage.
 
-    Weights and position embeddings: normal of std 0.02, cut at -2 and 2 as timm does; CLS and
-    register tokens: std 1e-6; biases 0; norms and layer scales stay at the constants they were
-    built with. All are drawn on the CPU: under ZeRO-3 a weight is born on its GPU, whose generator
-    would draw others.
+    Weights and position embeddings: normal of std 0.02, of which timm's cut at -2 and 2 takes
+    nothing; CLS and register tokens: std 1e-6; biases 0; norms and layer scales stay at the
+    constants they were built with. All are drawn on the CPU and in fp32: under ZeRO-3 a weight is
+    in bf16 on its GPU, whose generator would draw others. torch's trunc_normal_ is not used, since
+    before 2.14 it draws others, and in bf16 weights of -2 and 2.
     """
     for name, parameter in weights.items():
         if parameter.is_meta:
@@ -320,12 +321,11 @@ def initialise(weights: Mapping[str, Tensor], seed: int) -> None:
         generator = torch.Generator().manual_seed(chance.number(seed, name))
         if name.endswith("bias"):
             parameter.zero_()
-        elif name.endswith(("cls_token", "reg_token")):
-            parameter.copy_(nn.init.normal_(on_cpu(parameter), std=1e-6, generator=generator))
         elif parameter.ndim > 1:
-            parameter.copy_(nn.init.trunc_normal_(on_cpu(parameter), std=0.02, generator=generator))
+            std = 1e-6 if name.endswith(("cls_token", "reg_token")) else 0.02
+            parameter.copy_(nn.init.normal_(on_cpu(parameter), std=std, generator=generator))
 
 
 def on_cpu(x: Tensor) -> Tensor:
-    """A tensor like `x` on the CPU, to be filled; of its strides, which decide what is drawn."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+    """An empty fp32 tensor like `x` on the CPU; of its strides, which decide what is drawn."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=torch.float32, device="cpu")

@@ -21,7 +21,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -296,8 +296,10 @@ def index() -> dict[str, float]:
 def machine(threads: int) -> str:
     """What ran, for whoever reads the figures."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    names = ("torch", "torchvision", "nvidia-dali-cuda130", "pillow")
-    return f"{threads} threads, {device}, " + ", ".join(f"{n} {version(n)}" for n in names)
+    versions = {found.name: found.version for found in distributions()}
+    names = ("torch", "torchvision", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "pillow")
+    has = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+    return f"{threads} threads, {device}, {has}"
 
 
 def show(result: dict[str, Any]) -> None:

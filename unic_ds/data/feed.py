@@ -91,7 +91,8 @@ def backend(cfg: Data) -> str:
         importlib.import_module("nvidia.dali")
     except ImportError as error:
         if cfg.backend == "dali":
-            remedy = "pip install nvidia-dali-cuda130, or set data.backend torch"
+            cuda = (torch.version.cuda or "13").partition(".")[0]
+            remedy = f"pip install -e '.[cuda{cuda}]', or set data.backend torch"
             raise ValueError(f"data.backend 'dali' is not to be had ({error}); {remedy}") from error
         log.warning("DALI is not to be had (%s): the torch twin decodes, on the CPU", error)
         return "torch"

@@ -158,7 +158,7 @@ def keep(tables: Tables, beside: Path, away: Path) -> Path:
 def write(tables: Tables, file: Path) -> Path:
     """Write an index so that a reader sees all of it or none."""
     with replacing(file) as out:
-        np.savez(out, allow_pickle=False, **tables)
+        np.savez(out, **tables)  # type: ignore[arg-type]  # allow_pickle is unknown to NumPy 1.26
     return file
 
 
