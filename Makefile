@@ -22,7 +22,8 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-oldest sample-oldest test-long test-faults soak test-gpu test-all bench-data lint types clean
+.PHONY: help quickstart test test-oldest sample-oldest test-long test-faults soak test-gpu test-all \
+	first-hour bench-data lint types clean
 
 help:
 	@echo "make quickstart   install, fetch the demonstration, train it (minutes on two CPU cores)"
@@ -30,6 +31,7 @@ help:
 	@echo "make test-oldest  part of the tests on the oldest versions, in .venv-oldest"
 	@echo "make test-faults  kill, stall and starve real runs; a table says what came of each"
 	@echo "make soak         a run killed fifty times at random moments (20 minutes)"
+	@echo "make first-hour   on a machine with a GPU: ten minutes, then a table of what works how fast"
 	@echo "make bench-data   images per second of the data path beside torchvision's own loader"
 	@echo "make lint types   ruff; mypy"
 	@echo "make clean        remove .venv, .venv-oldest and caches; runs/ stays"
@@ -83,6 +85,9 @@ test-gpu: $(VENV)/.demo $(VENV)/.dev
 
 test-all: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+first-hour: $(VENV)/.demo $(VENV)/.dev
+	$(BIN)/python tests/first_hour.py
 
 bench-data: $(VENV)/.installed
 	$(BIN)/python -m unic_ds.data.bench
