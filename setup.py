@@ -35,7 +35,7 @@ setup(
         "pyyaml>=6.0",
         "rich>=13.9",
         "safetensors>=0.5",
-        "scikit-learn>=1.5",
+        "scikit-learn>=1.9",
         "tensorboard>=2.18",
         "timm>=1.0.31",
         "torchao>=0.18",
