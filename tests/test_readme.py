@@ -11,10 +11,10 @@ from unic_ds.config import Teacher
 from unic_ds.teachers.teacher import load
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ("data", "scaling", "reliability", "checkpoints", "teachers", "slurm", "ds_configs", "gpu", "install")
+DOCS = ("data", "scaling", "reliability", "checkpoints", "teachers", "slurm", "ds_configs", "gpu")
 LAUNCHERS = {
     *("account", "chdir", "cpus", "nodes", "partition", "signal", "test", "time"),
-    *("nnodes", "nproc", "node", "master", "mem", "max"),
+    *("nnodes", "nproc", "node", "master", "mem", "max", "cpu"),
     *("hostfile", "no_ssh", "node_rank", "master_addr", "master_port", "launcher"),
 }
 """Options of sbatch, of torchrun and of deepspeed, up to a hyphen."""
@@ -28,7 +28,7 @@ def test_every_option_named_is_one(file):
     if file in ("docs/slurm.md", "docs/reliability.md"):
         others |= LAUNCHERS
     others |= {"shard_mb", "max_side", "images", "rounds", "master_port", *planner.OWN}
-    others |= {"readers", "latency_ms"}
+    others |= {"readers", "latency_ms", "only", "minutes", "op", "case", "check"}
     for name in re.findall(r"--([a-z_]+(?:\.[A-Za-z_]+)*)", (ROOT / file).read_text()):
         general = re.sub(r"^teachers\.\w+\.", "teachers.NAME.", name)
         assert general in known or name in others, name
