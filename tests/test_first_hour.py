@@ -222,15 +222,12 @@ def test_teachers_without_weights_are_those_of_unic_l() -> None:
 @pytest.mark.skipif(GPU, reason="the command itself is the test there")
 def test_the_whole_hour_on_a_cpu(tmp_path: Path) -> None:
     """Nothing fails, what can run has a figure, and what cannot says that it waits."""
-    code, printed, rows = first_hour_run(tmp_path / "out", "--minutes", "20", OMP_NUM_THREADS="1")
-    lost = {
-        check.name
-        for check in first_hour_checks.all_checks()
-        if not all((ROOT / file).is_file() for file in check.files)
-    }
-    assert {name for name, row in rows.items() if row["result"] == "failed"} == lost, printed
-    assert code == (1 if lost else 0)
-    for name in ("bench-step", "peaks", "training", "compile-stages", "doctor", "models"):
+    elsewhere = {"training-all", "compile-stages"}  # test_train.py and test_compiled.py prove them
+    checks = [c.name for c in first_hour_checks.all_checks() if c.name not in elsewhere]
+    chosen = ("--minutes", "20", "--only", ",".join(checks))
+    code, printed, rows = first_hour_run(tmp_path / "out", *chosen, OMP_NUM_THREADS="1")
+    assert code == 0 and "failed" not in {row["result"] for row in rows.values()}, printed
+    for name in ("bench-step", "peaks", "training", "doctor", "models", "patch-embed"):
         assert rows[name]["result"] == "passed" and rows[name]["figure"], rows[name]
     assert "planner: " in rows["training"]["expected"]
     assert rows["training"]["data"]["log"][-1]["step"] == 20
