@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GRACE_S = 5.0
 """For a command that was asked to end, before it is killed."""
 ERROR = re.compile(r"(\[rank\d+\]: )?([\w.-]+: error: |[\w.]*(Error|Exception|Interrupt)\b)")
-"""How a program's sentence or a Python exception begins; a launcher's own words may follow it."""
+"""First words of a program's sentence or a Python exception; a launcher's own may follow it."""
 
 
 class Failed(Exception):

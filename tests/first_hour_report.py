@@ -55,7 +55,7 @@ def command_line(words: Sequence[str]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How many checks passed, failed and so on."""
+    """Numbers of checks that passed, failed and so on, in words."""
     count = Counter(row.result for row in rows)
     return ", ".join(f"{count[result]} {result}" for result in STYLE if count[result])
 

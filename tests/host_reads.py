@@ -83,7 +83,7 @@ class HostReads:
         self._modes.close()
 
     def of(self, owner: str) -> Counter[str]:
-        """How often `owner` read, by place and by what was asked for."""
+        """Counts of the reads of `owner`, by place and by what was asked for."""
         return Counter(f"{read.where}: {read.what}" for read in self.reads if read.owner == owner)
 
     def note(self, what: str) -> None:
@@ -145,24 +145,24 @@ class _Operators(TorchDispatchMode):
 
 
 def holds(values: Any) -> bool:
-    """Whether there is a tensor somewhere in nested lists."""
+    """True if there is a tensor somewhere in nested lists."""
     if isinstance(values, (list, tuple)):
         return any(map(holds, values))
     return isinstance(values, Tensor)
 
 
 def contains_list(index: Any) -> bool:
-    """Whether an index has a list of numbers, which is uploaded to the tensor's device."""
+    """True if an index has a list of numbers, which is uploaded to the tensor's device."""
     return isinstance(index, list) or (isinstance(index, tuple) and any(map(contains_list, index)))
 
 
 def masks(indices: Any) -> bool:
-    """Whether one of an indexing operator's indices is a mask, whose True entries get counted."""
+    """True if one of an indexing operator's indices is a mask, whose True entries get counted."""
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
 def returns(name: str, args: Any, answer: Any) -> bool:
-    """Whether a copy goes from a device to the host."""
+    """True if a copy goes from a device to the host."""
     if name not in COPIES:
         return False
     source = args[1] if name == "copy_" else args[0]

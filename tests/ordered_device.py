@@ -26,7 +26,7 @@ FACTORIES = ("new_", "empty_like", "zeros_like", "ones_like", "full_like")
 
 
 class Stream:
-    """What DeepSpeed uses of torch.cuda.Stream."""
+    """The part of torch.cuda.Stream that DeepSpeed uses."""
 
     device: OrderedDevice
 
@@ -50,7 +50,7 @@ class Stream:
 
 
 class Event:
-    """What DeepSpeed uses of torch.cuda.Event."""
+    """The part of torch.cuda.Event that DeepSpeed uses."""
 
     device: OrderedDevice
 

@@ -1,4 +1,4 @@
-"""What steps leave to Python's collector: `step_garbage.py OUT [train's options]`.
+"""Measure the cyclic garbage of steps: `step_garbage.py OUT [train's options]`.
 
 Steps are those of unic_ds/train.py, without any collection in between.
 """

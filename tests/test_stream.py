@@ -141,7 +141,7 @@ def test_any_number_of_readers_shows_the_same(backend, pictures, tmp_path):
 class Distant(Source):
     """A source on a file server that answers after 0.1 s; it counts what it was asked at once."""
 
-    asked: list[int] = field(default_factory=lambda: [0, 0])  # for now, for at most
+    asked: list[int] = field(default_factory=lambda: [0, 0])  # files in flight: now, at most
 
     def read(self, index, max_mb=MAX_MB):
         with LOCK:
