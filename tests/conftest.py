@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from runs import FINISHED, PARTIAL, alone, launched, run
 
-from unic_ds import quickstart
+from unic_ds import demo
 
 FAULT = "fault"
 HEAD = "| fault | what the run does | proven |", "|---|---|---|"
@@ -60,9 +60,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def demonstration():
     """The quickstart's teachers and images, made once."""
-    if quickstart.missing_packages():
+    if demo.missing_packages():
         pytest.skip("the quickstart's packages are not installed (make test does)")
-    quickstart.prepare()
+    demo.prepare()
 
 
 @pytest.fixture(scope="session")

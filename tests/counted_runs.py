@@ -14,8 +14,10 @@ import deepspeed
 from host_reads import HostReads
 
 import unic_ds
-from unic_ds import config, job, optim, train
-from unic_ds.entry import parse
+from unic_ds import config, train
+from unic_ds.config import job
+from unic_ds.config.args import parse
+from unic_ds.engine import optim
 
 ROOTS = {"ours": Path(unic_ds.__file__).parent, "deepspeed": Path(deepspeed.__file__).parent}
 

@@ -33,7 +33,7 @@ from first_hour_checks import Check  # noqa: E402
 from first_hour_commands import Clock, Failed, Late  # noqa: E402
 from first_hour_report import Row  # noqa: E402
 
-from unic_ds.printable import printable  # noqa: E402
+from unic_ds.files.printable import printable  # noqa: E402
 
 MINUTES = 10.0
 LEAST_S = 5.0

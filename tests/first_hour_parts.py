@@ -59,7 +59,7 @@ def machine() -> dict[str, Any]:
 def planner(found: dict[str, Any]) -> dict[str, Any]:
     """The planner's name of this machine's GPU, if it has one, and the efficiencies it assumes."""
     try:
-        from unic_ds import gpus, plan
+        from unic_ds.planning import estimate, gpus
     except ImportError:  # of what unic_ds needs
         return {"plan_gpu": "", "efficiency": {}}
     names = [
@@ -69,7 +69,7 @@ def planner(found: dict[str, Any]) -> dict[str, Any]:
         if gpu.name.partition("-")[0].upper() in mine["name"]
         and abs(gpu.memory_gb / mine["memory_gb"] - 1) < 0.1
     ]
-    return {"plan_gpu": names[0] if names else "", "efficiency": asdict(plan.Efficiency())}
+    return {"plan_gpu": names[0] if names else "", "efficiency": asdict(estimate.Efficiency())}
 
 
 def version_of(package: str) -> str:
@@ -165,7 +165,7 @@ def dinov2_g(device: torch.device | None = None) -> Any:
     """DINOv2-g/14 at 336 px, weights at random, made on the GPU where there is one."""
     import timm
 
-    from unic_ds.teachers.towers import TimmViT
+    from unic_ds.teachers.adapters import TimmViT
 
     with device or place():
         model = timm.create_model("vit_giant_patch14_dinov2", img_size=SIZE, num_classes=0)
@@ -176,7 +176,7 @@ def metaclip_h(device: torch.device | None = None) -> Any:
     """MetaCLIP-H/14's tower at 336 px, weights at random, made on the GPU where there is one."""
     import open_clip
 
-    from unic_ds.teachers.towers import ClipViT
+    from unic_ds.teachers.adapters import ClipViT
 
     options = {"force_image_size": SIZE, "device": device or place()}
     model = open_clip.create_model("ViT-H-14-quickgelu", **options)
@@ -188,7 +188,7 @@ def small() -> Any:
     import timm
     import torch
 
-    from unic_ds.teachers.towers import TimmViT
+    from unic_ds.teachers.adapters import TimmViT
 
     torch.manual_seed(0)
     model = timm.create_model("test_vit", img_size=SMALL_SIZE, num_classes=0)

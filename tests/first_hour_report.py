@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unic_ds.printable import markdown, printable
+from unic_ds.files.printable import markdown, printable
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 WAITS, LATE = "waits for a GPU", "not run"

@@ -17,12 +17,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from unic_ds import balance, config, dist, ds_config, engine, override, recipes
-from unic_ds.counters import flop_counter
-from unic_ds.ladder import Head, heads_of
-from unic_ds.loss import distill_loss
+from unic_ds import config, dist
+from unic_ds.config import ds_config, overrides, recipes
+from unic_ds.engine import deepspeed_engine
+from unic_ds.losses import balance
+from unic_ds.losses.distill import distill_loss
+from unic_ds.models.ladder import Head, heads_of
+from unic_ds.models.student import Student
 from unic_ds.ops import KERNELS
-from unic_ds.student import Student
+from unic_ds.planning.counters import flop_counter
 from unic_ds.tokens import Target, Tokens
 
 WIDTHS = {"effnet": 1280, "dinov2": 384}
@@ -86,12 +89,12 @@ def measure(options: dict[str, str], file: dict[str, Any]) -> dict[str, float]:
 
 def stepped(options: dict[str, str], file: dict[str, Any], start: int) -> dict[str, float]:
     """Figures of a student's first two steps; `start` bytes were there before."""
-    cfg = override.override_all(recipes.get("quickstart"), options)
+    cfg = overrides.override_all(recipes.get("quickstart"), options)
     settings = ds_config.merge(file, cfg, dist.world())
     micro = settings["train_micro_batch_size_per_gpu"]
     heads: dict[str, Head] = heads_of(cfg, WIDTHS)
     student = Student(cfg.student, cfg.ladder, heads, seed=0, ops=KERNELS[cfg.kernels])
-    made = engine.build(student, cfg.optim, settings)
+    made = deepspeed_engine.build(student, cfg.optim, settings)
     dtype = student.dtype
     side = cfg.student.size
     image = torch.randint(0, 255, (micro, 3, side, side), dtype=torch.uint8)
@@ -138,7 +141,7 @@ def stepped(options: dict[str, str], file: dict[str, Any], start: int) -> dict[s
         if number % 2:
             after["step"] = held()
     given += image.nbytes + path_BK.nbytes + drop_TB.nbytes
-    engine.release(made)
+    deepspeed_engine.release(made)
     return {
         "between": after["step"] - start - given,
         "gradients": after["backward"] - after["step"],

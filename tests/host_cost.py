@@ -21,7 +21,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from unic_ds.counters import Meter
+from unic_ds.planning.counters import Meter
 
 NARROW: dict[str, Any] = {"embed_dim": 96, "num_heads": 4, "img_size": 28, "num_classes": 0}
 SETTINGS: dict[str, Any] = {

@@ -23,7 +23,7 @@ from pictures import encode, orientation, photo
 
 from unic_ds import data
 from unic_ds.config import Data
-from unic_ds.data import twin
+from unic_ds.data import torch_decoder
 from unic_ds.data.reader import Reader, Undecodable
 from unic_ds.data.shards import INDEX
 
@@ -167,7 +167,7 @@ def use(folder: Path) -> str:
         for index in range(len(source)):
             sample = reader.read(index)
             try:
-                twin.decode(sample.encoded, 0, 0, sample.width, sample.height)
+                torch_decoder.decode(sample.encoded, 0, 0, sample.width, sample.height)
             except Undecodable as error:
                 reader.mark(sample.index, str(error))
         return "ok"

@@ -17,14 +17,18 @@ from typing import Any
 
 import torch
 
-from unic_ds import config, dist, engine, entry, job, optim, parts, train
-from unic_ds.loss import distill_loss
+from unic_ds import config, dist, train
+from unic_ds.config import args, job
+from unic_ds.engine import deepspeed_engine, optim
+from unic_ds.losses.distill import distill_loss
 from unic_ds.ops import KERNELS
+from unic_ds.process import entry_point
+from unic_ds.training import setup
 
 TURNS, STEPS = 8, 6  # the first step of a turn is not counted, nor the last, which saves
 
 
-def ours(task: job.Job, made: parts.Parts, first: int, **more: Any) -> list[float]:
+def ours(task: job.Job, made: setup.Parts, first: int, **more: Any) -> list[float]:
     """Seconds of steps of the trainer's loop, from the begin of each to that of the next."""
     run = replace(task.cfg.run, stop_at=first + STEPS - 1)
     begins: list[float] = []
@@ -42,7 +46,7 @@ def ours(task: job.Job, made: parts.Parts, first: int, **more: Any) -> list[floa
     return [end - begin for begin, end in pairwise(begins[1:])]
 
 
-def bare(cfg: config.Config, made: parts.Parts, student: Any, first: int) -> list[float]:
+def bare(cfg: config.Config, made: setup.Parts, student: Any, first: int) -> list[float]:
     """Seconds of steps that do nothing but learn by the method."""
     seconds, taken = [], torch.tensor(True, device=dist.device())
     for step in range(first, first + STEPS):
@@ -70,12 +74,12 @@ def bare(cfg: config.Config, made: parts.Parts, student: Any, first: int) -> lis
 
 def main(argv: list[str]) -> int:
     """Take turns, and print what came of it."""
-    task = job.resolve(entry.parse(argv)[1])
+    task = job.resolve(args.parse(argv)[1])
     found: dict[str, list[list[float]]] = {"ours": [], "bare": []}
     with train.heart(task) as beat:
-        made = parts.build(task)
-        student, _ = parts.start_student(task, made.teachers)
-        other = engine.build(student, task.cfg.optim, task.settings)
+        made = setup.build(task)
+        student, _ = setup.start_student(task, made.teachers)
+        other = deepspeed_engine.build(student, task.cfg.optim, task.settings)
         votes = dist.StepVotes(*job.stop_files(task.out, ""))
         for turn in range(TURNS):
             first = 1 + turn * STEPS
@@ -100,4 +104,4 @@ def summary(found: dict[str, list[list[float]]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(main, sys.argv[1:]))
+    sys.exit(entry_point.run(main, sys.argv[1:]))

@@ -10,14 +10,16 @@ import shutil
 import sys
 from pathlib import Path
 
-from unic_ds import dist, engine, job, train
-from unic_ds.entry import parse
+from unic_ds import dist, train
+from unic_ds.config import job
+from unic_ds.config.args import parse
+from unic_ds.engine import deepspeed_engine
 
 
 def digest(made) -> str:
     """SHA-256 of every weight as the engine holds it, gathered over its ranks."""
     total = hashlib.sha256()
-    for name, value in sorted(engine.weights(made, "").items()):
+    for name, value in sorted(deepspeed_engine.weights(made, "").items()):
         total.update(name.encode())
         total.update(value.contiguous().numpy().tobytes())
     return total.hexdigest()
@@ -36,10 +38,10 @@ def watched(build, found: list[str]):
 
 if __name__ == "__main__":
     plan = next(word for word in sys.argv[1:] if not word.startswith("--"))
-    build = engine.build
+    build = deepspeed_engine.build
     for arguments in json.loads(Path(plan).read_text()):
         found: list[str] = []
-        engine.build = watched(build, found)
+        deepspeed_engine.build = watched(build, found)
         code = train.main(arguments)
         if code:
             sys.exit(code)

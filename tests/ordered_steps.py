@@ -16,7 +16,9 @@ import torch
 from ordered_device import OrderedDevice, Races, install
 from torch import Tensor, nn
 
-from unic_ds import config, dist, ds_config, engine, optim
+from unic_ds import config, dist
+from unic_ds.config import ds_config
+from unic_ds.engine import deepspeed_engine, optim
 
 STEPS, WIDTH = 3, 32
 
@@ -43,11 +45,11 @@ def take(row: list[Any], device: OrderedDevice) -> dict[str, Any]:
     settings = ds_config.read(file) | {"train_micro_batch_size_per_gpu": 1}
     settings["zero_optimization"] |= {"reduce_bucket_size": 2 * WIDTH * (WIDTH + 1)} | zero
     settings = ds_config.merge(settings, cfg, dist.world())
-    keep = engine.wait_on_device
+    keep = deepspeed_engine.wait_on_device
     if waits != "ours":
-        engine.wait_on_device = lambda *_: None
-    made = engine.build(engine.create(Layers, settings), cfg.optim, settings)
-    engine.wait_on_device = keep
+        deepspeed_engine.wait_on_device = lambda *_: None
+    made = deepspeed_engine.build(deepspeed_engine.create(Layers, settings), cfg.optim, settings)
+    deepspeed_engine.wait_on_device = keep
     names = ("reduction_stream", "reduce_and_partition_stream")
     (reduces,) = (vars(made.optimizer)[name] for name in names if name in vars(made.optimizer))
     if waits == "none":
@@ -73,7 +75,7 @@ def take(row: list[Any], device: OrderedDevice) -> dict[str, Any]:
 if __name__ == "__main__":
     plan = next(word for word in sys.argv[1:] if not word.startswith("--"))
     dist.start()
-    engine.load_deepspeed()
+    deepspeed_engine.load_deepspeed()
     made = install()
     rows = [take(row, made) for row in json.loads(Path(plan).read_text())]
     if dist.rank() == 0:

@@ -30,14 +30,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unic_ds import config, optim, published
-from unic_ds.balance import Dropping
-from unic_ds.ladder import Head, Ladder
-from unic_ds.loss import distill_loss
+from unic_ds import config
+from unic_ds.engine import optim
+from unic_ds.losses.balance import Dropping
+from unic_ds.losses.distill import distill_loss
+from unic_ds.models.ladder import Head, Ladder
+from unic_ds.models.student import Student
 from unic_ds.ops import FUSED, Ops
-from unic_ds.student import Student
 from unic_ds.teachers.standardise import Standardiser
 from unic_ds.tokens import KINDS, Target, Tokens
+from unic_ds.weights import import_unic
 
 EXACT, PUBLISHED = 1e-5, 1e-4
 
@@ -272,7 +274,7 @@ def momentum(step: int, args: dict[str, Any]) -> float:
 
 def check_published(file: Path) -> Iterator[Row]:
     """Names of the ladder, exported features and predictions of an imported checkpoint."""
-    found, take = published.read(file), load(file.with_name("published_format_io.npz"))
+    found, take = import_unic.read(file), load(file.with_name("published_format_io.npz"))
     student = Student(found.student, found.ladder, found.heads, seed=0).eval()
     yield names("published names", student.ladder.published(), found.ladder_state)
     student.encoder.load_state_dict(found.encoder_state)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from unic_ds import config, dist, train
-from unic_ds.teachers import pool
+from unic_ds.teachers import teacher_set
 
 GRID = 4
 
@@ -38,9 +38,11 @@ def make():
     return Patches()
 
 
-def tokens_of(row: config.Teacher) -> tuple[pool.Teachers, list[torch.Tensor]]:
+def tokens_of(row: config.Teacher) -> tuple[teacher_set.Teachers, list[torch.Tensor]]:
     """A teacher and what it says of this rank's images, the second time."""
-    made = pool.Teachers((row,), grid=GRID, standardise=config.Standardise(), device=dist.device())
+    made = teacher_set.Teachers(
+        (row,), grid=GRID, standardise=config.Standardise(), device=dist.device()
+    )
     (side,) = made.sizes
     noise = torch.Generator().manual_seed(dist.rank())
     image = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=noise)
@@ -48,7 +50,7 @@ def tokens_of(row: config.Teacher) -> tuple[pool.Teachers, list[torch.Tensor]]:
     return made, list(made.raw({side: image})[row.name])
 
 
-def local_bytes(made: pool.Teachers) -> int:
+def local_bytes(made: teacher_set.Teachers) -> int:
     """What this rank holds of the weights."""
     (teacher,) = made.teachers.values()
     own = (getattr(p, "_local_tensor", p) for p in teacher.tower.parameters())

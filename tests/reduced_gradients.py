@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unic_ds import config, dist, ds_config, engine, optim
+from unic_ds import config, dist
+from unic_ds.config import ds_config
+from unic_ds.engine import deepspeed_engine, optim
 
 GIVEN = ((256.0, 1.0, 1.0, 1.0), (3.0, 1.0, 1.0, 1.0))
 """Gradients by rank and micro batch: exact in bf16 each, their sum is not."""
@@ -43,7 +45,7 @@ def seen(file: str, accumulation: int) -> dict[str, Any]:
     settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
     settings = ds_config.merge(settings, cfg, dist.world())
     assert settings["gradient_accumulation_steps"] == accumulation
-    made = engine.build(engine.create(Line, settings), cfg.optim, settings)
+    made = deepspeed_engine.build(deepspeed_engine.create(Line, settings), cfg.optim, settings)
     optim.apply(made.optimizer, 1e-3)
     for given in GIVEN[dist.rank()][:accumulation]:
         made.backward(made(torch.full((4, 4), given)))

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
-from unic_ds import config, dist, engine, initial
-from unic_ds.ladder import Head
-from unic_ds.student import Student
+from unic_ds import config, dist
+from unic_ds.engine import deepspeed_engine
+from unic_ds.models.ladder import Head
+from unic_ds.models.student import Student
+from unic_ds.weights import warm_start
 
 
 def resident() -> int:
@@ -65,14 +67,14 @@ def settings(*, bf16: bool) -> dict[str, Any]:
 
 def whole_bytes(student: Student) -> int:
     """Bytes of the student where a rank has all of it."""
-    return sum(engine.shape(p).numel() * p.element_size() for p in student.parameters())
+    return sum(deepspeed_engine.shape(p).numel() * p.element_size() for p in student.parameters())
 
 
 def differing(one: Student, other: Student) -> list[str]:
     """Names of the parameters of `one`, in parts, that are not bitwise those of `other`."""
     found, there = [], dict(other.named_parameters())
     for name, parameter in one.named_parameters():
-        with engine.whole(parameter):
+        with deepspeed_engine.whole(parameter):
             want = there[name].detach().to(parameter.dtype)
             if not torch.equal(parameter.detach(), want):
                 found.append(name)
@@ -92,14 +94,16 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
 
     def begin(student: Student) -> None:
         if path := row.get("init"):
-            initial.start_encoder(path, student.encoder)
-            assert not initial.start_ladder(Path(path) / initial.LADDER, student.ladder)
+            warm_start.start_encoder(path, student.encoder)
+            assert not warm_start.start_ladder(Path(path) / warm_start.LADDER, student.ladder)
 
     with peak(found):
-        student = engine.create(lambda: make(engine.whole), settings(bf16=row["bf16"]))
+        student = deepspeed_engine.create(
+            lambda: make(deepspeed_engine.whole), settings(bf16=row["bf16"])
+        )
         begin(student)
     found["whole"] = whole_bytes(student)
-    found["parameters"] = sum(engine.shape(p).numel() for p in student.parameters())
+    found["parameters"] = sum(deepspeed_engine.shape(p).numel() for p in student.parameters())
     found["partitioned"] = all(p.numel() == 0 for p in student.parameters())
     other = make()
     begin(other)

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from held_memory import held
 
-from unic_ds import dist, entry, job, train
-from unic_ds.parts import build
+from unic_ds import dist, train
+from unic_ds.config import args, job
+from unic_ds.training.setup import build
 
 EVERY = 8
 
@@ -25,7 +26,7 @@ def resident() -> int:
 
 def main(out: Path, argv: list[str]) -> None:
     """Write a row of (tensors' bytes, process's bytes) for every eighth step."""
-    task = job.resolve(entry.parse(argv)[1])
+    task = job.resolve(args.parse(argv)[1])
     dist.start()
     cfg, parts, rows = task.cfg, build(task), []
     side = cfg.student.size

@@ -11,15 +11,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from unic_ds import dist, entry, job, train
-from unic_ds.parts import build
+from unic_ds import dist, train
+from unic_ds.config import args, job
+from unic_ds.training.setup import build
 
 WARM, STEPS = 3, 5  # the first steps leave what is made once
 
 
 def main(out: Path, argv: list[str]) -> None:
     """Write the bytes of tensors in cycles, and how many objects of each kind, of all steps."""
-    task = job.resolve(entry.parse(argv)[1])
+    task = job.resolve(args.parse(argv)[1])
     dist.start()
     cfg, parts = task.cfg, build(task)
 

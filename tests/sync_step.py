@@ -28,7 +28,9 @@ import torch
 from runs import ROOT, tiny
 from torch.cuda import _gpu_trace
 
-from unic_ds import dist, engine, entry, job, optim, train
+from unic_ds import dist, train
+from unic_ds.config import args, job
+from unic_ds.engine import deepspeed_engine, optim
 
 STAGES, STEPS, LOGGED, COUNTED = (1, 2, 3), 8, 3, (4, 5, 7)
 CLOSE = 1e-3
@@ -102,17 +104,17 @@ def losses(folder: Path, out: str, stage: int, waits: Waits) -> list[float]:
             sys.exit(code)
     finally:
         optim.apply = waits.apply
-    log: Path = job.resolve(entry.parse(words)[1]).out / "log.jsonl"
+    log: Path = job.resolve(args.parse(words)[1]).out / "log.jsonl"
     return [json.loads(line)["loss"] for line in log.read_text().splitlines()]
 
 
 def measure(folder: Path, stage: int, waits: Waits) -> dict[str, Any]:
     """Return the line of a stage."""
-    keep, engine.wait_on_device = engine.wait_on_device, lambda *_: None
+    keep, deepspeed_engine.wait_on_device = deepspeed_engine.wait_on_device, lambda *_: None
     try:
         own = losses(folder, f"own{stage}", stage, waits)
     finally:
-        engine.wait_on_device = keep
+        deepspeed_engine.wait_on_device = keep
     before = waits.counts.total()
     ours = losses(folder, f"ours{stage}", stage, waits)
     pairs = zip(ours, own, strict=True)

@@ -12,8 +12,9 @@ from forked import Forked
 from runs import ROOT, TRAIN, run
 from safetensors.torch import save_file
 
-from unic_ds import cli, config, entry
-from unic_ds.student import build_encoder
+from unic_ds import cli, config
+from unic_ds.models.student import build_encoder
+from unic_ds.process import entry_point
 
 SMALL = "a=python:small_teacher:narrow,b=python:small_teacher:wide"
 MODELS = {
@@ -116,7 +117,7 @@ def command(there: Path, **changes: str) -> list[str]:
 
 def refused(capfd, words: list[str], sentences: str) -> None:
     """Assert that a verb prints one of the sentences, alone, and has exit code 2."""
-    code = entry.run(cli.verb, words)
+    code = entry_point.run(cli.verb, words)
     out, err = capfd.readouterr()
     assert code == 2, out + err
     assert any(sentence in err for sentence in sentences.split("|")), err
@@ -157,7 +158,7 @@ def test_what_can_be_trained_is_said_and_nothing_is_written(there, capfd):
         ({"data.val": "{photos}"}, ""),
         ({"data.train": "{tars}"}, "its tar shards have no index yet"),
     ):
-        assert entry.run(cli.verb, ["check", *command(there, **changes), "--ranks", "2"]) == 0
+        assert entry_point.run(cli.verb, ["check", *command(there, **changes), "--ranks", "2"]) == 0
         out, err = capfd.readouterr()
         assert out.splitlines()[-1] == f"unic_b in {there / 'run'} can be trained by 2 ranks", err
         assert line in out

@@ -10,7 +10,9 @@ import sys
 import pytest
 from runs import DEMONSTRATION
 
-from unic_ds import autopsy, cli, entry
+from unic_ds import cli
+from unic_ds.doctor import postmortem
+from unic_ds.process import entry_point
 
 pytestmark = DEMONSTRATION
 
@@ -18,7 +20,7 @@ BEATING = """
 import os, signal, sys, time
 from pathlib import Path
 from unic_ds.config import Run
-from unic_ds.heartbeat import Heart
+from unic_ds.training.watchdog import Heart
 with Heart(Path(sys.argv[1]), Run(hang_timeout=6), start="b", rank=0, world=1) as beat:
     beat("backward", 5)
     time.sleep(1)
@@ -58,24 +60,24 @@ def test_a_damaged_checkpoint_is_named_by_size_or_by_hash(copy):
     with shard.open("r+b") as file:
         file.seek(1000)
         file.write(b"damage")
-    assert not any(autopsy.examine(copy, hashes=False).checkpoints.values())
-    found = autopsy.examine(copy, hashes=True)
+    assert not any(postmortem.examine(copy, hashes=False).checkpoints.values())
+    found = postmortem.examine(copy, hashes=True)
     assert "is damaged" in found.checkpoints["step_0000004"]
     assert "goes on from step_0000002" in found.do
     with shard.open("r+b") as file:
         file.truncate(1000)
-    found = autopsy.examine(copy, hashes=False)
+    found = postmortem.examine(copy, hashes=False)
     assert f"{shard.name} has 1000 bytes" in found.checkpoints["step_0000004"]
     assert found.good
     shutil.rmtree(copy / "checkpoints" / "step_0000002")
-    assert not autopsy.examine(copy, hashes=False).good
+    assert not postmortem.examine(copy, hashes=False).good
 
 
 def test_a_run_that_goes_on_is_left_alone(copy):
     with (copy / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert autopsy.examine(copy, hashes=False).state == "running"
-    assert autopsy.examine(copy, hashes=False).state == "stopped"
+        assert postmortem.examine(copy, hashes=False).state == "running"
+    assert postmortem.examine(copy, hashes=False).state == "stopped"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_a_run_that_goes_on_is_left_alone(copy):
 )
 def test_a_run_that_ended_badly_says_how(copy, end, says):
     subprocess.run([sys.executable, "-c", BEATING, str(copy), end], capture_output=True)
-    found = autopsy.examine(copy, hashes=False)
+    found = postmortem.examine(copy, hashes=False)
     assert (found.state, found.good) == (end, False)
     assert says in found.says
     assert "goes on from step_0000004" in found.do
@@ -141,7 +143,7 @@ def test_whatever_a_run_folder_holds_is_read(name, content, says, tmp_path, caps
         os.mkfifo(tmp_path / name)
     else:
         (tmp_path / name).write_bytes(content)
-    assert entry.run(cli.verb, ["doctor", str(tmp_path)]) in (0, 1, 2)
+    assert entry_point.run(cli.verb, ["doctor", str(tmp_path)]) in (0, 1, 2)
     printed = capsys.readouterr()
     assert says in printed.out + printed.err
     assert all(line.isprintable() for line in (printed.out + printed.err).splitlines())

@@ -7,10 +7,12 @@ import torch
 from runs import ROOT, options, run, together
 from safetensors.torch import load_file
 
-from unic_ds import config, ds_config, optim, recipes, reshard
-from unic_ds.average import KEY, AveragedAdamW, in_place_of_weights
-from unic_ds.ladder import Head
-from unic_ds.student import Student
+from unic_ds import config
+from unic_ds.config import ds_config, recipes
+from unic_ds.engine import optim, reshard
+from unic_ds.engine.ema import KEY, AveragedAdamW, in_place_of_weights
+from unic_ds.models.ladder import Head
+from unic_ds.models.student import Student
 
 DECAY = 0.9
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from unic_ds import balance, config
-from unic_ds.balance import AdaLoss, Balancer, Dropping
+from unic_ds import config
 from unic_ds.config import Balance, Config, Drop, Loss, Teacher
+from unic_ds.losses import balance
+from unic_ds.losses.balance import AdaLoss, Balancer, Dropping
 
 WEIGHTS = (1.0, 3.0, 0.5)
 

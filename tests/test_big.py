@@ -18,10 +18,12 @@ from deepspeed.runtime.zero.offload_config import (
 )
 from runs import DEMONSTRATION, ROOT, curve, environment, launch, run, two
 
-from unic_ds import config, ds_keys, initial
-from unic_ds.export import export
-from unic_ds.ladder import Head
-from unic_ds.student import Student
+from unic_ds import config
+from unic_ds.config import ds_keys
+from unic_ds.models.ladder import Head
+from unic_ds.models.student import Student
+from unic_ds.weights import warm_start
+from unic_ds.weights.export import export
 
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
 
@@ -60,7 +62,7 @@ def model_folder(folder: Path) -> str:
         config.Config(student=cfg),
         torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
         folder / "student",
-        beside={initial.LADDER: student.ladder.published()},
+        beside={warm_start.LADDER: student.ladder.published()},
     )
     return str(path)
 

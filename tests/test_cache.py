@@ -31,9 +31,9 @@ from runs import (
 )
 from safetensors.torch import load_file, save_file
 
-from unic_ds import config, quickstart
+from unic_ds import config, demo
 from unic_ds.teachers import cache
-from unic_ds.teachers.pool import Teachers
+from unic_ds.teachers.teacher_set import Teachers
 from unic_ds.tokens import Tokens
 
 pytestmark = DEMONSTRATION
@@ -47,7 +47,7 @@ COMMON |= dict.fromkeys(TEACHERS, "bf16")
 def images(tmp_path_factory):
     """A few of the demonstration's photographs, in two class folders."""
     folder = tmp_path_factory.mktemp("few") / "images"
-    classes = sorted(path for path in (quickstart.root() / "images").iterdir() if path.is_dir())
+    classes = sorted(path for path in (demo.root() / "images").iterdir() if path.is_dir())
     for place in classes[:2]:
         (folder / place.name).mkdir(parents=True)
         for path in sorted(place.iterdir())[: IMAGES // 2]:

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from runs import curve, run, start, together
 
-from unic_ds import checkpoint, config, reshard
+from unic_ds import config
+from unic_ds.engine import reshard
+from unic_ds.training import checkpoint
 
 STEPS = 6
 RUN = {

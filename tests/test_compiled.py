@@ -15,12 +15,13 @@ from runs import DEMONSTRATION, ROOT, curve, options, run, together
 from runs import TINY as TINY_RUN
 from torch import nn
 
-from unic_ds import config, ds_config, quickstart
-from unic_ds.compiled import compile_each, from_scratch, repeated, uncompiled
-from unic_ds.ladder import Head
-from unic_ds.student import Student
+from unic_ds import config, demo
+from unic_ds.blocks import compile_each, from_scratch, repeated, uncompiled
+from unic_ds.config import ds_config
+from unic_ds.models.ladder import Head
+from unic_ds.models.student import Student
 
-IMAGES = quickstart.root() / quickstart.PARTS[0]
+IMAGES = demo.root() / demo.PARTS[0]
 TINY = config.Student(model="vit_tiny_patch16_224", size=32, drop_path=0.3, checkpoint="every:2")
 
 

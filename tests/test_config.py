@@ -2,9 +2,8 @@
 
 import pytest
 
-from unic_ds import override
-from unic_ds.config import Config, Data, Optim, Teacher
-from unic_ds.override import override_all
+from unic_ds.config import Config, Data, Optim, Teacher, overrides
+from unic_ds.config.overrides import override_all
 
 
 def test_values_follow_the_annotation_not_their_looks():
@@ -102,17 +101,19 @@ def test_yaml_round_trip_keeps_everything():
         data=Data(train="/x,y", val_share=0.25),
         optim=Optim(lr=1.2345678901234567e-4),
     )
-    assert override.from_dict(override.to_dict(cfg)) == cfg
+    assert overrides.from_dict(overrides.to_dict(cfg)) == cfg
 
 
 def test_a_path_may_hold_commas():
     cfg = Config(teachers=(Teacher(name="a", source="file:/x,y=z/w.pth#arch=resnet18"),))
-    assert override.from_dict(override.to_dict(cfg)) == cfg
+    assert overrides.from_dict(overrides.to_dict(cfg)) == cfg
 
 
 def test_the_order_of_the_teachers_is_science():
     rows = (Teacher(name="a", source="timm:x"), Teacher(name="b", source="timm:y"))
-    assert override.science(Config(teachers=rows)) != override.science(Config(teachers=rows[::-1]))
+    assert overrides.science(Config(teachers=rows)) != overrides.science(
+        Config(teachers=rows[::-1])
+    )
 
 
 def test_science_leaves_the_machinery_out():
@@ -123,12 +124,12 @@ def test_science_leaves_the_machinery_out():
             {"run.save_every": "7", "data.threads": "3", "data.readers": "3", "data.train": "/x"},
         ),
     )
-    assert override.science(one) == override.science(two)
-    assert override.science(one) != override.science(override_all(one, {"optim.lr": "1"}))
+    assert overrides.science(one) == overrides.science(two)
+    assert overrides.science(one) != overrides.science(override_all(one, {"optim.lr": "1"}))
 
 
 def test_every_option_has_help():
-    assert all(text for _, _, text in override.options_of())
+    assert all(text for _, _, text in overrides.options_of())
 
 
 def test_steps_and_warm_up_come_from_epochs():

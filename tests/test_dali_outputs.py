@@ -7,7 +7,9 @@ import pytest
 import torch
 from test_decode import CASES, SIZES, drawn, encode, photo
 
-dali = pytest.importorskip("unic_ds.data.dali", reason="nvidia-dali-cuda130 is not installed")
+dali = pytest.importorskip(
+    "unic_ds.data.dali_decoder", reason="nvidia-dali-cuda130 is not installed"
+)
 
 
 class Copied(threading.Event):

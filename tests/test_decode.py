@@ -13,7 +13,7 @@ from pictures import encode, orientation, photo
 from PIL import Image, ImageChops
 
 from unic_ds.config import Data
-from unic_ds.data import draw, twin
+from unic_ds.data import augmentation, torch_decoder
 from unic_ds.data.reader import Undecodable, measure
 
 dali = pytest.importorskip("nvidia.dali", reason="nvidia-dali-cuda130 is not installed")
@@ -36,16 +36,18 @@ CASES |= {"unic": Data(), "weak": Data(augment="weak"), "none": Data(augment="no
 
 
 def decoders(cfg, device=CPU, batch=6, depth=1):
-    from unic_ds.data import dali as room
+    from unic_ds.data import dali_decoder as room
 
     options = {"batch": batch, "depth": depth, "threads": 2, "colour": cfg.augment == "unic"}
-    return [make(SIZES, device=device, **options) for make in (room.Decoder, twin.Decoder)]
+    return [make(SIZES, device=device, **options) for make in (room.Decoder, torch_decoder.Decoder)]
 
 
 def drawn(encoded, cfg, seed=0):
     width_B, height_B = zip(*[measure(e, 50) for e in encoded], strict=True)
     count = len(encoded)
-    return draw.draw(seed, np.arange(count), np.zeros(count, dtype=int), width_B, height_B, cfg)
+    return augmentation.draw(
+        seed, np.arange(count), np.zeros(count, dtype=int), width_B, height_B, cfg
+    )
 
 
 def both(encoded, cfg, device=CPU):

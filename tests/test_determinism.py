@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from unic_ds import config, determinism, entry
-from unic_ds.ladder import Head
-from unic_ds.student import Student
+from unic_ds import config
+from unic_ds.engine import determinism
+from unic_ds.models.ladder import Head
+from unic_ds.models.student import Student
+from unic_ds.process import entry_point
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def test_an_operation_without_a_deterministic_kernel_is_one_sentence(determinist
     said = r"^put_ has no .* --run.deterministic false$"
     with pytest.raises(RuntimeError, match=said) as raised, determinism.explained():
         torch.zeros(2).put_(at_N, values_N)
-    assert entry.ours(raised.value)
+    assert entry_point.ours(raised.value)
 
 
 def test_a_cublas_that_is_told_otherwise_is_refused(monkeypatch) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from unic_ds import config
-from unic_ds.balance import Balancer, Dropping
 from unic_ds.config import Drop, Loss
-from unic_ds.loss import distill_loss as plain_distill_loss
+from unic_ds.losses.balance import Balancer, Dropping
+from unic_ds.losses.distill import distill_loss as plain_distill_loss
 from unic_ds.ops import REFERENCE
 from unic_ds.tokens import Target, Tokens
 from unic_kernels.distill_loss import CASES, distill_loss, drop_coefficients

@@ -9,11 +9,13 @@ import pytest
 import torch
 from runs import DEMONSTRATION, ranks_and_port, run
 
-from unic_ds import cli, doctor, recipes
+from unic_ds import cli
+from unic_ds.config import recipes
+from unic_ds.doctor import preflight
 
 pytestmark = DEMONSTRATION
 
-CHECKS = {*doctor.CHECKS, "all-reduce"}
+CHECKS = {*preflight.CHECKS, "all-reduce"}
 
 
 @pytest.fixture(autouse=True)
@@ -95,28 +97,28 @@ def test_a_slow_disk_and_a_wrong_clock_are_told_so(
     tmp_path, monkeypatch, check, limit, met, unmet, remedy
 ):
     """Measured here, against limits that everything and nothing meets."""
-    patient = doctor.Patient(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
-    monkeypatch.setattr(doctor, limit, met)
-    row = doctor.CHECKS[check](check, patient)
+    patient = preflight.Patient(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
+    monkeypatch.setattr(preflight, limit, met)
+    row = preflight.CHECKS[check](check, patient)
     assert (row.state, row.remedy) == ("ok", "")
-    monkeypatch.setattr(doctor, limit, unmet)
-    row = doctor.CHECKS[check](check, patient)
+    monkeypatch.setattr(preflight, limit, unmet)
+    row = preflight.CHECKS[check](check, patient)
     assert row.state == "warning" and remedy in row.remedy
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA comes up here")
 def test_a_node_whose_cuda_does_not_come_up_fails(tmp_path, monkeypatch):
-    patient = doctor.Patient(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
-    monkeypatch.setattr(doctor, "CHECKS", {"GPU": doctor.CHECKS["GPU"]})
+    patient = preflight.Patient(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
+    monkeypatch.setattr(preflight, "CHECKS", {"GPU": preflight.CHECKS["GPU"]})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.delenv("CROSS_SIZE", raising=False)
-    (row,) = doctor.here(patient)
+    (row,) = preflight.here(patient)
     assert (row.check, row.state) == ("GPU", "fails")
     assert "should have GPUs" in row.result and "sees none: " in row.result
     assert "CUDA_VISIBLE_DEVICES= (empty)" in row.remedy
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (row,) = doctor.here(patient)
+    (row,) = preflight.here(patient)
     assert (row.state, row.result) == ("ok", "none: a run on the CPU")
 
 
@@ -130,15 +132,15 @@ def test_ranks_that_cannot_meet_still_print_what_the_first_node_found(monkeypatc
     printed = run(launcher, code=1)
     line = next(line for line in printed.splitlines() if line.startswith('{"fails": true'))
     rows = checks_of(line)
-    assert rows.keys() == {*doctor.CHECKS, "ranks"}
+    assert rows.keys() == {*preflight.CHECKS, "ranks"}
     assert rows["GPU"]["state"] == rows["ranks"]["state"] == "fails"
     assert rows["teachers"]["state"] == rows["disk speed"]["state"] == "ok"
 
 
 @pytest.mark.gpu
 def test_a_kernel_is_tried_on_the_gpu(tmp_path):
-    patient = doctor.Patient(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
-    assert "Triton compiles" in doctor.kernels("kernels", patient).result
+    patient = preflight.Patient(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
+    assert "Triton compiles" in preflight.kernels("kernels", patient).result
 
 
 def test_an_unknown_option_is_refused_before_anything_is_checked():

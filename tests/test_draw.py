@@ -13,14 +13,14 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
 from unic_ds.config import Data
-from unic_ds.data import draw, twin
+from unic_ds.data import augmentation, torch_decoder
 
 MANY = 4000
 UNIC = Data()
 
 
-def draws_of(width: int, height: int, cfg: Data = UNIC, count: int = MANY) -> draw.Draws:
-    return draw.draw(
+def draws_of(width: int, height: int, cfg: Data = UNIC, count: int = MANY) -> augmentation.Draws:
+    return augmentation.draw(
         0, np.arange(count), 0 * np.arange(count), [width] * count, [height] * count, cfg
     )
 
@@ -31,10 +31,10 @@ def same(ours_N, theirs_N) -> bool:
 
 def test_a_sample_is_drawn_alike_alone_and_in_any_batch():
     index_B, epoch_B = np.arange(20), np.arange(20) % 3
-    whole = draw.draw(1, index_B, epoch_B, 300 + index_B, 200 - index_B, UNIC)
-    alone = draw.draw(1, [13], [1], [313], [187], UNIC)
+    whole = augmentation.draw(1, index_B, epoch_B, 300 + index_B, 200 - index_B, UNIC)
+    alone = augmentation.draw(1, [13], [1], [313], [187], UNIC)
     assert all(np.array_equal(a, b) for a, b in zip(whole.one(13), alone, strict=True))
-    other = draw.draw(1, [13], [2], [313], [187], UNIC)
+    other = augmentation.draw(1, [13], [2], [313], [187], UNIC)
     assert not np.array_equal(alone.window_B4, other.window_B4)
     mended = whole.put(13, other)
     assert all(np.array_equal(a, b) for a, b in zip(mended.one(13), other, strict=True))
@@ -53,7 +53,9 @@ def test_a_sample_is_drawn_alike_alone_and_in_any_batch():
 )
 def test_a_window_lies_inside_the_image(width, height, index, epoch, augment, crop_min, ratio_max):
     cfg = Data(augment=augment, crop_min=crop_min, ratio_max=ratio_max)
-    x, y, w, h = draw.draw(0, [index], [epoch], [width], [height], cfg).window_B4[0].tolist()
+    x, y, w, h = (
+        augmentation.draw(0, [index], [epoch], [width], [height], cfg).window_B4[0].tolist()
+    )
     assert x >= 0 and y >= 0 and w >= 1 and h >= 1
     assert x + w <= width and y + h <= height
 
@@ -110,7 +112,7 @@ def test_weak_is_crop_and_flip_and_none_is_nothing():
     assert (none.window_B4 == [50, 0, 200, 200]).all()
     assert not none.flip_B.any()
     for draws in (weak, none):
-        pixel_B33, mean_B33 = draw.colour(draws)
+        pixel_B33, mean_B33 = augmentation.colour(draws)
         assert np.allclose(pixel_B33, np.eye(3), atol=1e-6)
         assert not mean_B33.any() and not draws.sigma_B.any() and not draws.solarise_B.any()
 
@@ -119,7 +121,7 @@ def test_colour_is_brightness_contrast_saturation_and_hue_in_that_order():
     rgb_3P = np.random.default_rng(0).random((3, 500))
     luma = np.array([0.299, 0.587, 0.114])
     draws = draws_of(300, 300, Data(jitter=1), 40)
-    pixel_B33, mean_B33 = draw.colour(draws)
+    pixel_B33, mean_B33 = augmentation.colour(draws)
     for b in range(40):
         bright_3P = rgb_3P * draws.brightness_B[b]
         grey = (luma @ bright_3P).mean()
@@ -160,12 +162,12 @@ def test_how_far_colour_is_from_torchvision(hue, chroma, limit):
     image_3HW = torch.from_numpy(np.asarray(photo(120, 120)).copy()).permute(2, 0, 1)
     image_3HW = V.adjust_saturation(image_3HW, chroma)
     draws = draws_of(120, 120, Data(jitter=1, grey=0, hue=hue), 60)
-    pixel_B33, mean_B33 = map(torch.from_numpy, draw.colour(draws))
+    pixel_B33, mean_B33 = map(torch.from_numpy, augmentation.colour(draws))
     rng = np.random.default_rng(0)
     distances = []
     for b in range(60):
         shift_31 = mean_B33[b] @ image_3HW.float().mean((1, 2))[:, None]
-        got_3HW = twin.recolour(image_3HW, pixel_B33[b], shift_31).float()
+        got_3HW = torch_decoder.recolour(image_3HW, pixel_B33[b], shift_31).float()
         want_3HW = torchvision_colour(image_3HW, draws, b, rng.permutation(4))
         distances.append((got_3HW - want_3HW).abs().mean().item())
     print(f"hue {hue}, chroma {chroma}: {np.mean(distances):.2f} grey levels")

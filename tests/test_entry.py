@@ -9,7 +9,9 @@ from pathlib import Path
 import pictures
 import pytest
 
-from unic_ds import cli, entry
+from unic_ds import cli
+from unic_ds.config import args as entry
+from unic_ds.process import entry_point
 
 ROOT = Path(__file__).resolve().parent.parent
 EMPTY = "EMPTY"
@@ -205,9 +207,9 @@ def test_a_command_can_be_checked_without_training(tmp_path, capsys):
     told = ["check", "--ds_config", ZERO2, "--recipe", "unic_l", "--out", str(tmp_path / "run")]
     told += ["--data.train", str(images), "--optim.batch_size", "96"]
     told += ["--teachers", "t=python:small_teacher:narrow"]
-    assert entry.run(cli.verb, [*told, "--ranks", "32"]) == 0
+    assert entry_point.run(cli.verb, [*told, "--ranks", "32"]) == 0
     assert "can be trained by 32 ranks" in capsys.readouterr().out
     for ranks, sentence in (("64", "is not a multiple of 64 ranks"), ("0", "must be positive")):
-        assert entry.run(cli.verb, [*told, "--ranks", ranks]) == 2
+        assert entry_point.run(cli.verb, [*told, "--ranks", ranks]) == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from unic_ds import quickstart
+from unic_ds import demo
 from unic_ds.evaluate import table
 from unic_ds.evaluate.features import extract, pixels
 from unic_ds.evaluate.knn import knn
@@ -79,7 +79,7 @@ def test_equal_votes_go_to_the_smallest_label() -> None:
 @pytest.fixture(scope="module")
 def photographs(demonstration: None) -> Rows:
     """Thumbnails and classes of the demonstration's images: 1600 to train on, 1024 unseen."""
-    files = sorted((quickstart.root() / "images").glob("*/*.jpg"))
+    files = sorted((demo.root() / "images").glob("*/*.jpg"))
     classes = sorted({file.parent.name for file in files})
     image_N1HW = torch.stack([thumbnail(file) for file in files])
     value_NC = pixels(image_N1HW)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unic_ds import config
-from unic_ds.export import card, export
+from unic_ds.weights.export import card, export
 
 CFG = config.Config(
     recipe="small",

@@ -9,7 +9,9 @@ from forked import Forked
 from pictures import folder
 from runs import TRAIN, curve, kill_on_the_way, launch, run, tiny, together, verb
 
-from unic_ds import config, job, optim
+from unic_ds import config
+from unic_ds.config import job
+from unic_ds.engine import optim
 
 EXTEND = {"run.extend": "true"}
 LONGER = EXTEND | {"optim.steps": 6}

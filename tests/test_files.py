@@ -16,7 +16,7 @@ from unic_ds.files import (
     replacing,
     write_whole,
 )
-from unic_ds.printable import markdown, printable
+from unic_ds.files.printable import markdown, printable
 
 
 @pytest.mark.parametrize(

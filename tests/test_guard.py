@@ -26,13 +26,13 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-from unic_ds import guard, rollback
 from unic_ds.data import order
+from unic_ds.training import rollback, step_guard
 
 pytestmark = DEMONSTRATION
 
 
-def judged(one: guard.Guard, loss: float, norm: float = 1.0) -> bool:
+def judged(one: step_guard.Guard, loss: float, norm: float = 1.0) -> bool:
     """Whether a step of one micro batch is taken."""
     one.see(torch.tensor(loss))
     skip = one.skip(torch.tensor(norm))
@@ -41,26 +41,26 @@ def judged(one: guard.Guard, loss: float, norm: float = 1.0) -> bool:
     return taken
 
 
-def alone_guard(spike: float = 8.0) -> guard.Guard:
-    return guard.Guard(spike, everyone=lambda own: own[None], device=torch.device("cpu"))
+def alone_guard(spike: float = 8.0) -> step_guard.Guard:
+    return step_guard.Guard(spike, everyone=lambda own: own[None], device=torch.device("cpu"))
 
 
 def test_the_score_is_the_robust_z_score():
-    window_W = torch.full((guard.WINDOW,), math.nan)
+    window_W = torch.full((step_guard.WINDOW,), math.nan)
     window_W[-17:] = torch.arange(17.0)  # median 8, median deviation 4
     loss_N = torch.tensor([8.0, 20.0, math.nan, math.inf])
-    z_N = guard.scores(loss_N, window_W)
+    z_N = step_guard.scores(loss_N, window_W)
     assert z_N[:2].tolist() == pytest.approx([0, 12 / (1.4826 * 4 + 8e-3)])
     assert z_N[2].isnan() and z_N[3].isposinf()
-    window_W[-17 : 1 - guard.ENOUGH] = math.nan  # one too few
-    assert guard.scores(loss_N[:2], window_W).isneginf().all()
-    same_W = torch.full((guard.WINDOW,), 2.0)  # a loss that never moves
-    assert guard.scores(torch.tensor([2.001]), same_W).item() == pytest.approx(0.5, rel=1e-3)
+    window_W[-17 : 1 - step_guard.ENOUGH] = math.nan  # one too few
+    assert step_guard.scores(loss_N[:2], window_W).isneginf().all()
+    same_W = torch.full((step_guard.WINDOW,), 2.0)  # a loss that never moves
+    assert step_guard.scores(torch.tensor([2.001]), same_W).item() == pytest.approx(0.5, rel=1e-3)
 
 
 def test_spikes_are_skipped_once_there_is_enough_to_judge_by_and_are_not_learned_from():
     one = alone_guard()
-    for i in range(guard.ENOUGH):
+    for i in range(step_guard.ENOUGH):
         assert judged(one, 1 + i % 3 / 10)
     window_W = one.window_W
     assert not judged(one, 3.0)
@@ -94,7 +94,7 @@ def test_what_is_not_finite_is_skipped_and_the_host_hears_why():
 def test_all_ranks_skip_and_know_whose_loss_it_was():
     losses_P = torch.tensor([1.0, math.nan, 2.0])
     guards = [
-        guard.Guard(0.0, everyone=lambda own: losses_P, device=torch.device("cpu"))
+        step_guard.Guard(0.0, everyone=lambda own: losses_P, device=torch.device("cpu"))
         for _ in losses_P
     ]
     for one, loss in zip(guards, losses_P.tolist(), strict=True):
@@ -157,7 +157,7 @@ TINY = {
     "eval__on": "false",
     "run__save_every": 1,
 }
-SPIKE, LOST = guard.ENOUGH + 2, guard.ENOUGH + 3
+SPIKE, LOST = step_guard.ENOUGH + 2, step_guard.ENOUGH + 3
 EACH = {"optim__steps": LOST + 1, "run__keep_last": 4, "run__spike": 8}
 """A spike, then a loss that is no number, then a sound step; a checkpoint around each."""
 STEEP = "10000000000 mse"

@@ -25,7 +25,7 @@ from runs import (
     saved,
 )
 
-from unic_ds import pulse
+from unic_ds.training import heartbeat
 
 SAVE_EVERY = 3
 RUN = LOST | {
@@ -63,7 +63,7 @@ def with_torchrun(out, **more):
 def end_of(out, command, harm=None, rank=1, **env) -> End:
     """Start a run, harm a rank once it has saved and gone on, and see it out."""
     beyond = max(saved(out) + SAVE_EVERY, reached(out)) + 1 if harm else 0
-    told: list[pulse.Pulse] = []
+    told: list[heartbeat.Pulse] = []
     process = subprocess.Popen(
         command,
         env=environment() | AWAKE | env,
@@ -74,16 +74,16 @@ def end_of(out, command, harm=None, rank=1, **env) -> End:
         start_new_session=True,
     )
     try:
-        while reached(out) < beyond or len(told) != 2 or any(map(pulse.gone, told)):
+        while reached(out) < beyond or len(told) != 2 or any(map(heartbeat.gone, told)):
             assert process.poll() is None, process.communicate()[0][-3000:]
             time.sleep(0.02)
-            told = pulse.read_all(out)
+            told = heartbeat.read_all(out)
         begun = time.monotonic()
         if harm:
             os.kill(told[rank].pid, harm)
         printed, _ = process.communicate(timeout=300)
         took_s = time.monotonic() - begun
-        left = [row.pid for row in told if not pulse.gone(row)]
+        left = [row.pid for row in told if not heartbeat.gone(row)]
     finally:
         if process.poll() is None:
             kill_group(process)

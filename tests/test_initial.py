@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from unic_ds import config, initial, job
-from unic_ds.export import export
-from unic_ds.ladder import Head, Ladder
-from unic_ds.student import Student, grid_of
-from unic_ds.teachers.pool import Teachers
+from unic_ds import config
+from unic_ds.config import job
+from unic_ds.models.ladder import Head, Ladder
+from unic_ds.models.student import Student, grid_of
+from unic_ds.teachers.teacher_set import Teachers
 from unic_ds.tokens import from_map
+from unic_ds.weights import warm_start
+from unic_ds.weights.export import export
 
 LADDER = config.Ladder(rungs="5,11", width=8, last_width=16)
 
@@ -79,8 +81,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
         tmp_path_factory.mktemp("run") / "student",
         beside={
-            initial.LADDER: student.ladder.published(),
-            initial.STATISTICS: teachers.state_dict(),
+            warm_start.LADDER: student.ladder.published(),
+            warm_start.STATISTICS: teachers.state_dict(),
         },
     )
 
@@ -97,7 +99,7 @@ def test_a_run_takes_up_encoder_ladder_and_statistics(
 ) -> None:
     _, student, teachers = run(7)
     assert not same(student.encoder, folder / "model.safetensors")
-    hashes = initial.start(str(folder), student, teachers)
+    hashes = warm_start.start(str(folder), student, teachers)
     assert same(student.encoder, folder / "model.safetensors")
     assert same(student.ladder, folder / "ladder.safetensors")
     assert same(teachers, folder / "statistics.safetensors")
@@ -119,7 +121,7 @@ def test_a_bare_file_starts_the_encoder_alone(
     ladder, statistics = (
         {k: v.clone() for k, v in p.state_dict().items()} for p in (student.ladder, teachers)
     )
-    hashes = initial.start(str(tmp_path / "vit.safetensors"), student, teachers)
+    hashes = warm_start.start(str(tmp_path / "vit.safetensors"), student, teachers)
     assert list(hashes) == ["model.safetensors"]
     assert same(student.encoder, folder / "model.safetensors")
     for part, before in ((student.ladder, ladder), (teachers, statistics)):
@@ -148,7 +150,7 @@ def test_another_ladder_or_teachers_start_anew_and_say_so(
     before = {
         what: {k: v.clone() for k, v in part.state_dict().items()} for what, part in parts.items()
     }
-    initial.start(str(folder), student, teachers)
+    warm_start.start(str(folder), student, teachers)
     printed = capsys.readouterr().out
     for what, part in parts.items():
         kept = all(torch.equal(v, before[what][k]) for k, v in part.state_dict().items())
@@ -175,7 +177,7 @@ def test_position_embeddings_are_resized_as_timm_does(
     stir(source)
     save_file(source.state_dict(), tmp_path / "vit.safetensors")
     _, student, _ = run(7, model=model, size=then, ladder=config.Ladder(rungs="last"))
-    initial.start_encoder(str(tmp_path / "vit.safetensors"), student.encoder)
+    warm_start.start_encoder(str(tmp_path / "vit.safetensors"), student.encoder)
     source.set_input_size(img_size=then)
     image_B3HW = torch.randn(2, 3, then, then)
     with torch.no_grad():
@@ -210,7 +212,7 @@ def test_an_encoder_that_does_not_fit_is_refused(
     save_file(spoil(load_file(folder / "model.safetensors")), tmp_path / "vit.safetensors")
     _, student, teachers = run(7)
     with pytest.raises(ValueError, match=sentence):
-        initial.start(str(tmp_path / "vit.safetensors"), student, teachers)
+        warm_start.start(str(tmp_path / "vit.safetensors"), student, teachers)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_unsound_weights_are_refused_and_nothing_is_taken(
     _, student, teachers = run(7)
     before = {k: v.clone() for k, v in student.state_dict().items()}
     with pytest.raises(ValueError, match=f"{name}.safetensors' holds no sound weights: .* {says}"):
-        initial.start(str(tmp_path / "student"), student, teachers)
+        warm_start.start(str(tmp_path / "student"), student, teachers)
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
 
 
@@ -243,7 +245,7 @@ def test_only_safetensors_are_read(folder: Path, tmp_path: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), tmp_path / "vit.safetensors")
     _, student, teachers = run(7)
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
-        initial.start(str(tmp_path / "vit.safetensors"), student, teachers)
+        warm_start.start(str(tmp_path / "vit.safetensors"), student, teachers)
 
 
 def test_a_missing_start_is_refused_at_the_door(folder: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 from runs import DEMONSTRATION, curve, kill_on_the_way, launch, launched, run, two
 
-from unic_ds import quickstart
+from unic_ds import demo
 
 pytestmark = DEMONSTRATION
 MAIN = ["unic_ds/train.py", "--ds_config", "ds_configs/zero2.json"]
@@ -19,7 +19,7 @@ def quickstart_rows(out, *more):
 
 @pytest.mark.slow
 def test_the_quickstart_teaches_its_student(tmp_path):
-    slow = quickstart.precision() == "fp32"  # a CPU that takes twice as long learns a third of it
+    slow = demo.precision() == "fp32"  # a CPU that takes twice as long learns a third of it
     rows = quickstart_rows(tmp_path / "run", *(("--optim.epochs", "1") if slow else ()))
     assert rows["student after"]["knn"] > rows["student before"]["knn"]
     assert rows["student after"]["linear"] > 0

@@ -7,9 +7,9 @@ import parity
 import pytest
 import torch
 
-from unic_ds.balance import Balancer, Dropping
 from unic_ds.config import Drop, Loss
-from unic_ds.loss import distill_loss
+from unic_ds.losses.balance import Balancer, Dropping
+from unic_ds.losses.distill import distill_loss
 from unic_ds.ops import KERNELS
 from unic_ds.tokens import Target, Tokens
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from runs import DEMONSTRATION, curve, options, run, together
 
-from unic_ds import job, methods, recipes
-from unic_ds.override import science
+from unic_ds.config import job, methods, recipes
+from unic_ds.config.overrides import science
 
 TEACHERS = "a=timm:resnet50,b=timm:vit_small_patch16_224"
 

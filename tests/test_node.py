@@ -12,7 +12,8 @@ from forked import Forked
 from PIL import Image
 from runs import ROOT, TRAIN, environment, ranks_and_port, run, tiny
 
-from unic_ds import dist, node
+from unic_ds import dist
+from unic_ds.process import node
 
 MEETS = """
 import json, time

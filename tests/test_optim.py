@@ -8,10 +8,11 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.optim import AdamW
 
-from unic_ds import config, optim
+from unic_ds import config
 from unic_ds.config import Optim, Standardise
-from unic_ds.ladder import Head
-from unic_ds.student import Student
+from unic_ds.engine import optim
+from unic_ds.models.ladder import Head
+from unic_ds.models.student import Student
 
 VECTORS = Path(__file__).parent / "data" / "schedules.json"
 

@@ -21,11 +21,12 @@ import webdataset
 from pictures import encode, folder, orientation, photo
 from PIL import Image
 
-from unic_ds import cli, entry
+from unic_ds import cli
 from unic_ds.data import pack, scan, shard_index, shards
-from unic_ds.data.names import Names
 from unic_ds.data.source import Source
+from unic_ds.data.string_table import Names
 from unic_ds.data.verify import verify
+from unic_ds.process import entry_point
 
 SETTINGS = pack.Settings(shard_mb=0.05)
 COUNT = 60
@@ -382,13 +383,13 @@ def test_the_reader_of_dali_opens_it(whole):
 )
 def test_mistakes_cost_a_sentence(words, said, pictures, tmp_path, capsys):
     out = tmp_path / "out"
-    assert entry.run(cli.verb, [w.format(pictures=pictures, out=out) for w in words]) == 2
+    assert entry_point.run(cli.verb, [w.format(pictures=pictures, out=out) for w in words]) == 2
     assert said in capsys.readouterr().err
     assert not out.exists()
 
 
 def test_a_damaged_pack_is_a_failure(copy, capsys):
-    assert entry.run(cli.verb, ["pack", "verify", str(copy)]) == 0
+    assert entry_point.run(cli.verb, ["pack", "verify", str(copy)]) == 0
     _flip(Path(copy))
-    assert entry.run(cli.verb, ["pack", "verify", str(copy)]) == 1
+    assert entry_point.run(cli.verb, ["pack", "verify", str(copy)]) == 1
     assert "000001.tar: its bytes have changed" in capsys.readouterr().err

@@ -17,9 +17,9 @@ from scipy import linalg
 from torch import Tensor
 
 from unic_ds import config
-from unic_ds.override import override_all
+from unic_ds.config.overrides import override_all
 from unic_ds.teachers.phi_s import PhiS, hadamard
-from unic_ds.teachers.pool import Teachers
+from unic_ds.teachers.teacher_set import Teachers
 from unic_ds.tokens import Tokens
 from unic_kernels.moments import moments
 
@@ -318,7 +318,7 @@ build = Odd
 RANKS = """
 import sys, torch
 from unic_ds import config, dist
-from unic_ds.teachers.pool import Teachers
+from unic_ds.teachers.teacher_set import Teachers
 dist.start()
 source, batches, out = sys.argv[1:]
 row = config.Teacher(name="vit", source=source, precision="fp32")

@@ -11,10 +11,12 @@ import torch
 from runs import DEMONSTRATION, ROOT, alone, curve, options, run, together
 from safetensors.torch import save_file
 
-from unic_ds import config, ds_config, plan, recipes
-from unic_ds.override import override_all
-from unic_ds.teachers import precision
-from unic_ds.tracing import run_of, trace
+from unic_ds import config
+from unic_ds.config import ds_config, recipes
+from unic_ds.config.overrides import override_all
+from unic_ds.planning import estimate
+from unic_ds.planning.trace import run_of, trace
+from unic_ds.teachers import quantisation
 
 pytestmark = [DEMONSTRATION, pytest.mark.slow, pytest.mark.dist]
 
@@ -76,7 +78,7 @@ def test_a_run_with_spread_teachers_is_the_same_run(launch):
 def test_a_run_with_a_quantised_teacher_says_its_fidelity_and_keeps_to_it(launch):
     folder, _, printed = launch
     said = re.findall(r"teacher dinov2 in int8: cosine to bf16 cls (\S+), cls_worst", printed)
-    assert len(said) == 1 and precision.LEAST <= float(said[0]) <= 1
+    assert len(said) == 1 and quantisation.LEAST <= float(said[0]) <= 1
     manifest = json.loads((folder / "int8" / "teachers.json").read_text())
     assert manifest["dinov2"]["precision"] == "int8"
     assert curve(folder / "int8")[2]["loss"] == pytest.approx(
@@ -100,5 +102,5 @@ def test_the_planner_gives_each_gpu_its_share(placement, share):
     settings = ds_config.merge(ds_config.read(ROOT / "ds_configs" / "zero2.json"), cfg, 16)
     traced = trace(cfg, settings["train_micro_batch_size_per_gpu"], bf16=True)
     whole = sum(nbytes for _, nbytes in traced.teachers.values())
-    held = plan.memory(settings, cfg, traced, 16, node=8)
+    held = estimate.memory(settings, cfg, traced, 16, node=8)
     assert held["teachers"] == pytest.approx(share * whole / 1e9)

@@ -7,8 +7,9 @@ import json
 import pytest
 from runs import DEMONSTRATION, ROOT, launch, run
 
-from unic_ds import ds_config, override, plan, recipes
-from unic_ds.tracing import AGAIN, AGAIN_ZERO3, trace
+from unic_ds.config import ds_config, overrides, recipes
+from unic_ds.planning import estimate
+from unic_ds.planning.trace import AGAIN, AGAIN_ZERO3, trace
 
 pytestmark = [DEMONSTRATION, pytest.mark.slow, pytest.mark.dist]
 
@@ -63,10 +64,10 @@ def measured(tmp_path_factory):
 def test_memory_and_flops_are_those_of_a_real_run(measured, number):
     options, stage, bf16, micro = CONFIGS[number]
     options = options | {"optim.batch_size": str(4 * micro)}
-    cfg = override.override_all(recipes.get("quickstart"), options)
+    cfg = overrides.override_all(recipes.get("quickstart"), options)
     merged = ds_config.merge(settings(stage, bf16, micro), cfg, 2)
     traced = trace(cfg, micro, bf16=bf16)
-    held = plan.kinds(merged, traced, 2, ema=bool(cfg.optim.ema))
+    held = estimate.kinds(merged, traced, 2, ema=bool(cfg.optim.ema))
     real = measured[number]
     between, gradients, kept = real["between"], real["gradients"], real["kept"]
     if stage == 3:  # the gradients' places are made at the start
@@ -74,7 +75,7 @@ def test_memory_and_flops_are_those_of_a_real_run(measured, number):
     assert between == pytest.approx(held["weights"] + held["optimiser"], rel=0.1)
     assert kept == pytest.approx(sum(traced.kept.values()), rel=0.1)
     if stage == 1:  # whose buckets are there by now
-        gradients -= plan.reduce_buckets(merged)
+        gradients -= estimate.reduce_buckets(merged)
     if stage != 2:  # which keeps all of a gradient that lies on the border of two ranks
         assert gradients == pytest.approx(held["gradients"], rel=0.1)
     predicted = sum(held.values()) + sum(traced.kept.values())
@@ -85,7 +86,7 @@ def test_memory_and_flops_are_those_of_a_real_run(measured, number):
     if stage == 3:
         step += traced.flops[AGAIN_ZERO3] - traced.flops[AGAIN]
     assert real["step_flops"] == pytest.approx(step, rel=0.02)
-    sent = plan.traffic(merged, traced, 2, merged["gradient_accumulation_steps"])
+    sent = estimate.traffic(merged, traced, 2, merged["gradient_accumulation_steps"])
     # recomputed blocks gather a few weights a third time
     assert real["sent"] == pytest.approx(sum(sent), rel=0.05)
     # what is measured after the last step has the room that training had

@@ -14,10 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_zoo import CPU, GRID, clip_model
 
-from unic_ds import cli, config, entry, override, recipes
-from unic_ds.teachers import pool, precision, sources, towers
+from unic_ds import cli, config
+from unic_ds.config import overrides, recipes
+from unic_ds.planning.trace import run_of
+from unic_ds.process import entry_point
+from unic_ds.teachers import adapters, quantisation, sources, teacher_set
 from unic_ds.teachers.teacher import Teacher, load
-from unic_ds.tracing import run_of
 
 ON_CPU = ("int8", "fp8", "int8_dynamic")
 
@@ -63,9 +65,9 @@ def test_quantised_blocks_say_what_they_said(vit, clip, kind):
     assert len(quantised) == 4 * 6 and all(".blocks." in name for name in quantised)
     of_clip = clip_teacher(clip, precision=kind)
     for found in (teacher.fidelity, of_clip.fidelity):
-        assert min(found["cls"], found["patch"]) >= precision.LEAST
+        assert min(found["cls"], found["patch"]) >= quantisation.LEAST
         assert found["patch_worst"] <= found["patch"] < 1  # something was rounded
-        precision.refuse_unlike("t", kind, found)
+        quantisation.refuse_unlike("t", kind, found)
     assert not any(p.requires_grad for p in teacher.parameters())
     assert teacher.facts()["precision"] == kind
 
@@ -74,7 +76,7 @@ def test_quantised_blocks_say_what_they_said(vit, clip, kind):
 def test_quantised_weights_are_written_without_pickle(vit, tmp_path, kind):
     rows = (replace(vit, precision=kind), replace(vit, precision=kind, block="3"))
     teacher, other = (load(row, grid=GRID, device=CPU) for row in rows)
-    precision.write(teacher.tower, tmp_path / "t.safetensors")
+    quantisation.write(teacher.tower, tmp_path / "t.safetensors")
     before = teacher(noise(64))
     with safe_open(tmp_path / "t.safetensors", "pt") as file:
         types = [file.get_tensor(n).dtype for n in file.keys() if n.endswith("_qdata")]  # noqa: SIM118
@@ -85,10 +87,10 @@ def test_quantised_weights_are_written_without_pickle(vit, tmp_path, kind):
                 value.zero_()
     fresh = load(replace(vit, precision="bf16"), grid=GRID, device=CPU)
     for read_into in (teacher, fresh):
-        precision.read(read_into.tower, tmp_path / "t.safetensors")
+        quantisation.read(read_into.tower, tmp_path / "t.safetensors")
         assert all(torch.equal(x, y) for x, y in zip(before, read_into(noise(64)), strict=True))
     with pytest.raises(ValueError, match="holds no weights of this TimmViT"):
-        precision.read(other.tower, tmp_path / "t.safetensors")
+        quantisation.read(other.tower, tmp_path / "t.safetensors")
 
 
 def spoilt(folder):
@@ -107,7 +109,7 @@ def spoilt(folder):
 
 def test_a_teacher_that_changes_is_refused_with_its_figure(folder):
     with pytest.raises(RuntimeError, match=r"'bad' in int8 is not what it was.*0\.\d{4}, below"):
-        pool.Teachers(
+        teacher_set.Teachers(
             (spoilt(folder),),
             grid=GRID,
             standardise=config.Standardise(),
@@ -121,7 +123,7 @@ def test_what_cannot_be_is_refused_before_weights_are_read(vit, folder):
     with pytest.raises(ValueError, match=r"fp8_dynamic needs a GPU .* this is a CPU; take fp8"):
         load(replace(vit, precision="fp8_dynamic"), grid=GRID, device=CPU)
     with pytest.raises(ValueError, match="fp8_dynamic needs a GPU"):
-        pool.fidelities(
+        teacher_set.fidelities(
             (replace(gone, precision="fp8_dynamic"),), grid=GRID, device=CPU, sample=noise
         )
     with pytest.raises(ValueError, match="placement must be replicate with int8 weights"):
@@ -139,7 +141,7 @@ def test_what_cannot_be_is_refused_before_weights_are_read(vit, folder):
 
 def check(capfd, *options):
     """(exit code, what was printed) of `unic-ds teachers check` of an online recipe."""
-    code = entry.run(cli.verb, ["teachers", "check", *options])
+    code = entry_point.run(cli.verb, ["teachers", "check", *options])
     out, err = capfd.readouterr()
     return code, out or err.splitlines()[-1]
 
@@ -161,7 +163,7 @@ def test_precision_is_science_and_placement_is_not(vit):
     cfg = replace(recipes.get("unic_b"), teachers=(vit,))
 
     def science(**keys):
-        return override.science(replace(cfg, teachers=(replace(vit, **keys),)))
+        return overrides.science(replace(cfg, teachers=(replace(vit, **keys),)))
 
     assert science(placement="offload", micro=3) == science()
     assert science(precision="int8") != science()
@@ -220,7 +222,7 @@ def test_timm_teachers_attend_by_sdpa(arch):
 
 
 def test_open_clip_teachers_attend_by_sdpa(clip):
-    tower = towers.ClipViT(clip.visual, -1)
+    tower = adapters.ClipViT(clip.visual, -1)
     with torch.no_grad(), Operators() as ran:
         tower(torch.zeros(1, 3, 64, 64))
     refuse_written_out(ran.count, 2)
@@ -254,8 +256,8 @@ def test_the_planner_knows_of_images_taken_apart(vit):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int8_dynamic", "fp8_dynamic"])
 def test_quantised_teachers_on_a_gpu(vit, kind):
-    if kind == "fp8_dynamic" and torch.cuda.get_device_capability() < precision.FP8_CAPABILITY:
+    if kind == "fp8_dynamic" and torch.cuda.get_device_capability() < quantisation.FP8_CAPABILITY:
         pytest.skip("this GPU has no fp8 units")
     device = torch.device("cuda")
     teacher = load(replace(vit, precision=kind), grid=GRID, device=device, sample=noise)
-    precision.refuse_unlike("t", kind, teacher.fidelity)
+    quantisation.refuse_unlike("t", kind, teacher.fidelity)

@@ -21,8 +21,10 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from unic_ds import cli, entry, published
-from unic_ds.student import build_encoder
+from unic_ds import cli
+from unic_ds.models.student import build_encoder
+from unic_ds.process import entry_point
+from unic_ds.weights import import_unic
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = {"dino_vitbase_16": 20, "deit3": 12}
@@ -51,7 +53,7 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
 def refuse(file: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """The one sentence with which the verb refuses `file`; nothing may be written."""
     before = sorted(file.parent.iterdir())
-    code = entry.run(cli.verb, ["import-unic", str(file), str(file.parent / "out")])
+    code = entry_point.run(cli.verb, ["import-unic", str(file), str(file.parent / "out")])
     said = capsys.readouterr().err
     assert code == 2, said
     assert said.startswith("unic_ds: error: ") and said.count("\n") == 1
@@ -90,7 +92,7 @@ def test_the_verb_writes_a_model_folder_that_gives_these_outputs(
             x_BND = encoder.forward_features(torch.from_numpy(take["image"]))
         for value, key in ((x_BND[:, 0], "clstoken"), (x_BND[:, 1:], "patchtokens")):
             assert parity.error(value, torch.from_numpy(take[f"x_norm_{key}"])) < 1e-4
-        ladder, want = load_file(out / "ladder.safetensors"), published.read(file).ladder_state
+        ladder, want = load_file(out / "ladder.safetensors"), import_unic.read(file).ladder_state
         assert ladder.keys() == want.keys()
         assert all(torch.equal(value, want[name]) for name, value in ladder.items())
         text = (out / "README.md").read_text()
@@ -115,12 +117,12 @@ def test_a_ladder_s_settings_are_found_in_its_weights(
     plain.write_published(tmp_path, seed=5, widths=WIDTHS, blocks=[3, 7, 11], grid=2, **norms)
     file = tmp_path / "published_format.pth"
     assert parity.over(parity.check_published(file)) == []
-    found = published.read(file)
+    found = import_unic.read(file)
     assert {name: head.width for name, head in found.heads.items()} == WIDTHS
     assert (found.student.model, found.student.size) == ("vit_tiny_patch16_224", 32)
     only_last = {k: v for k, v in small["model"].items() if ".lp." not in k or ".11.layers" in k}
     torch.save(small | {"model": only_last}, file)
-    assert published.read(file).ladder.rungs == "11"
+    assert import_unic.read(file).ladder.rungs == "11"
 
 
 @pytest.mark.parametrize(
@@ -150,9 +152,9 @@ def test_the_encoder_s_timm_name_is_found_in_its_weights(model: str, found: str 
     state["mask_token"] = torch.zeros(1, encoder.embed_dim)
     if found is None:
         with pytest.raises(ValueError, match="no ViT of timm has these encoder weights"):
-            published.student_of(state)
+            import_unic.student_of(state)
         return
-    student, renamed = published.student_of(state)
+    student, renamed = import_unic.student_of(state)
     assert (student.model, student.size) == (found, size)
     with torch.device("meta"):
         assert build_encoder(student).state_dict().keys() == renamed.keys()
@@ -223,8 +225,8 @@ def test_files_written_by_numpy_1_are_read(specimen: Path, tmp_path: Path) -> No
                 data = data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
             new.writestr(name, data)
     assert torch.equal(
-        published.read(tmp_path / "1.pth").encoder_state["cls_token"],
-        published.read(specimen).encoder_state["cls_token"],
+        import_unic.read(tmp_path / "1.pth").encoder_state["cls_token"],
+        import_unic.read(specimen).encoder_state["cls_token"],
     )
 
 
@@ -335,19 +337,19 @@ def test_what_the_verb_wants(
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b")
     for nameless in ("", ".", "c/.."):
-        assert entry.run(cli.verb, ["import-unic", str(specimen), nameless]) == 2
+        assert entry_point.run(cli.verb, ["import-unic", str(specimen), nameless]) == 2
         assert "names no new folder" in capsys.readouterr().err
-    assert entry.run(cli.verb, ["import-unic", str(specimen)]) == 2
+    assert entry_point.run(cli.verb, ["import-unic", str(specimen)]) == 2
     assert "import-unic needs PATH" in capsys.readouterr().err
-    assert entry.run(cli.verb, ["import-unic", "a", "b", "--fast", "1"]) == 2
+    assert entry_point.run(cli.verb, ["import-unic", "a", "b", "--fast", "1"]) == 2
     assert "unknown option --fast" in capsys.readouterr().err
-    assert entry.run(cli.verb, ["import-unik", "a", "b"]) == 2
+    assert entry_point.run(cli.verb, ["import-unik", "a", "b"]) == 2
     assert "unknown verb" in capsys.readouterr().err
-    assert entry.run(cli.verb, ["import-unic", "--help"]) == 0
+    assert entry_point.run(cli.verb, ["import-unic", "--help"]) == 0
     assert "import-unic PATH OUT" in capsys.readouterr().out
-    assert entry.run(cli.verb, ["import-unic", str(specimen), "/proc/out"]) == 1
+    assert entry_point.run(cli.verb, ["import-unic", str(specimen), "/proc/out"]) == 1
     assert "'/proc/out' cannot be written" in capsys.readouterr().err
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
-    assert entry.run(cli.verb, ["import-unic", str(specimen), str(tmp_path / "thesis")]) == 2
+    assert entry_point.run(cli.verb, ["import-unic", str(specimen), str(tmp_path / "thesis")]) == 2
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "years of work"

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unic_ds import quickstart
+from unic_ds import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 installed = pytest.mark.skipif(
-    bool(quickstart.missing_packages()), reason="the demonstration's packages are not installed"
+    bool(demo.missing_packages()), reason="the demonstration's packages are not installed"
 )
 
 
 def test_import_is_light():
     heavy = "{'torch', 'numpy', 'timm', 'onnx', 'PIL'}"
-    code = f"import sys, unic_ds.quickstart; print({heavy} & set(sys.modules))"
+    code = f"import sys, unic_ds.demo; print({heavy} & set(sys.modules))"
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -28,9 +28,9 @@ def test_import_is_light():
 
 def test_root_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("UNIC_DS_CACHE", str(tmp_path))
-    assert quickstart.root() == tmp_path / "quickstart"
+    assert demo.root() == tmp_path / "quickstart"
     monkeypatch.delenv("UNIC_DS_CACHE")
-    assert quickstart.root() == Path.home() / ".cache" / "unic_ds" / "quickstart"
+    assert demo.root() == Path.home() / ".cache" / "unic_ds" / "quickstart"
 
 
 @pytest.mark.skipif(
@@ -39,16 +39,16 @@ def test_root_follows_the_environment(tmp_path, monkeypatch):
 def test_precision_is_what_the_cpu_computes_fast(tmp_path):
     cpu = tmp_path / "cpuinfo"
     cpu.write_text("flags : fpu avx2 avx512f\n")
-    assert quickstart.precision(cpu) == "fp32"
+    assert demo.precision(cpu) == "fp32"
     for flag in ("avx512_bf16", "amx_bf16", "bf16"):
         cpu.write_text(f"flags : fpu {flag} sse\n")
-        assert quickstart.precision(cpu) == "bf16"
-    assert quickstart.precision(tmp_path / "none") == "bf16"
+        assert demo.precision(cpu) == "bf16"
+    assert demo.precision(tmp_path / "none") == "bf16"
 
 
 def test_missing_packages_name_the_remedy(tmp_path):
     """An interpreter without site-packages has none of them."""
-    code = "import unic_ds.quickstart as q; q.prepare()"
+    code = "import unic_ds.demo as q; q.prepare()"
     ran = subprocess.run(
         [sys.executable, "-S", "-c", code],
         env={"UNIC_DS_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)},
@@ -64,9 +64,9 @@ def test_missing_packages_name_the_remedy(tmp_path):
 def test_prepare_makes_the_whole_folder_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("UNIC_DS_CACHE", str(tmp_path))
     (tmp_path / "quickstart").mkdir()  # a folder that is not whole is replaced
-    assert not quickstart.ready()
-    folder = quickstart.prepare()
-    assert quickstart.ready() and folder == quickstart.root()
+    assert not demo.ready()
+    folder = demo.prepare()
+    assert demo.ready() and folder == demo.root()
     assert "2624 photographs" in capsys.readouterr().out
     counts = {
         path.name: len(list(path.iterdir())) for path in sorted((folder / "images").iterdir())
@@ -78,6 +78,6 @@ def test_prepare_makes_the_whole_folder_once(tmp_path, monkeypatch, capsys):
     assert all(licence in text for licence in ("Apache-2.0", "MIT", "CC BY-NC-SA 4.0"))
     assert [path.name for path in tmp_path.iterdir()] == ["quickstart"]
     stamp = (folder / "LICENCES.txt").stat().st_mtime_ns
-    assert quickstart.prepare() == folder
+    assert demo.prepare() == folder
     assert (folder / "LICENCES.txt").stat().st_mtime_ns == stamp
     assert capsys.readouterr().out == ""

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from unic_ds import job, override, planner
-from unic_ds.config import Teacher
+from unic_ds.config import Teacher, job, overrides
+from unic_ds.planning import search
 from unic_ds.teachers.teacher import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,11 +23,11 @@ TEXT = (ROOT / "README.md").read_text()
 
 @pytest.mark.parametrize("file", ["README.md", *(f"docs/{name}.md" for name in DOCS)])
 def test_every_option_named_is_one(file):
-    known = {*job.DOOR, *override.option_names(), "run", "logdir"}
+    known = {*job.DOOR, *overrides.option_names(), "run", "logdir"}
     others = {"num_gpus", "json", "help", "seed", "views", "dtype", "hash"}
     if file in ("docs/slurm.md", "docs/reliability.md"):
         others |= LAUNCHERS
-    others |= {"shard_mb", "max_side", "images", "rounds", "master_port", *planner.OWN}
+    others |= {"shard_mb", "max_side", "images", "rounds", "master_port", *search.OWN}
     others |= {"readers", "latency_ms", "only", "minutes", "op", "case", "check"}
     for name in re.findall(r"--([a-z_]+(?:\.[A-Za-z_]+)*)", (ROOT / file).read_text()):
         general = re.sub(r"^teachers\.\w+\.", "teachers.NAME.", name)
@@ -44,7 +44,7 @@ def test_every_file_of_the_map_exists():
 
 def test_the_command_of_your_own_run_is_understood(tmp_path):
     command = re.search(r"--recipe unic_b --data.train DIR \\\n\s+--teachers (\S+)", TEXT).group(1)
-    teachers = override.parse_teachers(command)
+    teachers = overrides.parse_teachers(command)
     assert [t.name for t in teachers] == ["dino", "clip"]
     assert teachers[1].source == "open_clip:ViT-H-14-quickgelu/metaclip_fullcc"
 

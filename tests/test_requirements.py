@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from unic_ds import requirements
+from unic_ds.process import requirements
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = dict(re.findall(r'"([\w-]+)>=([\w.]+)"', (ROOT / "setup.py").read_text()))

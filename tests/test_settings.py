@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from unic_ds import ds_config, entry, recipes, train
-from unic_ds.config import Config, Data, Eval, Optim, Run, Standardise
-from unic_ds.documents import read_yaml
-from unic_ds.override import override_all, to_dict
+from unic_ds import train
+from unic_ds.config import Config, Data, Eval, Optim, Run, Standardise, ds_config, recipes
+from unic_ds.config.overrides import override_all, to_dict
+from unic_ds.files.documents import read_yaml
+from unic_ds.process import entry_point
 
 ROOT = Path(__file__).resolve().parent.parent
 ZERO2 = str(ROOT / "ds_configs" / "zero2.json")
@@ -77,7 +78,7 @@ def test_a_run_config_that_cannot_be_is_one_sentence(text, sentence, tmp_path, c
     file = tmp_path / "x.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     words = ["--ds_config", ZERO2, "--recipe", str(file), "--out", str(tmp_path / "run")]
-    assert entry.run(train.main, words) == 2
+    assert entry_point.run(train.main, words) == 2
     said = capsys.readouterr().err
     assert said.startswith("unic_ds: error: ") and sentence in said
     assert said.count("\n") == 1 and said[:-1].isprintable() and len(said) < 1500

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from unic_ds import named
+from unic_ds.config import data_spec
 from unic_ds.data import order, scan
 from unic_ds.data.shards import INDEX, MissingShard, OpenFiles
 from unic_ds.data.tar_headers import REGULAR, Archive
@@ -280,7 +280,7 @@ def test_what_lies_beside_shards_is_counted(tmp_path, capsys):
 def test_patterns_stand_for_shards(pattern, count, written):
     folder, _ = written
     given = pattern.format(folder)
-    named.check(given, "--data.train")
+    data_spec.check(given, "--data.train")
     source = scan(given)
     assert len(source) == count and len(set(source.names)) == count
     kept = {file.name for file in folder.glob("*.npz")}
@@ -302,7 +302,7 @@ def test_patterns_stand_for_shards(pattern, count, written):
 )
 def test_patterns_that_stand_for_nothing(given, said, written):
     with pytest.raises(ValueError, match=said):
-        named.check(given.format(written[0]), "--data.train")
+        data_spec.check(given.format(written[0]), "--data.train")
 
 
 @pytest.mark.parametrize("kind", ["v7", "ustar", "gnu", "oldgnu", "posix"])

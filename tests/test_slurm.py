@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from runs import LOST, ROOT, TRAIN, curve, environment, options, reached, saved
 
-from unic_ds import pulse, quickstart
+from unic_ds import demo
+from unic_ds.training import heartbeat
 
 SCRIPT = str(ROOT / "tests" / "slurm_lab.sh")
 NODES = 32
@@ -302,14 +303,14 @@ class Journey:
         """Wait until this start of the job has made a step."""
         self.job.reaches(self.out, reached(self.out) + 1)
 
-    def rank(self) -> pulse.Pulse:
+    def rank(self) -> heartbeat.Pulse:
         """One that trains now, not on the batch host."""
         host, rows = self.job.nodes[1], []
         while not rows:  # whose record is being written is missing for a moment
-            rows = [row for row in pulse.read_all(self.out) if row.host == host]
+            rows = [row for row in heartbeat.read_all(self.out) if row.host == host]
         return rows[0]
 
-    def signal(self, name: str, rank: pulse.Pulse) -> None:
+    def signal(self, name: str, rank: heartbeat.Pulse) -> None:
         process = self.lab.start(rank.host, "kill", f"-{name}", str(rank.pid))
         printed, _ = process.communicate(timeout=60)
         assert process.returncode == 0, printed
@@ -404,7 +405,7 @@ def test_a_job_that_cannot_stop_in_time_is_requeued(lab, tmp_path):
     job = lab.submit(*SIZE, "slurm/unic_l_64gpu.sh", *words, **env)
 
     def met() -> set[str]:
-        return {row.start for row in pulse.read_all(out) if row.rank == 1}
+        return {row.start for row in heartbeat.read_all(out) if row.rank == 1}
 
     job.waits(met, "its ranks have met")
     old = met()
@@ -425,7 +426,7 @@ def test_a_job_that_would_end_so_again_is_not_tried_again(lab, whole, tmp_path):
     """Neither by torchrun, which starts the ranks of a failed node again, nor by a requeue."""
     images = tmp_path / "images"
     images.mkdir()
-    for folder in sorted((quickstart.root() / quickstart.PARTS[0]).iterdir())[1:]:
+    for folder in sorted((demo.root() / demo.PARTS[0]).iterdir())[1:]:
         (images / folder.name).symlink_to(folder)
     # Fewer images than the checkpoint is of, which the ranks find out.
     job = lab.train(tmp_path / "run", "--resume", str(whole), "--data.train", str(images))

@@ -4,11 +4,12 @@ import pytest
 from runs import DEMONSTRATION, curve, kill_on_the_way, run, two, verb
 from safetensors.torch import load_file
 
-from unic_ds import job, quickstart, recipes
+from unic_ds import demo
+from unic_ds.config import job, recipes
 
 DS = {"ds_config": "ds_configs/zero2.json"}
 NEEDS = pytest.mark.skipif(
-    bool(quickstart.missing_packages()), reason="the quickstart's packages are not installed"
+    bool(demo.missing_packages()), reason="the quickstart's packages are not installed"
 )
 
 

@@ -9,11 +9,11 @@ import timm
 import torch
 
 from unic_ds import config
-from unic_ds.export import export
-from unic_ds.ladder import Head, Ladder, rung_blocks
+from unic_ds.models.ladder import Head, Ladder, rung_blocks
+from unic_ds.models.student import Student, build_encoder, initialise
 from unic_ds.ops import KERNELS
-from unic_ds.student import Student, build_encoder, initialise
 from unic_ds.tokens import Tokens
+from unic_ds.weights.export import export
 
 VECTORS = Path(__file__).parent / "data" / "ladder.npz"
 TINY = config.Student(model="vit_tiny_patch16_224", size=32, drop_path=0.3)

@@ -20,10 +20,11 @@ from runs import DEMONSTRATION, LOST, alone, run
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unic_ds import config, folder, quickstart
-from unic_ds.teachers import cache, pool, sources, weights
+from unic_ds import config, demo
+from unic_ds.teachers import cache, sources, teacher_set, weight_files
 from unic_ds.teachers.teacher import Teacher, load
 from unic_ds.tokens import Normalise, Tokens
+from unic_ds.training import run_dir
 
 CPU = torch.device("cpu")
 GRID = 4
@@ -122,7 +123,7 @@ def test_overrides_go_before_the_sources_config(vit):
     facts = teacher.facts()
     assert (facts["mean"], facts["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert facts["licence"] == "MIT"
-    assert facts["sha256"] == weights.facts(vit[1])["sha256"]
+    assert facts["sha256"] == weight_files.facts(vit[1])["sha256"]
 
 
 @pytest.mark.parametrize("arch", ["test_convnext", "test_efficientnet"])
@@ -166,7 +167,7 @@ def test_half_a_file_is_refused(vit, tmp_path):
     state = {k: v for k, v in vit[0].state_dict().items() if "blocks.5" not in k}
     save_file(state, tmp_path / "half.safetensors")
     refused(row_of(tmp_path / "half.safetensors", "test_vit"), "do not fit test_vit", "blocks.5")
-    path = weights.file_path(vit[1])
+    path = weight_files.file_path(vit[1])
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:1000])
     refused(row_of(tmp_path / "cut.safetensors", "test_vit"), "cut.safetensors")
 
@@ -492,9 +493,11 @@ def test_a_checkpoint_of_another_summary_is_not_resumed(pooled, tmp_path):
 
 
 def test_checkpoints_of_before_go_on_where_the_summary_is_what_it_was():
-    folder.refuse_other_summaries("c", {}, {"a": {"cls": "token"}, "b": {"cls": "mean of patches"}})
+    run_dir.refuse_other_summaries(
+        "c", {}, {"a": {"cls": "token"}, "b": {"cls": "mean of patches"}}
+    )
     with pytest.raises(ValueError, match="teacher 'p': its CLS token or the mean of its patches"):
-        folder.refuse_other_summaries("c", {}, {"p": {"cls": "attention pool"}})
+        run_dir.refuse_other_summaries("c", {}, {"p": {"cls": "attention pool"}})
 
 
 OFFLINE = """
@@ -567,8 +570,8 @@ def pair(vit, tmp_path_factory) -> tuple[config.Teacher, ...]:
     return replace(vit[1], name="vit", size=0), row_of(path, "test_efficientnet", name="cnn")
 
 
-def make_pool(rows: tuple[config.Teacher, ...], **keys) -> pool.Teachers:
-    return pool.Teachers(rows, grid=GRID, standardise=config.Standardise(**keys), device=CPU)
+def make_pool(rows: tuple[config.Teacher, ...], **keys) -> teacher_set.Teachers:
+    return teacher_set.Teachers(rows, grid=GRID, standardise=config.Standardise(**keys), device=CPU)
 
 
 def test_pool_keeps_config_order_and_standardises(pair):
@@ -585,7 +588,7 @@ def test_pool_keeps_config_order_and_standardises(pair):
     assert (patch_BN_C.std(0) - 1).abs().max() < 1e-3
 
 
-def targets(teachers: pool.Teachers, batch: dict[int, torch.Tensor]) -> dict[str, Tokens]:
+def targets(teachers: teacher_set.Teachers, batch: dict[int, torch.Tensor]) -> dict[str, Tokens]:
     """Standardised targets of a batch."""
     return {name: target.standardised() for name, target in teachers(batch).items()}
 
@@ -616,7 +619,7 @@ def test_manifest_and_check_are_plain_values(pair):
     manifest = make_pool(pair).manifest()
     assert json.loads(json.dumps(manifest)) == manifest
     assert manifest["cnn"]["cls"] == "mean of patches"
-    rows = pool.describe(pair, grid=GRID, device=CPU)
+    rows = teacher_set.describe(pair, grid=GRID, device=CPU)
     assert [row["name"] for row in rows] == ["vit", "cnn"]
     assert all(row["finite"] and row["patch_shape"][1] == GRID * GRID for row in rows)
     assert rows[0]["sha256"] == manifest["vit"]["sha256"]
@@ -657,7 +660,7 @@ def free_port() -> int:
 def test_two_ranks_track_as_one(vit, tmp_path):
     torch.save(images(64, 8), tmp_path / "images.pt")
     launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    args = [str(weights.file_path(vit[1])), "test_vit", str(tmp_path / "images.pt")]
+    args = [str(weight_files.file_path(vit[1])), "test_vit", str(tmp_path / "images.pt")]
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANKS, *args, str(tmp_path / "state")],
@@ -681,7 +684,9 @@ def test_two_ranks_track_as_one(vit, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_never_waits_for_the_gpu(pair):
     device = torch.device("cuda")
-    teachers = pool.Teachers(pair, grid=GRID, standardise=config.Standardise(), device=device)
+    teachers = teacher_set.Teachers(
+        pair, grid=GRID, standardise=config.Standardise(), device=device
+    )
     batch = {size: images(size).to(device) for size in teachers.sizes}
     teachers(batch)
     torch.cuda.set_sync_debug_mode("error")
@@ -693,13 +698,13 @@ def test_a_step_never_waits_for_the_gpu(pair):
 
 
 @pytest.mark.skipif(
-    bool(quickstart.missing_packages()), reason="the demonstration's packages are not installed"
+    bool(demo.missing_packages()), reason="the demonstration's packages are not installed"
 )
 def test_real_teachers(tmp_path, monkeypatch):
     monkeypatch.setenv("UNIC_DS_CACHE", str(tmp_path))
     efficientnet, dinov2 = tmp_path / "e.safetensors", tmp_path / "d.safetensors"
-    quickstart.write_weights(efficientnet, quickstart.efficientnet_lite0(), "Apache-2.0", "package")
-    quickstart.write_weights(dinov2, quickstart.dinov2_s14(), "MIT", "package")
+    demo.write_weights(efficientnet, demo.efficientnet_lite0(), "Apache-2.0", "package")
+    demo.write_weights(dinov2, demo.dinov2_s14(), "MIT", "package")
     rows = (
         row_of(
             efficientnet,
@@ -711,7 +716,7 @@ def test_real_teachers(tmp_path, monkeypatch):
         ),
         row_of(dinov2, "vit_small_patch14_dinov2", name="d", block="10", precision="bf16"),
     )
-    e, d = pool.describe(rows, grid=7, device=CPU)
+    e, d = teacher_set.describe(rows, grid=7, device=CPU)
     assert (e["size"], e["width"], e["tokens"], e["mean"]) == (128, 1280, 16, [0.5, 0.5, 0.5])
     assert (d["size"], d["width"], d["tokens"], d["patch"]) == (98, 384, 49, 14)
     assert e["finite"] and d["finite"]

@@ -22,8 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unic_ds import checkpoint, cli, config, entry, quickstart, tensor_files
-from unic_ds.teachers import sources, weights
+from unic_ds import cli, config, demo
+from unic_ds.files import tensor_files
+from unic_ds.process import entry_point
+from unic_ds.teachers import sources, weight_files
+from unic_ds.training import checkpoint
 
 ARCH = "test_vit"
 
@@ -44,7 +47,7 @@ def test_the_same_weights_are_the_same_bytes_with_the_umask_s_mode(tmp_path: Pat
     before = os.umask(0o027)
     try:
         for i in range(8):
-            quickstart.write_weights(tmp_path / f"{i}.safetensors", state, "MIT é\n", "a package")
+            demo.write_weights(tmp_path / f"{i}.safetensors", state, "MIT é\n", "a package")
     finally:
         os.umask(before)
     files = sorted(tmp_path.iterdir())
@@ -62,7 +65,7 @@ def test_weights_are_known_by_names_types_shapes_and_bytes(tmp_path: Path) -> No
     save_file(x, tmp_path / "b.safetensors", {"format": "pt", "licence": "BSD"})
     torch.save({"state_dict": {f"module.{k}": v for k, v in x.items()}}, tmp_path / "c.pth")
     torch.save(x, tmp_path / "d.pth", _use_new_zipfile_serialization=False)
-    found = [weights.hashes(file) for file in sorted(tmp_path.iterdir())]
+    found = [weight_files.hashes(file) for file in sorted(tmp_path.iterdir())]
     for file, hashed in zip(sorted(tmp_path.iterdir()), found, strict=True):
         assert hashed["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert len({hashed["content"] for hashed in found}) == 1
@@ -82,12 +85,12 @@ def test_recorded_hashes_of_older_versions_are_known() -> None:
     total = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         total.update(name.encode() + value.flatten().view(torch.uint8).numpy().tobytes())
-    hashed = weights.module_hashes(module)
+    hashed = weight_files.module_hashes(module)
     assert hashed["sha256"] == total.hexdigest()
-    assert weights.same({"sha256": hashed["sha256"]}, hashed)
-    assert weights.same({"sha256": "another file's", "content": hashed["content"]}, hashed)
-    assert not weights.same({"sha256": hashed["sha256"], "content": "another"}, hashed)
-    assert not weights.same({"sha256": "another file's"}, hashed)
+    assert weight_files.same({"sha256": hashed["sha256"]}, hashed)
+    assert weight_files.same({"sha256": "another file's", "content": hashed["content"]}, hashed)
+    assert not weight_files.same({"sha256": hashed["sha256"], "content": "another"}, hashed)
+    assert not weight_files.same({"sha256": "another file's"}, hashed)
 
 
 def deflate(path: Path) -> None:
@@ -184,10 +187,10 @@ def test_counters_and_indices_are_no_weights(tmp_path: Path) -> None:
     counters = [name for name in model if name.endswith("num_batches_tracked")]
     save_file(model, tmp_path / "cnn.safetensors")
     assert counters and model[counters[0]].dtype == torch.int64
-    found = weights.state_of(tmp_path / "cnn.safetensors")
-    assert weights.foreign(found) == weights.integers(found, "test_efficientnet") == ""
+    found = weight_files.state_of(tmp_path / "cnn.safetensors")
+    assert weight_files.foreign(found) == weight_files.integers(found, "test_efficientnet") == ""
     index = {"blocks.0.attn.relative_position_index": torch.zeros(4, dtype=torch.int64)}
-    assert weights.integers(index, ARCH) == ""
+    assert weight_files.integers(index, ARCH) == ""
 
 
 def test_headers_are_bounded_and_pipes_not_waited_for(tmp_path: Path) -> None:
@@ -198,7 +201,7 @@ def test_headers_are_bounded_and_pipes_not_waited_for(tmp_path: Path) -> None:
             tensor_files.Safetensors(file)
     file.unlink()
     os.mkfifo(file)
-    for read in (tensor_files.Safetensors, tensor_files.unpickle, weights.hashes):
+    for read in (tensor_files.Safetensors, tensor_files.unpickle, weight_files.hashes):
         with pytest.raises(ValueError, match=r"^'.*x\.safetensors' cannot be read"):
             read(file)
 
@@ -207,7 +210,7 @@ def check(path: Path, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """(exit code, what was printed) of `unic-ds teachers check`."""
     options = ["--recipe", "unic_b", "--student.size", "64", "--teachers.t.precision", "fp32"]
     source = f"t=file:{path}#arch={ARCH}"
-    code = entry.run(cli.verb, ["teachers", "check", *options, "--teachers", source])
+    code = entry_point.run(cli.verb, ["teachers", "check", *options, "--teachers", source])
     out, err = capfd.readouterr()
     return code, out + err.splitlines()[-1] if err else out
 
@@ -256,7 +259,7 @@ def test_a_run_goes_on_with_the_same_weights_in_another_file(
         assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
     assert "resumed after step 2" in go(licence="BSD", run__stop_at=3)
     facts = json.loads((kept / checkpoint.FACTS).read_text())
-    hashed = [weights.hashes(file) for file in (teacher, init)]
+    hashed = [weight_files.hashes(file) for file in (teacher, init)]
     old = {"teachers": [["t", hashed[0]["sha256"]]], "init": {init.name: hashed[1]["sha256"]}}
     of_files = {row["sha256"]: row["content"] for row in hashed}
     new = {"teachers": facts["teachers"], "init": {init.name: facts["init"]["model.safetensors"]}}

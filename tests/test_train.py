@@ -32,7 +32,7 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-from unic_ds import quickstart
+from unic_ds import demo
 
 pytestmark = DEMONSTRATION
 
@@ -250,7 +250,7 @@ def test_a_gpu_takes_steps_under_the_shipped_files(tmp_path, zero):
 def few_images(folder, count):
     """So many photographs of each class, as links in a folder below."""
     images = folder / "images"
-    for folder in sorted((quickstart.root() / quickstart.PARTS[0]).iterdir()):
+    for folder in sorted((demo.root() / demo.PARTS[0]).iterdir()):
         (images / folder.name).mkdir(parents=True)
         for file in sorted(folder.iterdir())[:count]:
             (images / folder.name / file.name).symlink_to(file)

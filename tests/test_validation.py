@@ -7,7 +7,9 @@ from forked import Forked
 from pictures import folder
 from runs import TRAIN, curve, run, tiny
 
-from unic_ds import config, doctor, parts
+from unic_ds import config
+from unic_ds.doctor import preflight
+from unic_ds.training import setup
 
 
 def command(made, out, **more):
@@ -41,7 +43,7 @@ def test_broken_images_are_met_before_the_first_step(made):
     data = config.Data(train=str(made / "train"), val=str(made / "val"))
     cfg = config.Config(data=data, student=config.Student(size=32))
     with pytest.raises(ValueError, match="8 of 8 validation images that were tried"):
-        doctor.images("images", doctor.Patient(cfg=cfg, file={}, out=made))
+        preflight.images("images", preflight.Patient(cfg=cfg, file={}, out=made))
 
     printed = run(command(made, "run", eval__on="false"))
     said = f"finished; student in {str(made / 'run' / 'student')!r}; it was not evaluated"
@@ -97,4 +99,4 @@ def test_images_that_cannot_be_measured_on_are_told_at_the_start(made, classes):
     ],
 )
 def test_as_many_may_be_broken_as_the_limit_says(bad, limit, total, refused):
-    assert parts.too_many(bad, 8, limit=limit, total=total) is refused
+    assert setup.too_many(bad, 8, limit=limit, total=total) is refused

@@ -10,7 +10,9 @@ import torch
 from forked import Forked
 from runs import ROOT, launch, run, together
 
-from unic_ds import config, ds_config, engine
+from unic_ds import config
+from unic_ds.config import ds_config
+from unic_ds.engine import deepspeed_engine
 
 BUCKETS = ("zero1", 1, {}), ("zero2", 2, {})
 PARTITIONED = ("zero3", 2, {"stage3_param_persistence_threshold": 100})
@@ -79,7 +81,7 @@ def test_a_norm_is_marked_as_deepspeed_marks_it(norm: float) -> None:
     from deepspeed.runtime import utils
     from deepspeed.runtime.zero import stage_1_and_2
 
-    engine.mask_norm_on_device()
+    deepspeed_engine.mask_norm_on_device()
     own, ours = torch.tensor(norm), torch.tensor(norm)
     utils.mask_nan_or_inf_with_val_inplace(own)
     stage_1_and_2.mask_nan_or_inf_with_val_inplace(ours, device="cpu")

@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from unic_ds import config
-from unic_ds.balance import Dropping
-from unic_ds.ladder import Head
-from unic_ds.loss import distill_loss
-from unic_ds.student import Student, grid_of
-from unic_ds.teachers import pool, sources
+from unic_ds.losses.balance import Dropping
+from unic_ds.losses.distill import distill_loss
+from unic_ds.models.ladder import Head
+from unic_ds.models.student import Student, grid_of
+from unic_ds.teachers import sources, teacher_set
+from unic_ds.teachers.adapters import MEAN, POOL, TOKEN
 from unic_ds.teachers.teacher import load
-from unic_ds.teachers.towers import MEAN, POOL, TOKEN
 from unic_ds.tokens import Tokens
 
 CPU = torch.device("cpu")
@@ -107,7 +107,9 @@ def zoo(tmp_path_factory):
             patch.setitem(open_clip.pretrained._PRETRAINED, member.arch, tags)
             source = f"open_clip:{member.arch}/random"
             rows.append(config.Teacher(name=name, source=source, precision="fp32"))
-        yield pool.Teachers(tuple(rows), grid=GRID, standardise=config.Standardise(), device=CPU)
+        yield teacher_set.Teachers(
+            tuple(rows), grid=GRID, standardise=config.Standardise(), device=CPU
+        )
 
 
 @pytest.fixture(scope="module")

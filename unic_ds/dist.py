@@ -25,7 +25,8 @@ import torch.distributed as td
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d as c10d
 
-from unic_ds import files, interrupt, meeting, node
+from unic_ds import files
+from unic_ds.process import interrupt, node, rendezvous
 
 LOG = logging.getLogger("unic_ds.dist")
 TIMEOUT_S = 1800
@@ -117,7 +118,7 @@ def join(backend: str, facts: node.Facts, timeout_s: int) -> None:
         refuse(*node.judge([facts]))
         td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1)
         return
-    timeout, file = timedelta(seconds=timeout_s), meeting.file()
+    timeout, file = timedelta(seconds=timeout_s), rendezvous.file()
     try:
         store = meet(file, timeout) if file else environment_store(timeout)
         compare(td.PrefixStore("nodes", store), facts, timeout)

@@ -19,7 +19,10 @@ if __name__ == "__main__":
     # other packages.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from unic_ds import config, entry, interrupt, job, optim, recipes
+from unic_ds import config
+from unic_ds.config import args, job, recipes
+from unic_ds.engine import optim
+from unic_ds.process import entry_point, interrupt
 
 USAGE = """\
 Distil frozen vision teachers into one ViT student.
@@ -38,8 +41,8 @@ COLLECT_EVERY = 50
 def main(argv: Sequence[str]) -> int:
     """Check the command line, then train; the exit code."""
     interrupt.install()
-    words, options = entry.parse(argv)
-    if entry.wants_help(options):
+    words, options = args.parse(argv)
+    if args.wants_help(options):
         print(job.help_text(USAGE))
         return 0
     if words:
@@ -69,7 +72,7 @@ def accept(task: job.Job, stages: list[job.Job]) -> None:
 
     A run folder that is there gets the event by which neither torchrun nor Slurm tries again.
     """
-    from unic_ds import acceptance, events
+    from unic_ds.training import acceptance, events
 
     for stage in stages:
         events.raise_last(stage.out)
@@ -84,15 +87,17 @@ def waiting(task: job.Job) -> list[job.Job]:
 
 def heart(stage: job.Job) -> Any:
     """Join the ranks; the context in which one that is dead or stuck ends the run."""
-    from unic_ds import determinism, dist, events, heartbeat
+    from unic_ds import dist
+    from unic_ds.engine import determinism
+    from unic_ds.training import events, watchdog
 
     determinism.choose(stage.cfg.run.deterministic)
     with events.meeting(stage.out):
-        dist.start(timeout_s=heartbeat.longest_s(stage.cfg.run))
-    return heartbeat.Heart(
+        dist.start(timeout_s=watchdog.longest_s(stage.cfg.run))
+    return watchdog.Heart(
         stage.out,
         stage.cfg.run,
-        start=dist.share(heartbeat.new_start()),
+        start=dist.share(watchdog.new_start()),
         rank=dist.rank(),
         world=dist.world(),
     )
@@ -101,9 +106,10 @@ def heart(stage: job.Job) -> Any:
 @contextmanager
 def kernels(run: config.Run) -> Iterator[None]:
     """Context manager of a stage: errors about its kernels name the setting that mends them."""
-    from unic_ds import compiled, determinism
+    from unic_ds import blocks
+    from unic_ds.engine import determinism
 
-    with compiled.from_scratch(run.compile != "none"), determinism.explained():
+    with blocks.from_scratch(run.compile != "none"), determinism.explained():
         yield
 
 
@@ -141,13 +147,15 @@ def distil(task: job.Job, beat: Callable[[str, int], None], *, whole: job.Job) -
     do. It saves and stops when the run's stop file is there, or after SIGUSR1 or SIGTERM to any
     rank.
     """
-    from unic_ds import compiled, dist, events, finish, log, rollback
-    from unic_ds.folder import record, resume
-    from unic_ds.parts import build
+    from unic_ds import blocks, dist
+    from unic_ds.process import console
+    from unic_ds.training import events, final_eval, rollback
+    from unic_ds.training.run_dir import record, resume
+    from unic_ds.training.setup import build
 
     events.raise_last(task.out)
     with events.refusals(task.out):
-        with entry.warnings_held():
+        with entry_point.warnings_held():
             parts = build(task)
         beat("resuming", 0)
         first, last = resume(task, parts) + 1, parts.steps
@@ -166,10 +174,10 @@ def distil(task: job.Job, beat: Callable[[str, int], None], *, whole: job.Job) -
     if step == last:
         votes.close()
         beat("evaluating", step)
-        with compiled.uncompiled(run.compile != "none"):
-            finish.finish(task, parts)
+        with blocks.uncompiled(run.compile != "none"):
+            final_eval.finish(task, parts)
     else:
-        log.say(f"stopped after step {step} of {last}; the same command goes on from there")
+        console.say(f"stopped after step {step} of {last}; the same command goes on from there")
         if dist.rank() == 0:
             stops[0].unlink(missing_ok=True)  # it was meant for this start alone
     lock.close()
@@ -183,13 +191,14 @@ def learn(
 
     rollback.Setback where too many steps in a row were skipped.
     """
-    from unic_ds import log, rollback
-    from unic_ds.engine import grad_norm
-    from unic_ds.folder import save
+    from unic_ds.engine.deepspeed_engine import grad_norm
+    from unic_ds.process import console
+    from unic_ds.training import rollback, run_log
+    from unic_ds.training.run_dir import save
 
     run, last = task.cfg.run, parts.steps
     stop, step = min(run.stop_at or last, last), first - 1
-    book = log.Log(
+    book = run_log.Log(
         task.out,
         steps=last,
         first=first,
@@ -204,7 +213,9 @@ def learn(
             for metrics in optimise(task.cfg, parts, step, compiling(beat) if compiles else beat):
                 book.add(metrics)
             if step == first:
-                log.say(f"first optimiser step done {log.since_start():.0f} s after the start")
+                console.say(
+                    f"first optimiser step done {console.since_start():.0f} s after the start"
+                )
             agreed, logs = votes.agreed(), due(step, run.log_every, stop)
             saves = any(due(step, every, stop) for every in (run.save_every, run.keep_every))
             saves |= agreed.stop or (agreed.save and logs)
@@ -255,7 +266,7 @@ def optimise(
 ) -> Iterator[dict[str, Any]]:
     """One optimiser step; the metrics of each of its micro batches, on the device."""
     from unic_ds import dist
-    from unic_ds.loss import distill_loss
+    from unic_ds.losses.distill import distill_loss
     from unic_ds.ops import KERNELS
 
     engine, guard, teachers = parts.engine, parts.guard, parts.teachers
@@ -292,7 +303,7 @@ def uniforms(cfg: config.Config, step: int, position_B: Any, engine: Any) -> tup
     """What decides teacher dropping (T, B) and drop path (B, K) at these places of the batch."""
     import torch
 
-    from unic_ds import chance
+    from unic_ds import rng
 
     def to_device(values: Any) -> Any:
         tensor = torch.from_numpy(values).float()
@@ -301,10 +312,10 @@ def uniforms(cfg: config.Config, step: int, position_B: Any, engine: Any) -> tup
         )
 
     place_B = position_B * (0 if cfg.drop.unit == "step" else 1)
-    drop_BT = chance.uniform(cfg.seed, "teacher drop", len(cfg.teachers), step, place_B)
-    path_BK = chance.uniform(cfg.seed, "drop path", len(engine.module.paths), step, position_B)
+    drop_BT = rng.uniform(cfg.seed, "teacher drop", len(cfg.teachers), step, place_B)
+    path_BK = rng.uniform(cfg.seed, "drop path", len(engine.module.paths), step, position_B)
     return to_device(drop_BT.T.copy()), to_device(path_BK)
 
 
 if __name__ == "__main__":
-    entry.start(main, sys.argv[1:], trains=True)
+    entry_point.start(main, sys.argv[1:], trains=True)

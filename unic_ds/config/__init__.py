@@ -9,10 +9,10 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from unic_ds.config.images import Data
-from unic_ds.config.knob import check, check_most, knob
+from unic_ds.config.data import Data
 from unic_ds.config.models import EIGHT_BITS, TEACHER_NAME, Ladder, Student, Teacher
 from unic_ds.config.objective import Balance, Distance, Drop, Loss, Standardise
+from unic_ds.config.option import check, check_most, knob
 from unic_ds.config.schedule import Eval, Optim, Run
 
 __all__ = [

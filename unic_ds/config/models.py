@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from unic_ds import formula
-from unic_ds.config.knob import check, check_checkpoint, check_rungs, knob
+from unic_ds.config import loss_terms
 from unic_ds.config.objective import Loss
+from unic_ds.config.option import check, check_checkpoint, check_rungs, knob
 
 TEACHER_NAME = re.compile(r"[a-z][a-z0-9_]*")
 DIVIDED = "(images are divided by 255 before: divide a value of the scale 0 to 255 too)"
@@ -90,7 +90,7 @@ class Teacher:
         check(self.weight > 0, f"{at}.weight", "positive", self.weight)
         for kind, text in (("cls", self.cls_loss), ("patch", self.patch_loss)):
             if text:
-                formula.parse(text, f"{at}.{kind}_loss", known=Loss.TERMS[kind])
+                loss_terms.parse(text, f"{at}.{kind}_loss", known=Loss.TERMS[kind])
         if self.rungs:
             check_rungs(self.rungs, f"{at}.rungs")
         check_range(self.size, f"{at}.size", 0, MOST_PIXELS)

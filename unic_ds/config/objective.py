@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
-from unic_ds import formula
-from unic_ds.config.knob import check, check_most, knob
+from unic_ds.config import loss_terms
+from unic_ds.config.option import check, check_most, knob
 
 
 class Distance(NamedTuple):
@@ -25,7 +25,7 @@ class Distance(NamedTuple):
 class Loss:
     """Distance between a prediction and its target (method: section 3)."""
 
-    TERMS: ClassVar = {"cls": formula.TERMS, "patch": ("cosine", "smooth_l1", "mse")}
+    TERMS: ClassVar = {"cls": loss_terms.TERMS, "patch": ("cosine", "smooth_l1", "mse")}
 
     cls: str = knob(
         "0.5 cosine + 0.5 smooth_l1",
@@ -48,7 +48,10 @@ class Loss:
     def distance(self) -> Distance:
         """What every teacher is judged by that does not say otherwise."""
         return Distance(
-            *(formula.parse(getattr(self, k), f"loss.{k}", known=self.TERMS[k]) for k in self.TERMS)
+            *(
+                loss_terms.parse(getattr(self, k), f"loss.{k}", known=self.TERMS[k])
+                for k in self.TERMS
+            )
         )
 
 

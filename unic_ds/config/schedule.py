@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from unic_ds.config.knob import check, check_most, knob
+from unic_ds.config.option import check, check_most, knob
 
 STEPS = 9_999_999
 """The most steps of a run: names of checkpoints have seven digits."""

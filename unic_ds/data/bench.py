@@ -34,14 +34,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
-from unic_ds import dist, log
+from unic_ds import dist
 from unic_ds.config import Data
 from unic_ds.data import Source, Stream, backend, order, pack, scan
-from unic_ds.data.draw import draw
-from unic_ds.data.names import Names
+from unic_ds.data.augmentation import draw
 from unic_ds.data.reader import Reader
 from unic_ds.data.shards import Shards
 from unic_ds.data.source import MAX_MB, Mixture
+from unic_ds.data.string_table import Names
+from unic_ds.process import console
 
 MANY = 1_281_167  # images of ImageNet-1k, whose index is measured
 MADE = 384  # photographs made where none are named
@@ -109,7 +110,7 @@ def photographs(folder: Path) -> Path:
 
     scenes = [Image.fromarray(image) for image in load_sample_images().images]
     rng = np.random.default_rng(0)
-    for i in log.track(range(MADE), MADE, "photographs"):
+    for i in console.track(range(MADE), MADE, "photographs"):
         scene = scenes[i % len(scenes)]
         width = int(rng.integers(380, scene.height * 4 // 3))
         height = width * 3 // 4
@@ -225,7 +226,7 @@ def race(made: dict[str, Make], batch: int, batches: int, rounds: int) -> dict[s
     speed: dict[str, list[float]] = {name: [] for name in made}
     turns = [(turn, name) for turn in range(rounds) for name in made]
     running = {name: make() for name, make in made.items()}
-    for turn, name in log.track(turns, len(turns), "rounds"):
+    for turn, name in console.track(turns, len(turns), "rounds"):
         stream = running[name]
         for _ in islice(stream, batches if turn == 0 else batches // 2):
             pass  # start, and use up what was decoded while others had their turn
@@ -307,22 +308,22 @@ def show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    console.print(result["machine"])
+    terminal = Console()
+    terminal.print(result["machine"])
     what = f"{result['images']} images, {result['size']} px, batches of {result['batch']}"
     table = Table("way", "images/s", "/ torchvision", title=what)
     for name, speed in result["images_per_s"].items():
         ratio = result["ratios"].get(f"{name} / torchvision")
         table.add_row(name, f"{speed:.0f}", f"{ratio:.2f}" if ratio else "")
-    console.print(table)
+    terminal.print(table)
     for name, ratio in result["ratios"].items():
         if name.endswith("packed / folder"):
-            console.print(f"{name} {ratio:.2f}")
+            terminal.print(f"{name} {ratio:.2f}")
     share = result.get("order_draws_reading_share")
     of_time = f", {share:.1%} of the time of DALI on the CPU" if share else ""
-    console.print(f"order, draws, reading: {result['order_draws_reading_us']:.0f} us{of_time}")
+    terminal.print(f"order, draws, reading: {result['order_draws_reading_us']:.0f} us{of_time}")
     start = f"an epoch starts in {result['epoch_start_s']:.2f} s"
-    console.print(f"index of {MANY} images: {result['index_mb']:.0f} MB, {start}")
+    terminal.print(f"index of {MANY} images: {result['index_mb']:.0f} MB, {start}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from unic_ds.data.members import Member, top_folder
 from unic_ds.data.source import FLAT
 from unic_ds.files import TEXT_LIMIT, read_limited
-from unic_ds.printable import printable
+from unic_ds.files.printable import printable
 
 CLASSES = "classes.txt"
 

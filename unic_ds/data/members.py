@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from unic_ds.data.files import SUFFIXES, is_hidden
+from unic_ds.data.image_files import SUFFIXES, is_hidden
 from unic_ds.data.tar_headers import DEVICES, FOLDER, LINKS, REGULAR, Archive, DamagedTar, Header
 from unic_ds.files import open_regular
-from unic_ds.printable import printable
+from unic_ds.files.printable import printable
 
 LABEL = "cls"
 LONGEST_LABEL = 1024

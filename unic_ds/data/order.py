@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from unic_ds import chance
+from unic_ds import rng
 
 
 class Run(NamedTuple):
@@ -46,7 +46,7 @@ def per_epoch(runs: Runs) -> int:
 
 def words(seed: int, name: str, epoch: int, n: int) -> NDArray[np.uint32]:
     """A chance word for each of `n` things: sorted by it they are shuffled."""
-    return chance.words(seed, name, 4, epoch, np.arange(-(-n // 4))).reshape(-1)[:n]
+    return rng.words(seed, name, 4, epoch, np.arange(-(-n // 4))).reshape(-1)[:n]
 
 
 @lru_cache(maxsize=2)

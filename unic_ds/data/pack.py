@@ -26,19 +26,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from unic_ds import dist, log
+from unic_ds import dist
 from unic_ds.config import Data
 from unic_ds.data import order, shard_index, shards
-from unic_ds.data.files import is_hidden
+from unic_ds.data.image_files import is_hidden
 from unic_ds.data.labels import CLASSES
 from unic_ds.data.members import Member
 from unic_ds.data.pack_records import Record, read_object, read_record
 from unic_ds.data.reader import measure, opened
 from unic_ds.data.shards import INDEX, MissingShard
 from unic_ds.data.source import FLAT, Source
-from unic_ds.data.twin import rgb, upright
+from unic_ds.data.torch_decoder import rgb, upright
 from unic_ds.files import write_whole
-from unic_ds.printable import printable
+from unic_ds.files.printable import printable
+from unic_ds.process import console
 
 FORMAT = 1
 MANIFEST, PARTIAL, BROKEN = "pack.json", "partial", "broken.txt"
@@ -187,7 +188,7 @@ def _packed(
     chunks = [np.sort(part) for part in np.split(shuffled_N, range(CHUNK, len(source), CHUNK))]
     key_N = list(keys(source.names))
     with closing(_decoded(source, chunks[at:], settings.max_side, workers)) as results:
-        images = log.track(results, len(chunks) - at, "packing")
+        images = console.track(results, len(chunks) - at, "packing")
         while at < len(chunks):
             shard = _Shard(out, number)
             while at < len(chunks) and shard.size < settings.shard_mb * 1e6:
@@ -195,7 +196,7 @@ def _packed(
                     shard.add(source.names[index], key_N[index], int(source.label_N[index]), image)
                 at += 1
             yield shard.close(at)
-            log.say(f"{shard.name}: {min(at * CHUNK, len(source))} of {len(source)} images")
+            console.say(f"{shard.name}: {min(at * CHUNK, len(source))} of {len(source)} images")
             number += 1
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unic_ds.files import read_limited
-from unic_ds.printable import printable
+from unic_ds.files.printable import printable
 
 LARGEST = 256 << 20
 """Bytes of the largest record that is read: 100 an image."""

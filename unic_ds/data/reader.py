@@ -21,7 +21,7 @@ from PIL.ImageFile import ImageFile
 from unic_ds.config import Data
 from unic_ds.data import limits
 from unic_ds.data.source import Source
-from unic_ds.printable import printable
+from unic_ds.files.printable import printable
 
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 turn the image by a quarter
 END_OF_JPEG = b"\xff\xd9"  # cannot occur inside a scan

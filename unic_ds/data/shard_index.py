@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from unic_ds.config.data_spec import exists
 from unic_ds.data.labels import CLASSES, classified
 from unic_ds.data.members import Member, members_of, merged
-from unic_ds.data.names import Names
+from unic_ds.data.string_table import Names
 from unic_ds.data.tar_headers import BLOCK
 from unic_ds.files import open_regular, replacing
-from unic_ds.named import exists
-from unic_ds.printable import printable
+from unic_ds.files.printable import printable
 
 FORMAT = 1
 HEAD = 65536
@@ -72,7 +72,7 @@ class Stamp(NamedTuple):
 
 def build(tars: Sequence[Path], known: Sequence[str]) -> Tables:
     """The index of shards, read from their headers; `known` are the names of classes 0, 1, ..."""
-    from unic_ds.log import track
+    from unic_ds.process.console import track
 
     with ThreadPoolExecutor(8, thread_name_prefix="unic_ds-index") as pool:
         log.info("an index of %d shards is built, once", len(tars))

@@ -17,17 +17,17 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from unic_ds.config.data_spec import COMPRESSED, exists, remedy
 from unic_ds.data import shard_index
-from unic_ds.data.files import SUFFIXES, is_hidden
+from unic_ds.data.image_files import SUFFIXES, is_hidden
 from unic_ds.data.labels import CLASSES, class_names
-from unic_ds.data.names import Names
 from unic_ds.data.order import Run, Runs
 from unic_ds.data.source import MAX_MB, Source, refuse_large
+from unic_ds.data.string_table import Names
 from unic_ds.files import open_regular
-from unic_ds.home import home
-from unic_ds.log import say
-from unic_ds.named import COMPRESSED, exists, remedy
-from unic_ds.printable import printable
+from unic_ds.files.home import home
+from unic_ds.files.printable import printable
+from unic_ds.process.console import say
 
 INDEX = "unic_ds-index.npz"
 OPEN = 256

@@ -16,13 +16,14 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from unic_ds import chance, log
+from unic_ds import rng
 from unic_ds.config import Data
 from unic_ds.data import order
-from unic_ds.data.names import Names, together
 from unic_ds.data.order import Run, Runs
+from unic_ds.data.string_table import Names, together
 from unic_ds.files import open_regular
-from unic_ds.printable import printable
+from unic_ds.files.printable import printable
+from unic_ds.process import console
 
 FLAT = -1  # label of a sample without a class
 MAX_MB = Data().max_mb
@@ -142,7 +143,7 @@ def say_unlabelled(where: Path, label_N: NDArray[np.int32]) -> None:
     """Print how many images of a source have no class, if any."""
     if flat := int((label_N == FLAT).sum()):
         count = f"{flat} of {len(label_N)} images have no class"
-        log.say(f"{printable(where)}: {count}: training shows them, evaluation leaves them out")
+        console.say(f"{printable(where)}: {count}: training shows them, evaluation leaves them out")
 
 
 def mixture(where: str, parts: Sequence[Source], weights: Sequence[float]) -> Mixture:
@@ -170,7 +171,7 @@ def split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     if share == 0:
         return source, source.subset([])
     names = (source.names.encoded(i).decode("latin-1") for i in range(len(source)))
-    at_N = np.fromiter((chance.number(seed, f"split/{name}") for name in names), dtype=np.float64)
+    at_N = np.fromiter((rng.number(seed, f"split/{name}") for name in names), dtype=np.float64)
     held_N = at_N < share * 2.0**63
     for side, empty in (("training", held_N.all()), ("validation", not held_N.any())):
         if empty:

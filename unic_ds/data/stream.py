@@ -12,8 +12,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from unic_ds.config import Data
-from unic_ds.data import memory, order
-from unic_ds.data.feed import Batch, Beside, Feed, Slots
+from unic_ds.data import malloc, order
+from unic_ds.data.prefetch import Batch, Beside, Feed, Slots
 from unic_ds.data.reader import Reader
 from unic_ds.data.source import Source
 
@@ -117,7 +117,7 @@ class Stream:
         self._since_epoch += self._micro * self._world
         if self._since_epoch >= order.per_epoch(self._runs):
             self._since_epoch = 0
-            memory.give_back()
+            malloc.give_back()
         return batch
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from unic_ds.printable import printable
+from unic_ds.files.printable import printable
 
 BLOCK = 512
 EXTENSION = 1 << 20

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unic_ds import dist, log
+from unic_ds import dist
 from unic_ds.config import Data
 from unic_ds.data import shard_index, shards
 from unic_ds.data.members import Member, members_of
-from unic_ds.data.names import Names
 from unic_ds.data.reader import measure
+from unic_ds.data.string_table import Names
 from unic_ds.files import open_regular
-from unic_ds.printable import printable
+from unic_ds.files.printable import printable
+from unic_ds.process import console
 
 LISTED = 10  # faults that are named
 Tables = dict[str, NDArray[Any]]
@@ -42,7 +43,7 @@ def verify(out: Path) -> str:
     names = Names.cut(tables["names"].tobytes())
     with ThreadPoolExecutor(dist.cores()) as pool:
         check = partial(_faults, out, tables, named, names)
-        done = log.track(pool.map(check, range(len(named))), len(named), "verifying")
+        done = console.track(pool.map(check, range(len(named))), len(named), "verifying")
         faults = [fault for found in done for fault in found]
     strange = sorted({tar.name for tar in shards.found_in(out)} - set(named))
     faults += [f"{name}: is not in the index" for name in strange]

@@ -22,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from unic_ds import chance
+from unic_ds import rng
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates of sklearn's C, the inverse penalty, weakest model first."""
@@ -69,7 +69,7 @@ def choose(x_NC: Tensor, label_N: Tensor, seed: int) -> float:
 
 def hold_out(label_N: NDArray[np.integer], seed: int) -> NDArray[np.bool_]:
     """Mask of a seeded fifth of each class; one row of every class always stays."""
-    order_N = np.argsort(chance.uniform(seed, "linear", 1, np.arange(len(label_N)))[:, 0])
+    order_N = np.argsort(rng.uniform(seed, "linear", 1, np.arange(len(label_N)))[:, 0])
     held_N = np.zeros(len(label_N), dtype=bool)
     for label in np.unique(label_N):
         rows = order_N[label_N[order_N] == label]

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unic_ds import dist, entry, log
+from unic_ds import dist
+from unic_ds.process import console, entry_point
 
 Evaluator = Callable[[Tensor, Tensor, Tensor, Tensor], Iterator[tuple[str, float]]]
 """Yields (name, value) from training features and labels, validation features and labels."""
@@ -66,7 +67,7 @@ def evaluate(
     names, world = sorted(widths, key=lambda name: -widths[name]), dist.world()
     rounds = [names[at : at + world] for at in range(0, len(names), world)]
     found: Rows = {}
-    for models in log.track(rounds, len(rounds), "fitting probes"):
+    for models in console.track(rounds, len(rounds), "fitting probes"):
         mine: tuple[Tensor, ...] = ()
         for owner, name in enumerate(models):
             mine += tuple(x for side in (train, val) for x in side.gather(columns[name], owner))
@@ -91,7 +92,7 @@ def attempt(
             f" x {width} features; lower --eval.max_train"
         )
     except (OSError, RuntimeError, ValueError) as error:
-        if not entry.ours(error):
+        if not entry_point.ours(error):
             raise
         return {}, str(error)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unic_ds.files import write_whole
-from unic_ds.printable import printable
+from unic_ds.files.printable import printable
 
 Rows = Mapping[str, Mapping[str, float]]
 """Model -> evaluator -> accuracy in %, in the order of the table."""

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from unic_ds import config, dist, files
 from unic_ds.files import replacing
-from unic_ds.printable import printable
-from unic_ds.teachers import sources, weights
+from unic_ds.files.printable import printable
+from unic_ds.teachers import sources, weight_files
 from unic_ds.tokens import Tokens
 
 MANIFEST = "manifest.json"
@@ -259,7 +259,7 @@ class FeatureCache:
             theirs, ours = manifest["teachers"][row.name], own_facts(row)
             ours |= sources.kind_of(row, math.isqrt(self.layout.tokens))
             refuse_others(f"{str(self.folder)!r} ({row.name})", theirs, ours)
-            facts[row.name] = theirs | {k: ours[k] for k in weights.HASHES if k in ours}
+            facts[row.name] = theirs | {k: ours[k] for k in weight_files.HASHES if k in ours}
         if path := self.layout.broken(facts):
             raise ValueError(
                 f"the feature cache is not whole: {str(path)!r} is missing, no regular file or of"
@@ -356,19 +356,19 @@ def own_facts(row: config.Teacher) -> dict[str, Any]:
     keys = ("size", "patch", "mean", "std", "block", "precision")
     facts = {f"teachers.{row.name}.{key}": json.dumps(getattr(row, key)) for key in keys}
     try:
-        path = weights.locate(row)
+        path = weight_files.locate(row)
     except ValueError:
         path = None
     # A file may move; what is not a file, or not here, is known by its name.
-    return facts | (weights.hashes(path) if path else {"source": row.source})
+    return facts | (weight_files.hashes(path) if path else {"source": row.source})
 
 
 def refuse_others(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """ValueError, naming the first, if something that both state differs; hashes as a whole."""
     for key in ours:
         same = theirs.get(key) == ours[key]
-        if key in weights.HASHES:
-            same = weights.same(theirs, ours)
+        if key in weight_files.HASHES:
+            same = weight_files.same(theirs, ours)
         if not same:
             raise ValueError(
                 f"the feature cache {where} was made with {key} {printable(repr(theirs.get(key)))},"
@@ -378,7 +378,7 @@ def refuse_others(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]
 
 def without_hashes(row: Mapping[str, Any]) -> dict[str, Any]:
     """A teacher's facts but `weights.HASHES`."""
-    return {key: value for key, value in row.items() if key not in weights.HASHES}
+    return {key: value for key, value in row.items() if key not in weight_files.HASHES}
 
 
 def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
@@ -387,7 +387,7 @@ def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     other = [key for key in keys if theirs.get(key) != ours[key]]
     there, here = theirs["teachers"], ours["teachers"]
     same = there.keys() == here.keys() and all(
-        without_hashes(there[name]) == without_hashes(row) and weights.same(there[name], row)
+        without_hashes(there[name]) == without_hashes(row) and weight_files.same(there[name], row)
         for name, row in here.items()
     )
     return other if same else [*other, "teachers"]

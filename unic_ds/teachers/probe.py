@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from unic_ds import config
-from unic_ds.printable import printable
-from unic_ds.teachers.towers import NotTokens
+from unic_ds.files.printable import printable
+from unic_ds.teachers.adapters import NotTokens
 from unic_ds.tokens import KINDS, Tokens
 
 DTYPE = {

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from unic_ds import config, dist
-from unic_ds.printable import printable
-from unic_ds.teachers import precision, probe, sources, weights
-from unic_ds.teachers.towers import TOKEN
+from unic_ds.files.printable import printable
+from unic_ds.teachers import probe, quantisation, sources, weight_files
+from unic_ds.teachers.adapters import TOKEN
 from unic_ds.tokens import Normalise, Tokens, to_grid
 
 DTYPE = probe.DTYPE
@@ -32,10 +32,10 @@ class Teacher(nn.Module):
         *,
         grid: int,
         device: torch.device,
-        sample: precision.Sample | None = None,
+        sample: quantisation.Sample | None = None,
     ):
         super().__init__()
-        precision.check_device(row, device)
+        quantisation.check_device(row, device)
         self.row, self.name, self.licence = row, row.name, printable(source.licence)
         self.size, self.grid, self.summary = source.size, grid, str(source.tower.summary)
         self.mean, self.std = sources.preprocessing(row, source)
@@ -51,7 +51,7 @@ class Teacher(nn.Module):
         changes = row.quantised or row.placement != "replicate"
         of_python = row.source.startswith("python:")
         # Of weights that will not stay as they are.
-        self.hashes = weights.module_hashes(self.tower) if changes and of_python else {}
+        self.hashes = weight_files.module_hashes(self.tower) if changes and of_python else {}
         if row.placement != "replicate":
             offload = row.placement == "offload"
             dist.spread(self.tower, self.tower.blocks(), offload=offload)
@@ -85,22 +85,24 @@ class Teacher(nn.Module):
         image_B3HW = self.normalise(image_B3HW, self.dtype).contiguous(memory_format=self.layout)
         return self.tower(image_B3HW)
 
-    def quantise(self, device: torch.device, sample: precision.Sample | None) -> dict[str, float]:
+    def quantise(
+        self, device: torch.device, sample: quantisation.Sample | None
+    ) -> dict[str, float]:
         """Quantise its blocks; cosines of its tokens to those before, of a sample's images."""
         blocks = self.tower.blocks()
-        precision.check_tower(self.row, blocks)
+        quantisation.check_tower(self.row, blocks)
         image_B3HW = sample(self.size).to(device) if sample else None
         exact = self(image_B3HW) if image_B3HW is not None else None
-        precision.quantise(self.row, self.tower, blocks)
-        return precision.agreement(self(image_B3HW), exact) if exact else {}
+        quantisation.quantise(self.row, self.tower, blocks)
+        return quantisation.agreement(self(image_B3HW), exact) if exact else {}
 
     def facts(self) -> dict[str, Any]:
         """Facts that identify the teacher, as plain values; hashes its weight file."""
-        path = weights.locate(self.row)
-        of_module = {} if path else self.hashes or weights.module_hashes(self.tower)
+        path = weight_files.locate(self.row)
+        of_module = {} if path else self.hashes or weight_files.module_hashes(self.tower)
         return {
             "source": self.row.source,
-            **(weights.hashes(path) if path else of_module),
+            **(weight_files.hashes(path) if path else of_module),
             "size": self.size,
             "patch": self.patch,
             "mean": list(self.mean),
@@ -121,7 +123,7 @@ def load(
     *,
     grid: int,
     device: torch.device,
-    sample: precision.Sample | None = None,
+    sample: quantisation.Sample | None = None,
 ) -> Teacher:
     """The frozen teacher of a recipe's row; ValueError as `sources.read` and Teacher."""
     return Teacher(row, sources.read(row, grid), grid=grid, device=device, sample=sample)

@@ -1,0 +1,5 @@
+"""`python -m unic_ds.cli` is `unic-ds`."""
+
+from unic_ds.cli import main
+
+main()

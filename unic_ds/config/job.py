@@ -1,0 +1,244 @@
+"""A command line turned into a job, with everything checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from unic_ds import demo
+from unic_ds.config import Config, Teacher, data_spec, ds_config, extension, methods, recipes
+from unic_ds.config.overrides import nearest, option_names, options_of, override_all
+from unic_ds.files.printable import printable
+
+DOOR = {
+    "ds_config": "ds_configs/zero1.json, zero2, zero3 or zero3_offload, or your own (needed)",
+    "recipe": f"{', '.join(recipes.RECIPES)}; a method on one, like quickstart+radio"
+    f" ({', '.join(methods.METHODS)}); or a run's config.yaml [quickstart]",
+    "out": "run folder; the same command again resumes there [runs/RECIPE; for x.yaml runs/x]",
+    "resume": "auto (go on where the folder stands), never, or the PATH of a run folder or"
+    " checkpoint with the same settings [auto]",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train, how DeepSpeed runs it, and where it lives."""
+
+    cfg: Config
+    settings: dict[str, Any]
+    out: Path
+    resume: str
+    init: str  # model folder or encoder weights that it starts from; empty: from the seed
+    before: tuple[Job, ...] = ()  # earlier stages, in folders of their own under `out`
+
+    @property
+    def finished(self) -> bool:
+        """True if the folder holds the end of this run: its exported student and its table."""
+        return ended(self.out) and not extension.pending(self.cfg, self.out)
+
+
+def ended(out: Path) -> bool:
+    """Whether a stage's folder holds its exported student and its table."""
+    return (out / "student" / "model.safetensors").is_file() and (out / "results.json").is_file()
+
+
+def stop_files(out: Path, given: str) -> list[Path]:
+    """Files that have a run save and stop: its own, then the one of --run.stop_file."""
+    return [out / "STOP", *map(Path, filter(None, [given]))]
+
+
+def resolve(options: dict[str, str], ranks: int | None = None) -> Job:
+    """The Job of the options; ValueError, one sentence, for anything a user can get wrong.
+
+    `ranks` is asked of the launcher's environment where it is None.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
+    options = {
+        k: v for k, v in options.items() if k != "local_rank"
+    }  # the deepspeed launcher adds it
+    door = {k: options.pop(k) for k in list(options) if k in DOOR}
+    if "ds_config" not in door:
+        near = nearest("ds_config", list(options))
+        raise ValueError(
+            f"--ds_config is needed{near}, for example --ds_config ds_configs/zero2.json"
+        )
+    file = ds_config.read(door["ds_config"])
+    cfg = configure(door.get("recipe", "quickstart"), options)
+    out = out_folder(door)
+    resume, jobs, init = door.get("resume", "auto"), [], cfg.student.init
+    for stage, folder in staged(cfg, out):
+        settings = ds_config.merge(file, stage, ranks)
+        jobs.append(Job(cfg=stage, settings=settings, out=folder, resume=resume, init=init))
+        init = str(folder / "student")
+    check_resume(resume, stages=len(jobs))
+    for job in jobs:
+        check_folder(job, last=job is jobs[-1])
+    check_inputs(cfg)
+    check_room(out)
+    return replace(jobs[-1], before=tuple(jobs[:-1]))
+
+
+def out_folder(door: dict[str, str]) -> Path:
+    """The run folder that the options name, or the recipe's own; ValueError where it is no path."""
+    name = recipes.folder_name(door.get("recipe", "quickstart")) if "out" not in door else ""
+    given = door.get("out", f"runs/{name}")
+    if not given:
+        raise ValueError("--out is empty; give a folder, or leave it out for runs/RECIPE")
+    try:
+        os.lstat(given)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # too long, or without the right to look there
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"--out {printable(given)!r} cannot be written ({why})") from None
+    return Path(given)
+
+
+def staged(cfg: Config, out: Path) -> list[tuple[Config, Path]]:
+    """(settings, folder) of every stage, the last being `cfg` in `out` itself."""
+    stages = []
+    for number, text in enumerate(filter(str.strip, cfg.stages.split(";")), 1):
+        try:
+            stage = override_all(replace(cfg, stages=""), stage_options(text))
+        except ValueError as error:
+            said = printable(text.strip())
+            raise ValueError(f"stage {number} of --stages ({said!r}): {error}") from None
+        stages.append((stage, out / f"stage{number}"))
+    return [*stages, (cfg, out)]
+
+
+def stage_options(text: str) -> dict[str, str]:
+    """The options that one stage of --stages gives; ValueError where one comes twice."""
+    pairs = [word.partition("=") for word in shlex.split(text)]
+    names = [key.removeprefix("--") for key, _, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{printable(twice[0])} is given twice; give it once")
+    return dict(zip(names, (value for _, _, value in pairs), strict=True))
+
+
+def configure(recipe: str, options: dict[str, str]) -> Config:
+    """The recipe's Config with the options applied; ValueError names the nearest of an unknown."""
+    known = [*DOOR, *option_names()]
+    for name in options:
+        if name.split(".")[0] not in {k.split(".")[0] for k in known}:
+            raise ValueError(
+                f"unknown option --{name}{nearest(name, known)}; --help lists them all"
+            )
+    cfg = recipes.get(recipe, options.get("teachers", ""))
+    return override_all(cfg, {k: v for k, v in options.items() if k != "teachers"})
+
+
+def check_inputs(cfg: Config) -> None:
+    """ValueError for missing teachers or images; prepares the demonstration if it is meant."""
+    if not cfg.teachers:
+        raise ValueError("no teachers; give --teachers SOURCE,SOURCE or a --recipe that has some")
+    if not cfg.data.train:
+        raise ValueError(f"recipe {cfg.recipe} has no images; give --data.train DIR")
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # the node's first rank checks and prepares; this one meets it before it reads
+    prepare_demonstration(cfg)
+    check_init(cfg.student.init)
+    files = [t.source[5:].rpartition("#arch=")[0] for t in cfg.teachers if t.source[:5] == "file:"]
+    for key, given in (("train", cfg.data.train), ("val", cfg.data.val)):
+        if given:
+            try:
+                data_spec.check(given, f"--data.{key}")
+            except OSError as error:  # a name that is too long, for one
+                said = printable(given)
+                raise ValueError(f"--data.{key} {said!r}: {error.strerror}") from None
+    for teacher, path in zip(
+        (t for t in cfg.teachers if t.source[:5] == "file:"), files, strict=True
+    ):
+        if not cfg.cache and kind_of(path) != "file":
+            raise ValueError(
+                f"teacher {teacher.name!r} has no weights at {path!r}; put them there or give"
+                f" --teachers.{teacher.name}.source (`unic-ds teachers fetch` has those of hubs)"
+            )
+
+
+def check_init(path: str) -> None:
+    """ValueError where there is nothing to start from."""
+    kind = kind_of(path)
+    if path and kind == "folder" and kind_of(f"{path}/model.safetensors") != "file":
+        raise ValueError(
+            f"--student.init {path!r} holds no model.safetensors; give a run's student/ folder"
+        )
+    if path and kind != "folder" and not (kind == "file" and path.endswith(".safetensors")):
+        raise ValueError(f"--student.init {path!r} is no model folder and no .safetensors file")
+
+
+def kind_of(path: str) -> str:
+    """`file` or `folder`; empty for anything else, a text that can be no path included."""
+    try:
+        given = Path(path).expanduser()
+        return "folder" if given.is_dir() else "file" if given.is_file() else ""
+    except (OSError, RuntimeError):  # too long, or in the home of nobody
+        return ""
+
+
+def prepare_demonstration(cfg: Config) -> None:
+    """Make the quickstart's files where the Config means them and they are not there yet."""
+    try:
+        images = (
+            [str(path) for path, _ in data_spec.parts(cfg.data.train)] if cfg.data.train else []
+        )
+    except OSError:  # `check_inputs` says what is wrong
+        return
+    meant = [*images, *(t.source.removeprefix("file:") for t in cfg.teachers)]
+    if any(path.startswith(str(demo.root())) for path in meant) and not demo.ready():
+        demo.prepare()
+
+
+def check_resume(resume: str, *, stages: int) -> None:
+    """Raise ValueError if --resume names nothing that a run of so many stages can go on with."""
+    if resume in ("auto", "never"):
+        return
+    if kind_of(resume) != "folder":
+        raise ValueError(
+            f"--resume {resume!r} is neither auto, never nor a run folder or checkpoint; weights"
+            " alone start a new run by --student.init"
+        )
+    if stages > 1:
+        raise ValueError(f"--resume {resume!r} is of one stage; add --stages '' to train one alone")
+
+
+def check_folder(job: Job, *, last: bool) -> None:
+    """Raise ValueError if the run folder cannot be one, or holds a run that is not this one."""
+    if job.out.exists() and not job.out.is_dir():
+        raise ValueError(f"--out {str(job.out)!r} is a file; give a folder")
+    extension.check(job.cfg, job.out, resume=job.resume, last=last)
+
+
+def check_room(out: Path) -> None:
+    """ValueError where the run folder could not be written; makes nothing that would stay."""
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {str(out)!r} cannot be written ({error.strerror})") from None
+
+
+def help_text(usage: str) -> str:
+    """Every option with its default and meaning, for a terminal."""
+    lines = [usage, "", "The job:"]
+    lines += [f"  --{name:<24} {text}" for name, text in DOOR.items()]
+    lines += ["", "The science (dotted overrides of the recipe; defaults in brackets):"]
+    section = ""
+    for name, default, text in options_of():
+        if name == "recipe":
+            continue
+        if "." in name and name.split(".")[0] != section:
+            section = name.split(".")[0]
+            lines.append("")
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        lines.append(f"  --{name:<24} {text} [{shown}]")
+    lines += [
+        "",
+        f"  --teachers.NAME.KEY       one teacher's {', '.join(f.name for f in fields(Teacher))}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,223 @@
+"""The DALI decoder: one graph for the CPU and, with nvJPEG, for the GPU.
+
+Imported only where it is chosen. DALI draws nothing itself: every number comes with the batch. A
+sample that cannot be decoded spoils the whole pipeline, so the caller finds it with a decoder of
+one image, and restarts this one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from unic_ds.data import augmentation
+from unic_ds.data.augmentation import Draws
+from unic_ds.data.reader import Undecodable
+
+INVERTED = [float(min(v, 255 - v)) for v in range(256)]  # solarise at 0.5
+
+
+class Event(Protocol):
+    """torch.cuda.Event, as far as it is used."""
+
+    def query(self) -> bool: ...
+    def synchronize(self) -> None: ...
+
+
+class LentOutputs:
+    """DALI's outputs, kept until torch's stream has copied them.
+
+    `share_outputs` makes torch's stream wait for DALI's, and nothing makes DALI wait for torch: an
+    output that Python forgets returns to DALI's pool while its copy may only be queued, and the
+    next batch is written over it.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Event, Any]] = deque()
+
+    def keep(self, outputs: Any, copied: Event) -> None:
+        """Keep `outputs` until the event `copied`; forget those that are copied by now."""
+        while self._waiting and self._waiting[0][0].query():
+            self._waiting.popleft()
+        self._waiting.append((copied, outputs))
+
+    def wait(self) -> None:
+        """Wait for all copies and forget the outputs."""
+        for copied, _ in self._waiting:
+            copied.synchronize()
+        self._waiting.clear()
+
+
+class Decoder:
+    """Decodes batches of at most `batch` images in the order they were pushed, `depth` at once."""
+
+    _pipe: Pipeline
+    _fed: int  # batches since the last restart
+    _error: RuntimeError | None
+    _last: dict[str, Any]  # the newest inputs
+
+    def __init__(
+        self,
+        sizes: tuple[int, ...],
+        *,
+        batch: int,
+        depth: int,
+        threads: int,
+        colour: bool,
+        device: torch.device,
+    ):
+        self.sizes, self.colour, self.device, self._depth = sizes, colour, device, depth
+        self._gpu = device.type == "cuda"
+        here = torch.cuda.current_device() if self._gpu and device.index is None else device.index
+        self._options: dict[str, Any] = {
+            "batch_size": batch,
+            "num_threads": threads,
+            "prefetch_queue_depth": depth,
+            "device_id": here if self._gpu else None,  # None, not -1, is DALI without a GPU
+        }
+        self._lent = LentOutputs()
+        self.restart()
+
+    def push(self, encoded: list[NDArray[np.uint8]], draws: Draws) -> None:
+        """Begin a batch; `draws` are of the same images. What goes wrong is told by `pop`."""
+        self._last = self._inputs(draws) | {"encoded": encoded}
+        try:
+            self._feed(self._last)
+        except RuntimeError as error:  # an earlier batch has spoiled the pipeline
+            self._error = error
+
+    def pop(self) -> dict[int, Tensor]:
+        """Size -> uint8 B3HW of the oldest batch; Undecodable where an image in flight is."""
+        try:
+            if self._error:
+                raise self._error
+            while self._fed < self._depth:  # DALI starts only on `depth` batches; extras stay there
+                self._feed(self._last)
+            return self._outputs()
+        except (RuntimeError, IndexError) as error:
+            raise Undecodable(_cause(error)) from error
+
+    def restart(self) -> None:
+        """Forget every batch that was pushed, and the error of one."""
+        self._lent.wait()
+        self._pipe = graph(self.sizes, colour=self.colour, gpu=self._gpu, **self._options)
+        self._pipe.build()
+        self._fed = 0
+        self._error = None
+
+    def close(self) -> None:
+        """Free the pipeline's threads and memory."""
+        self._lent.wait()
+        del self._pipe
+
+    def _inputs(self, draws: Draws) -> dict[str, Any]:
+        """The graph's inputs by name, but the encoded images."""
+        inputs: dict[str, Any] = {
+            "start": np.ascontiguousarray(draws.window_B4[:, :2]),
+            "shape": np.ascontiguousarray(draws.window_B4[:, 2:]),
+        }
+        mirror_B = np.where(draws.flip_B, -1, 1)  # a negative width mirrors
+        side_B2 = np.stack([np.ones_like(mirror_B), mirror_B], -1).astype(np.float32)
+        inputs |= {f"side_{size}": size * side_B2 for size in self.sizes}
+        if not self.colour:
+            return inputs
+        inputs["pixel"], inputs["mean"] = augmentation.colour(draws)
+        inputs["colours"] = draws.coloured_B
+        inputs["blurs"], inputs["solarises"] = draws.sigma_B > 0, draws.solarise_B
+        for size in self.sizes:
+            inputs[f"sigma_{size}"] = draws.sigma_B * np.float32(size / self.sizes[0])
+        return inputs
+
+    def _feed(self, inputs: dict[str, Any]) -> None:
+        for name, value in inputs.items():
+            self._pipe.feed_input(name, value)
+        self._fed += 1
+        if self._fed >= self._depth:
+            self._pipe.schedule_run()
+
+    def _outputs(self) -> dict[int, Tensor]:
+        """Copies of the oldest outputs; on the GPU in the order of torch's stream, unwaited for."""
+        stream = torch.cuda.current_stream(self.device) if self._gpu else None
+        outputs = self._pipe.share_outputs(stream.cuda_stream if stream else None)
+        images = {}
+        for size, output in zip(self.sizes, outputs, strict=True):
+            image_B3HW = from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+            images[size] = image_B3HW.clone(memory_format=torch.contiguous_format)
+        if stream:
+            self._lent.keep(outputs, stream.record_event())
+        self._pipe.release_outputs()
+        return images
+
+
+def _cause(error: Exception) -> str:
+    """The line of DALI's message that says what happened, without its tracebacks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    after = lines.index("encountered:") + 1 if "encountered:" in lines else 0
+    return lines[after].rstrip(" :") if after < len(lines) else "DALI gave up"
+
+
+@pipeline_def(enable_conditionals=True)
+def graph(sizes: tuple[int, ...], *, colour: bool, gpu: bool) -> tuple[DataNode, ...]:
+    """Encoded images and draws -> one uint8 BHW3 output per size."""
+    window_HW3 = fn.decoders.image_slice(
+        _input("encoded", types.UINT8, 1),
+        start=_input("start", types.INT32, 1),
+        shape=_input("shape", types.INT32, 1),
+        axis_names="WH",
+        device="mixed" if gpu else "cpu",
+    )
+    images = {size: _resize(window_HW3, size) for size in sizes}
+    if colour:
+        images = _recolour(images, sizes[0], gpu)
+    return tuple(images.values())
+
+
+def _recolour(images: dict[int, DataNode], first: int, gpu: bool) -> dict[int, DataNode]:
+    """Colour, blur and solarise at every size; the mean grey is that of the first."""
+    mean_13 = fn.reshape(fn.reductions.mean(images[first], axes=(0, 1)), shape=[1, 3])
+    if gpu:
+        mean_13 = mean_13.cpu()  # named arguments are read on the host
+    shift_13 = fn.coord_transform(mean_13, M=_input("mean", types.FLOAT, 2))
+    shift_3 = fn.reshape(shift_13, shape=[3])
+    pixel_33 = _input("pixel", types.FLOAT, 2)
+    colours, blurs, solarises = (
+        _input(name, types.BOOL, 0) for name in ("colours", "blurs", "solarises")
+    )
+    done = {}
+    for size, image_HW3 in images.items():
+        if colours:
+            image_HW3 = fn.coord_transform(image_HW3, M=pixel_33, T=shift_3, dtype=types.UINT8)
+        if blurs:
+            image_HW3 = _blur(image_HW3, size, first)
+        if solarises:
+            image_HW3 = fn.lookup_table(
+                image_HW3, keys=list(range(256)), values=INVERTED, dtype=types.UINT8
+            )
+        done[size] = image_HW3
+    return done
+
+
+def _input(name: str, dtype: types.DALIDataType, ndim: int) -> DataNode:
+    return fn.external_source(name=name, batch=True, dtype=dtype, ndim=ndim)
+
+
+def _resize(window_HW3: DataNode, size: int) -> DataNode:
+    side_2 = _input(f"side_{size}", types.FLOAT, 1)
+    return fn.resize(window_HW3, size=side_2, interp_type=types.INTERP_CUBIC, antialias=True)
+
+
+def _blur(image_HW3: DataNode, size: int, first: int) -> DataNode:
+    sigma, window = (
+        _input(f"sigma_{size}", types.FLOAT, 0),
+        2 * augmentation.blur_radius(size, first) + 1,
+    )
+    return fn.gaussian_blur(image_HW3, sigma=sigma, window_size=window)

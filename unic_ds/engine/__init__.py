@@ -1,0 +1,1 @@
+"""DeepSpeed engine, optimiser and weight averaging."""

@@ -1,0 +1,310 @@
+"""DeepSpeed: ZeRO, precision and accumulation. Only this module and `reshard` import it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unic_ds import config, dist
+from unic_ds.config import ds_config
+from unic_ds.engine import optim
+from unic_ds.engine.ema import AveragedAdamW, in_place_of_weights
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def create(make: Callable[[], Module], settings: dict[str, Any]) -> Module:
+    """What `make` makes; under ZeRO-3 no rank ever holds all of it.
+
+    Each parameter is partitioned at the end of its module's constructor, in the precision of the
+    settings; what else is computed there stays in fp32, as under the other stages. Values written
+    later are written through `whole`.
+    """
+    if ds_config.stage(settings) < 3:
+        return make()
+    deepspeed = load_deepspeed()
+    # Before DeepSpeed knows of the ranks, zero.Init takes the settings to be one rank's.
+    backend = deepspeed.accelerator.get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(backend, dist_init_required=False)
+    init: Any = deepspeed.zero.Init
+
+    class Birth(init):
+        def _post_init_method(self, module: nn.Module) -> None:
+            if any(p.is_meta for p in module.parameters(recurse=False)):
+                return  # an outline, not the student
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(self.dtype)
+            super()._post_init_method(module)
+
+    own = settings["zero_optimization"] | {"override_module_apply": False}
+    linear = F.linear
+    try:
+        with Birth(config_dict_or_path=settings | {"zero_optimization": own}, tensor_overrides=[]):
+            student = make()
+        if F.linear is not linear:
+            confine(student, F.linear)
+    finally:
+        F.linear = linear
+    return student
+
+
+@contextmanager
+def whole(parameter: nn.Parameter) -> Iterator[bool]:
+    """All of a parameter while the body runs, and whether what this rank writes there counts.
+
+    Of one that ZeRO-3 has partitioned rank 0's values go to all; every rank must enter.
+    """
+    if not hasattr(parameter, "ds_id"):
+        yield True
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter], modifier_rank=0):
+        yield dist.rank() == 0
+
+
+def shape(value: Tensor) -> torch.Size:
+    """What a tensor's shape is where it is whole."""
+    return getattr(value, "ds_shape", value.shape)
+
+
+def build(student: nn.Module, cfg: config.Optim, settings: dict[str, Any]) -> Any:
+    """A DeepSpeed engine around `student` with AdamW on its trained parameters."""
+    deepspeed = load_deepspeed()
+    groups = optim.groups(student, cfg.weight_decay, layer_decay=cfg.layer_decay)
+    optimizer = adamw(groups, cfg)
+    linear = F.linear
+    engine, *_ = deepspeed.initialize(
+        model=student, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    if F.linear is not linear:
+        confine(student, F.linear)
+        F.linear = linear
+    optimizer.state.clear()  # under ZeRO-0 in bf16 DeepSpeed took a step of zero gradients
+    mask_norm_on_device()
+    wait_on_device(engine.optimizer, deepspeed.accelerator.get_accelerator())
+    return engine
+
+
+def wait_on_device(optimizer: Any, accelerator: Any) -> None:
+    """Make streams wait for each other where DeepSpeed makes the host wait for the device.
+
+    After each backward DeepSpeed 0.19.8 stops the host until the gradients are reduced: ZeRO-1 and
+    2 with `overlap_comm` for the whole device, ZeRO-3 for its reduction stream, and at the end of
+    a step for the whole device. Kernels need that order, the host does not:
+
+    - Accumulation, norm and AdamW are queued on the current stream, after its wait.
+    - Buckets and gradients freed afterwards were allocated on the current stream, which reuses
+      their memory after its wait; the allocator holds what was given to `record_stream`.
+    - Memory that the reduction stream allocated is reused by that stream, after its own wait for
+      the stream that fills the next bucket.
+    - ZeRO-3's gathers read what AdamW wrote, so their stream waits for the current one. DeepSpeed
+      leaves that to the wait for the device, which it omits where no parameter is persistent.
+
+    Under offload the CPU reads gradients, so the host has to wait. A CPU has no streams, and an
+    optimiser without these names is of another version: both stay as they are.
+    """
+    offloads = ("cpu_offload", "offload_optimizer", "offload_param")
+    if any(getattr(optimizer, name, False) for name in offloads):
+        return
+    epilogue = "independent_gradient_partition_epilogue"
+    if stream := getattr(optimizer, "reduction_stream", None):
+        queue_waits(optimizer, epilogue, accelerator, stream)
+    stream = getattr(optimizer, "reduce_and_partition_stream", None)
+    offload = getattr(optimizer, "parameter_offload", None)  # ZeRO-3's hooks, offloaded or not
+    gathers = getattr(offload, "_DeepSpeedZeRoOffload__allgather_stream", None)
+    if stream and gathers:
+        queue_waits(optimizer, epilogue, accelerator, stream)
+        queue_waits(optimizer, "_post_step", accelerator, gathers)
+
+
+def queue_waits(optimizer: Any, name: str, accelerator: Any, stream: Any) -> None:
+    """Let the current stream and `stream` wait for each other during and after a method.
+
+    Within it they do so in the place of `synchronize`, of the accelerator and of `stream`.
+    """
+    method = getattr(optimizer, name, None)
+    if method is None:
+        return
+
+    def meet(*_: Any) -> None:
+        current = accelerator.current_stream()
+        stream.wait_stream(current)  # in ZeRO-1 and 2 a bucket may be full and not reduced yet
+        current.wait_stream(stream)
+
+    def queued(*given: Any) -> None:
+        for owner in (accelerator, stream):
+            owner.synchronize = meet
+        try:
+            method(*given)
+            meet()
+        finally:
+            for owner in (accelerator, stream):
+                del owner.synchronize
+
+    setattr(optimizer, name, queued)
+
+
+def mask_norm_on_device() -> None:
+    """Let ZeRO-1 and 2 mark a norm that is not finite without a wait of the host.
+
+    DeepSpeed 0.19.8 uploads the -1 that it writes there, and CUDA's `masked_fill_` reads it back:
+    two waits for each parameter group in every step.
+    """
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    def mask(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
+        norm.masked_fill_(~norm.isfinite(), val)
+
+    if hasattr(stage_1_and_2, "mask_nan_or_inf_with_val_inplace"):
+        stage_1_and_2.mask_nan_or_inf_with_val_inplace = mask
+
+
+def adamw(groups: list[dict[str, Any]], cfg: config.Optim) -> torch.optim.AdamW:
+    """AdamW, with an average of the weights where `cfg.ema` asks; its rate comes with each step."""
+    options: dict[str, Any] = {
+        "lr": 0.0,
+        "betas": (cfg.beta1, cfg.beta2),
+        "eps": cfg.eps,
+        "fused": True,
+    }
+    if cfg.ema:
+        return AveragedAdamW(groups, decay=cfg.ema, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def confine(student: nn.Module, linear: Any) -> None:
+    """Give the student's Linears, and nothing else of this process, the `linear` of ZeRO-3.
+
+    DeepSpeed replaces `F.linear` for everybody by one that keeps no gathered weight. In bf16 it
+    rounds before it adds the bias, so frozen teachers would give other targets than under ZeRO-2.
+    """
+
+    def forward(module: nn.Linear, x: Tensor) -> Tensor:
+        return linear(x, module.weight, module.bias)
+
+    for module in student.modules():
+        if type(module) is nn.Linear:
+            module.forward = partial(forward, module)  # type: ignore[method-assign]
+
+
+def load_deepspeed() -> Any:
+    """DeepSpeed, without its chatter, and without the C++ all-reduce it would compile on a CPU box.
+
+    That op costs a compiler and half a minute at the first start, and serves one node only; gloo
+    does the job.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch 2.14 renamed.
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():  # on a GPU node the table costs a probe of every op
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def weights(engine: Any, prefix: str) -> dict[str, Tensor]:
+    """What is exported: fp32 weights under `prefix` (cut off), on the CPU of rank 0; others: none.
+
+    Their average where the run keeps one. Every rank must call it: weights are gathered one by one.
+    """
+    masters, found = whole_masters(engine.optimizer), {}
+    with in_place_of_weights(engine.basic_optimizer):
+        for name, parameter in engine.module.named_parameters():
+            if name.startswith(prefix):
+                full = gather(parameter, masters)
+                if dist.rank() == 0:
+                    found[name.removeprefix(prefix)] = full.float().cpu().clone()
+                del full
+    return found
+
+
+def gather(parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]) -> Tensor:
+    """The whole of a parameter, in fp32 where it is trained."""
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    full = masters.get(parameter)
+    if full is None and parameter.requires_grad:
+        full = safe_get_full_fp32_param(parameter)
+    if full is None:
+        with GatheredParameters([parameter]):
+            full = parameter.detach().clone()
+    return full.detach()
+
+
+def whole_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
+    """Each bf16 parameter's fp32 master where every rank holds all of it: under ZeRO-0."""
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    if not isinstance(optimizer, FP16_UnfusedOptimizer):
+        return {}
+    pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+
+
+def order(engine: Any) -> list[str]:
+    """Trained weights in the order that ZeRO-0 saves their state in, which it saves no names of."""
+    if engine.zero_optimization_stage():
+        return []
+    masters = whole_masters(engine.optimizer)
+    names = {masters.get(p, p): name for name, p in engine.module.named_parameters()}
+    return [names[p] for group in engine.basic_optimizer.param_groups for p in group["params"]]
+
+
+def copies(engine: Any) -> int:
+    """fp32 numbers that a checkpoint holds for each weight: itself, two moments, an average."""
+    return 4 if isinstance(engine.basic_optimizer, AveragedAdamW) else 3
+
+
+def guard(engine: Any, skip: Callable[[Tensor | float], Tensor]) -> None:
+    """Let the optimiser ask before each of its steps whether to leave everything as it is.
+
+    `skip` is told the gradient's norm over all ranks and says 1 or 0 on the device. DeepSpeed
+    refuses gradients that are not finite by itself under most settings; then `skip` is not asked.
+    """
+    whole, inner = engine.optimizer, engine.basic_optimizer
+
+    def ask(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        norm = own_norm(weights) if whole is inner else whole._global_grad_norm
+        optimizer.found_inf = skip(norm).to(weights[0].device)  # type: ignore[attr-defined]
+
+    # Where a part of the state is offloaded, DeepSpeed steps the rest by an AdamW of its own.
+    for optimizer in filter(None, (inner, getattr(whole, "backup_optimizer", None))):
+        optimizer.register_step_pre_hook(ask)
+
+
+def own_norm(weights: list[Tensor]) -> Tensor:
+    """The gradient's norm where DeepSpeed takes none: under ZeRO-0 in fp32."""
+    return nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+
+
+def release(engine: Any) -> None:
+    """Free what training holds; the engine cannot be used again.
+
+    ZeRO-3 makes autograd functions of the modules, which torch keeps for ever, so references to
+    what is large are cut.
+    """
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        vars(parameter).clear()  # what DeepSpeed hung there: a rank's part, the optimiser
+        parameter.data, parameter.grad = torch.empty(0, dtype=parameter.dtype), None
+    vars(engine).clear()
+
+
+def grad_norm(engine: Any) -> Tensor | float | None:
+    """The last step's gradient norm over all ranks as DeepSpeed kept it, if it did; not read."""
+    return engine.get_global_grad_norm()

@@ -1,0 +1,59 @@
+"""Deterministic kernels, by which a run on a GPU repeats itself bit for bit.
+
+A CPU's kernels are deterministic anyway. On a GPU torch chooses, among others, cuDNN's attention,
+whose backward adds in an order that differs from one run to the next.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.utils.deterministic
+
+from unic_ds.files.printable import printable
+
+REFUSED = " does not have a deterministic implementation"
+"""What torch says after the name of an operation that it refuses to run."""
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+FIXED = ":4096:8", ":16:8"
+"""Values of it with which cuBLAS adds in one order."""
+
+
+def choose(on: bool) -> None:
+    """Let torch use deterministic kernels alone, or any again; before CUDA and the ranks start.
+
+    Flash and memory-efficient attention have a deterministic backward in this mode, cuDNN's has
+    none. NCCL's reductions in the switch (NVLS) are left out by torch if the mode is on when a
+    group is made. ValueError if the environment tells cuBLAS otherwise.
+    """
+    if on == torch.are_deterministic_algorithms_enabled():
+        return
+    if on:
+        if (given := os.environ.setdefault(WORKSPACE, FIXED[0])) not in FIXED:
+            raise ValueError(
+                f"{WORKSPACE} is {printable(repr(given))}, with which cuBLAS is not deterministic;"
+                f" unset it, or set it to {FIXED[0]}, or leave out --run.deterministic"
+            )
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(on)
+    # What it fills is overwritten; a property of the module, which its types do not say.
+    torch.utils.deterministic.fill_uninitialized_memory = not on  # type: ignore[attr-defined]
+    torch.backends.cuda.enable_cudnn_sdp(not on)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Context manager: what has no deterministic kernel is a RuntimeError with the remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        name, found, _ = str(error).partition(REFUSED)
+        if not found:
+            raise
+        raise RuntimeError(
+            f"{printable(name)} has no deterministic kernel on this device, and run.deterministic"
+            " allows no other; start the same command with --run.deterministic false"
+        ) from error

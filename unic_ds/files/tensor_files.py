@@ -1,0 +1,238 @@
+"""Files of tensors: written with the umask's mode, read within bounds, known by their content.
+
+Safetensors, and what torch.save writes, whose pickle torch's restricted unpickler reads. The sizes
+that a file declares are compared with its own before memory is spent on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unic_ds.files import apply_umask, encodable, open_regular
+from unic_ds.files.printable import printable
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Types of weights; float8 and integers are worth nothing without their scales."""
+DIRECTORY_LIMIT = 16 << 20
+"""Bytes of the largest safetensors header, and of the largest pickle of a torch file."""
+COUNT_LIMIT = 20_000
+"""Tensors of the largest file; the largest models have some thousands."""
+CLAIM = 4
+"""Times its file's size that tensors may hold: tied weights are stored once."""
+ZIP = b"PK\x03\x04"
+
+
+class Safetensors(Mapping[str, Tensor]):
+    """Tensors of a safetensors file by name, in sorted order, mapped when they are asked for.
+
+    ValueError for a file that is missing, damaged or no safetensors file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with open_regular(path) as file:
+                if int.from_bytes(file.read(8), "little") > DIRECTORY_LIMIT:
+                    raise ValueError(f"its header is larger than {DIRECTORY_LIMIT} bytes")
+            self.file = safe_open(encodable(path), "pt")
+            self.names = dict.fromkeys(sorted(self.file.keys()))
+            self.metadata: dict[str, str] = self.file.metadata() or {}
+        except (OSError, ValueError, MemoryError, SafetensorError) as error:
+            raise unreadable(path, error) from None
+        refuse_many(path, len(self.names))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        try:
+            return self.file.get_tensor(name)
+        except SafetensorError as error:
+            raise unreadable(self.path, error) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def unreadable(path: Path, error: Exception) -> ValueError:
+    """The sentence about a damaged safetensors file."""
+    why = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return ValueError(f"{str(path)!r} cannot be read as safetensors ({printable(why)})")
+
+
+def refuse_many(path: Path, count: int) -> None:
+    """ValueError for more tensors than any model has."""
+    if count > COUNT_LIMIT:
+        raise ValueError(f"{str(path)!r} has {count} tensors, more than {COUNT_LIMIT}")
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; ValueError as `Safetensors`."""
+    return dict(Safetensors(path))
+
+
+def save(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file: the same tensors and metadata give the same bytes.
+
+    OSError where it cannot be written.
+    """
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    try:
+        save_file(plain, encodable(path), dict(metadata) if metadata else None)
+    except SafetensorError as error:
+        raise OSError(f"{str(path)!r} cannot be written ({printable(error)})") from None
+    if metadata:
+        sort_metadata(path)
+    apply_umask(path)
+
+
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata in a file's header, which safetensors writes in random order."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
+def unpickle(
+    path: Path, admitted: Iterable[tuple[type, str]] = (), *, checksums: bool = False
+) -> Any:
+    """Content of a file of torch.save, on the CPU and mapped where it is a zip archive.
+
+    Torch's restricted unpickler reads it, which runs tensor rebuilders alone; a class of `admitted`
+    stands in for what the pickle calls by that name. `checksums` reads the whole file to compare
+    them. ValueError names what a refused file asked for, or why another cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            head = file.read(len(ZIP))
+        if not head:
+            raise ValueError("it is empty")
+        if zipped := head == ZIP:
+            check_archive(path, checksums=checksums)
+        with (
+            torch.serialization.safe_globals(list(admitted)),
+            warnings.catch_warnings(action="ignore"),  # of protocols that torch.save does not write
+        ):
+            return torch.load(encodable(path), map_location="cpu", weights_only=True, mmap=zipped)
+    # A damaged pickle leads the unpickler to any exception at all; each becomes a sentence.
+    except Exception as error:
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{str(path)!r} is refused: it names {printable(foreign[1])}, which no weights need"
+            ) from None
+        raise ValueError(
+            f"{str(path)!r} cannot be read as a checkpoint: {reason_of(error)}"
+        ) from None
+
+
+def reason_of(error: Exception) -> str:
+    """Why torch cannot read a file, without its advice to load it unrestricted."""
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "it asks for more memory than there is"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    line = (text or type(error).__name__).splitlines()[0]
+    return printable("it is of an old kind" if "weights_only" in line else line)
+
+
+def check_archive(path: Path, *, checksums: bool) -> None:
+    """ValueError for a torch archive that inflates, has more parts than any model or is damaged."""
+    with zipfile.ZipFile(path) as archive:
+        check_sizes(archive.infolist(), path.stat().st_size)
+        if checksums and (broken := archive.testzip()):  # torch itself checks none
+            raise ValueError(f"{printable(broken)} is damaged")
+
+
+def check_sizes(parts: list[zipfile.ZipInfo], size: int) -> None:
+    """ValueError for parts that are too many, or larger than their file of `size` bytes."""
+    if len(parts) > COUNT_LIMIT:
+        raise ValueError(f"it has {len(parts)} parts, more than {COUNT_LIMIT}")
+    for part in parts:
+        if part.file_size != part.compress_size and "/code/" not in part.filename:
+            raise ValueError(
+                f"{printable(part.filename)} inflates from {part.compress_size} to"
+                f" {part.file_size} bytes, but torch.save compresses nothing"
+            )
+        if part.filename.endswith(".pkl") and part.file_size > DIRECTORY_LIMIT:
+            raise ValueError(
+                f"{printable(part.filename)} has {part.file_size} bytes, more than"
+                f" {DIRECTORY_LIMIT}"
+            )
+    code = sum(part.file_size for part in parts if part.file_size != part.compress_size)
+    if code > DIRECTORY_LIMIT or sum(part.file_size for part in parts) - code > size:
+        raise ValueError("its parts are larger than the file")
+
+
+def refuse_oversized(path: Path, tensors: Iterable[Tensor]) -> None:
+    """ValueError for tensors that claim far more numbers than their file can hold."""
+    claimed, size = sum(x.numel() * x.element_size() for x in tensors), path.stat().st_size
+    if claimed > CLAIM * size:
+        raise ValueError(f"{str(path)!r} claims {claimed} bytes of tensors in {size}")
+
+
+def unlike_weights(value: object) -> str:
+    """Why a value is no plain tensor of an allowed type, or nothing; integers are allowed."""
+    if not isinstance(value, Tensor):
+        return f"is no tensor but {type(value).__name__}"
+    kinds = {
+        "nested": value.is_nested,
+        "sparse": value.layout != torch.strided,
+        "quantised": value.is_quantized,
+        "without contents": value.is_meta,
+    }
+    if odd := [kind for kind, found in kinds.items() if found]:
+        return f"is a tensor that is {odd[0]}"
+    if value.is_complex() or (value.is_floating_point() and value.dtype not in FLOATS):
+        return not_floating(value)
+    return ""
+
+
+def not_floating(value: Tensor) -> str:
+    """The words about a tensor of another type than weights have."""
+    kind = str(value.dtype).removeprefix("torch.")
+    return f"is {kind}, not float32, bfloat16, float16 or float64"
+
+
+def is_finite(value: Tensor) -> bool:
+    """If all numbers of a floating tensor are finite."""
+    # A sum is finite only of finite numbers, and needs no memory; it may overflow, though.
+    total = value.sum(dtype=torch.float32)
+    return bool(total.isfinite()) or bool(value.isfinite().all())
+
+
+def content(tensors: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 over names, types, shapes and bytes of plain tensors, whatever file has them."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach()
+        kind = [name, str(value.dtype).removeprefix("torch."), list(value.shape)]
+        total.update(json.dumps(kind).encode())
+        total.update(raw_bytes(value))
+    return total.hexdigest()
+
+
+def raw_bytes(value: Tensor) -> Any:
+    """A tensor's bytes, as an array of uint8."""
+    return value.cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -1,0 +1,1 @@
+"""The distillation loss and how it balances the teachers."""

@@ -1,0 +1,1 @@
+"""The student: a ViT encoder and its ladder of projectors."""

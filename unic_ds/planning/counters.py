@@ -1,0 +1,214 @@
+"""Counters of operators that run on tensors without contents: FLOPs, bytes, kernels, live bytes."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import astuple, dataclass
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+FREE = ("prim.", "empty", "_unsafe_view", "detach", "lift_fresh", "_local_scalar_dense")
+"""Parts of the names of operators that launch nothing, beside views."""
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that operators make, but for views of those given: now, and at most."""
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in given}
+        self.collects = gc.isenabled()
+
+    def __enter__(self) -> Self:
+        # What cycles hold is not counted, or a peak would hang on when the collector comes by. It
+        # is called where a peak grows instead, and looks at what came since.
+        gc.disable()
+        gc.freeze()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        gc.unfreeze()
+        if self.collects:
+            gc.enable()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for value in tree_iter(found):
+            if isinstance(value, Tensor):
+                self.meet(value.untyped_storage())
+        return found
+
+    def meet(self, storage: Any) -> None:
+        """Count a storage until it is freed."""
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += storage.nbytes()
+        weakref.finalize(storage, self.forget, key, storage.nbytes())
+        if self.now > 1.02 * self.peak:
+            gc.collect()
+        self.peak = max(self.peak, self.now)
+
+    def forget(self, key: int, nbytes: int) -> None:
+        """A storage is gone."""
+        self.known.discard(key)
+        self.now -= nbytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs by the kernels that do them, bytes of the other kernels, and kernels; all additive."""
+
+    matmul: float = 0.0  # FLOPs of matrix products and convolutions
+    attention: float = 0.0  # FLOPs
+    ladder: float = 0.0  # FLOPs of the forward in the ladder's own kernels
+    moved: float = 0.0  # bytes that all other operators read and write, one by one
+    moved_fused: float = 0.0  # the same where operators between two products are one kernel
+    launches: float = 0.0  # kernels
+    launches_fused: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all kernels."""
+        return self.matmul + self.attention + self.ladder
+
+    def combine(self, function: Callable[..., float], *others: Work) -> Work:
+        """Apply a function number by number."""
+        return Work(*map(function, astuple(self), *map(astuple, others)))
+
+    def times(self, factor: float) -> Work:
+        """The work of so many times as many images."""
+        return self.combine(lambda number: factor * number)
+
+    def since(self, before: Work) -> Work:
+        """The work that was added since `before`."""
+        return self.combine(lambda now, then: now - then, before)
+
+
+class Meter(Live):
+    """Live bytes, and the Work of operators.
+
+    An operator reads its arguments and writes its results once. Bytes of products and attention
+    are not counted: they take their time by FLOPs. A fused row of operators reads what it does not
+    make, and writes what outlives it: temporaries stay in registers.
+    """
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__(given)
+        self.formulas = flop_counter().flop_registry
+        self.counted = dict.fromkeys(Work.__dataclass_fields__, 0.0)
+        self.row_reads: dict[int, int] = {}
+        self.row_makes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        if launches(func):
+            self.count(func, args, kwargs or {}, found)
+        return found
+
+    @property
+    def flops(self) -> float:
+        """FLOPs until now."""
+        return sum(self.counted[kind] for kind in ("matmul", "attention", "ladder"))
+
+    def work(self) -> Work:
+        """The work until now; ends a row of fused operators."""
+        self.end_row()
+        return Work(**self.counted)
+
+    def count(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
+        """Count an operator that launches kernels."""
+        formula, kind = self.formulas.get(func._overloadpacket), kind_of(func)
+        kernels = entries(args) if func.namespace == "unic_kernels" else 1
+        self.counted["launches"] += kernels
+        if formula or kind == "ladder":
+            self.end_row()
+            self.counted["launches_fused"] += kernels
+            self.counted[kind] += formula(*args, **kwargs, out_val=found) if formula else 0
+            return
+        read = tensors((args[1:] if overwrites(func) else args, kwargs))
+        for own, values in ((self.row_reads, read), (self.row_makes, tensors(found))):
+            for x in values:
+                storage, nbytes = x.untyped_storage(), shown(x)
+                key = storage._cdata
+                self.counted["moved"] += nbytes
+                if own is self.row_makes or key not in self.row_makes:
+                    own[key] = min(own.get(key, 0) + nbytes, storage.nbytes())
+
+    def end_row(self) -> None:
+        """End a row of operators that one kernel would fuse."""
+        if self.row_reads or self.row_makes:
+            moved = sum(self.row_reads.values()) + sum(self.row_makes.values())
+            self.counted["moved_fused"] += moved
+            self.counted["launches_fused"] += 1
+        self.row_reads, self.row_makes = {}, {}
+
+    def forget(self, key: int, nbytes: int) -> None:
+        self.row_makes.pop(key, None)
+        super().forget(key, nbytes)
+
+
+@cache
+def launches(func: Any) -> bool:
+    """True for an operator that launches a kernel: no view, and no memory alone."""
+    view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+    return not view and not any(part in str(func) for part in FREE)
+
+
+@cache
+def overwrites(func: Any) -> bool:
+    """True for an operator that writes its first argument without reading it."""
+    return func._schema.name in ("aten::copy_", "aten::zero_", "aten::fill_")
+
+
+@cache
+def kind_of(func: Any) -> str:
+    """The field of Work that an operator's FLOPs belong to."""
+    if func.namespace == "unic_kernels":
+        return "ladder" if func._schema.name.startswith("unic_kernels::ladder") else ""
+    return "attention" if "scaled_dot_product" in func._schema.name else "matmul"
+
+
+def entries(args: Any) -> int:
+    """Entries of the longest list among arguments: an operator of ours launches one kernel each."""
+    return max((len(x) for x in args if isinstance(x, list)), default=1)
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Every tensor of a nest once."""
+    yield from {id(x): x for x in tree_iter(tree) if isinstance(x, Tensor)}.values()
+
+
+def shown(x: Tensor) -> int:
+    """Bytes that a tensor shows: an expanded axis counts once."""
+    sizes = (n for n, stride in zip(x.shape, x.stride(), strict=True) if stride)
+    return math.prod(sizes) * x.element_size() if x.numel() else 0
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, told of the attention that a CPU runs."""
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    aten = torch.ops.aten
+    known = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=known)

@@ -1,0 +1,130 @@
+"""GPUs as the planner knows them: memory, peak and bandwidths by the vendors' data sheets, and the
+shares of them that kernels are assumed to reach.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from unic_ds.config import check
+from unic_ds.config.overrides import nearest
+from unic_ds.files.documents import read_yaml
+from unic_ds.files.printable import printable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU and what joins it to others; bandwidths are of one direction."""
+
+    name: str
+    memory_gb: float  # what the driver shows, in 1e9 bytes
+    tflops: float  # dense bf16
+    memory_gb_s: float
+    node_gb_s: float  # to the other GPUs of its node
+    net_gb_s: float  # its share of the node's network
+    host_gb_s: float = 32  # to the CPU, by PCIe
+    per_node: int = 8
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "name":
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                check(
+                    number and 0 < value < math.inf,
+                    f"{printable(self.name)}: {field.name}",
+                    "a positive number",
+                    value,
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """Shares of a GPU's peaks that kernels reach with large micro batches.
+
+    Assumptions, to be replaced by measured ones. Shares of the peak that all kernels of `teachers`
+    or `student` reach together, once measured, stand for `matmul`, `attention` and `memory` there.
+    """
+
+    matmul: float = 0.657  # products: 650 of an H100's 989 TFLOP/s
+    attention: float = 0.354  # forward and backward: 350 of them
+    ladder: float = 0.43  # the ladder's own kernels
+    memory: float = 0.776  # kernels that move bytes: 2.6 of an H100's 3.35 TB/s
+    teachers: float | None = None
+    student: float | None = None
+    links: float = 0.75
+    overlap: float = 0.80  # of what communication may hide behind: backward, teachers' forward
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            check(value is None or 0 < value <= 1, f"--efficiency {name}", "in (0, 1]", value)
+
+
+def _row(  # a data sheet's numbers, in the order of the fields
+    name: str, memory: float, tflops: float, hbm: float, node: float, net: float, host: float
+) -> Gpu:
+    return Gpu(
+        name=name,
+        memory_gb=memory,
+        tflops=tflops,
+        memory_gb_s=hbm,
+        node_gb_s=node,
+        net_gb_s=net,
+        host_gb_s=host,
+    )
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _row("a100-40", 42.5, 312, 1555, 300, 25, 32),
+        _row("a100-80", 85.0, 312, 2039, 300, 25, 32),
+        _row("h100-80", 85.5, 989, 3350, 450, 50, 64),
+        _row("h200", 150.7, 989, 4800, 450, 50, 64),
+        _row("b200", 192.2, 2250, 7700, 900, 50, 64),
+        _row("l40s", 48.3, 362, 864, 32, 25, 32),
+    )
+}
+"""Networks are assumed: a 200 Gb/s adapter for each A100 and L40S, 400 Gb/s for the others."""
+
+
+def get(name: str) -> Gpu:
+    """A GPU of the table or of a .yaml file with the fields of `Gpu`; else ValueError.
+
+    The beginning of a name will do where one alone begins so.
+    """
+    if Path(name).suffix in (".yaml", ".yml"):
+        return read(Path(name))
+    meant = [name] if name in GPUS else [known for known in GPUS if known.startswith(name)]
+    if len(meant) != 1:
+        known = list(GPUS)
+        raise ValueError(
+            f"--gpu {name!r} is not known{nearest(name, known)}; there are {', '.join(known)}, or"
+            " name a .yaml file"
+        )
+    return GPUS[meant[0]]
+
+
+def read(file: Path) -> Gpu:
+    """A GPU described in YAML."""
+    try:
+        said = read_yaml(file)
+    except ValueError as error:
+        raise ValueError(f"--gpu {str(file)!r} cannot be read ({error})") from None
+    may = ("name", "host_gb_s", "per_node")
+    wanted = [field.name for field in fields(Gpu) if field.name not in may]
+    if not isinstance(said, dict) or set(said) - set(may) != set(wanted):
+        raise ValueError(
+            f"--gpu {str(file)!r} must say {', '.join(wanted)}, and may say {', '.join(may[1:])}"
+        )
+    numbers: dict[str, Any] = {"name": file.stem} | said
+    return Gpu(**numbers)
+
+
+def peak_tflops(device: str) -> float | None:
+    """Dense bf16 peak of a device by the name that CUDA gives it; None where it is not known."""
+    names = sorted(GPUS, key=len, reverse=True)
+    return next((GPUS[n].tflops for n in names if n.partition("-")[0].upper() in device), None)

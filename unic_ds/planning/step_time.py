@@ -1,0 +1,152 @@
+"""Time of a step's kernels on a GPU, and of Python to queue them: arithmetic on counted work.
+
+    products, attention, the ladder's kernels    FLOPs over shares of the GPU's peak
+    all other kernels                            bytes read and written over a share of its memory's
+    DALI's kernels                               pixels decoded, and bytes as above
+    host                                         operators, hooks and the step at a cost each
+
+`tracing` counts FLOPs, bytes and operators; shares and costs are `gpus.Efficiency` and the
+constants below. A step takes as long as the slower of GPU and host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from unic_ds import config
+from unic_ds.config import ds_config
+from unic_ds.planning.gpus import Efficiency, Gpu
+
+if TYPE_CHECKING:  # for they know torch, and a wrong option is told before
+    from unic_ds.planning.counters import Work
+    from unic_ds.planning.trace import Trace
+
+HALF = 300
+"""Patch tokens of a micro batch at which kernels reach half their rate; assumed. Of 2,304 tokens,
+tiles of 128 x 128 fill 132 multiprocessors 1.6 to 4.4 times: the last turn leaves 10-20 % idle."""
+RECOMPUTE_ALL = 0.16  # of the ladder's work, as kernels/README.md counts it
+
+PIXELS = 500 * 375  # of a training image, as ImageNet's are
+DECODED = 1e9  # pixels that nvJPEG decodes in a second of the whole GPU; assumed
+FP32_PIXEL, BYTE_PIXEL = 12, 3  # bytes, as a kernel keeps it between two passes, and as it is
+
+FORWARD_S, BACKWARD_S = 25e-6, 30e-6  # of the host for an operator
+HOOK_S = 96e-6  # for a trained tensor in a backward under ZeRO
+STEP_S = 25e-3  # of DeepSpeed's step
+"""Measured on a CPU, where kernels cost next to nothing: docs/scaling.md."""
+WAIT_S = 8.5e-3
+"""For which the GPU idles after the host waited for it: the update and the next kernels are still
+to be queued. The host waits so under offload. Arithmetic: 5 to 12 ms."""
+
+
+class Seconds(NamedTuple):
+    """Time of kernels: products and attention, and those that only move bytes."""
+
+    products: float
+    moved: float
+
+    @property
+    def all(self) -> float:
+        """Time of all kernels."""
+        return self.products + self.moved
+
+
+def of_work(
+    work: Work, gpu: Gpu, rate: Efficiency, *, fused: bool = False, share: float | None = None
+) -> Seconds:
+    """Seconds of kernels; `share` of the peak for all FLOPs, where measured, stands for all else.
+
+    `fused`: operators between two products are one kernel.
+    """
+    peak = gpu.tflops * 1e12
+    if share is not None:
+        return Seconds(work.flops / (peak * share), 0.0)
+    rates = ((work.matmul, rate.matmul), (work.attention, rate.attention))
+    products = sum(flops / (peak * own) for flops, own in (*rates, (work.ladder, rate.ladder)))
+    moved = work.moved_fused if fused else work.moved
+    return Seconds(products, moved / (gpu.memory_gb_s * 1e9 * rate.memory))
+
+
+def kept_share(cfg: config.Config) -> float:
+    """Share of (teacher, image) pairs that teacher dropping keeps, on average."""
+    count = len(cfg.teachers)
+    return (1 + (count - 1) * (1 - cfg.drop.rate)) / count
+
+
+def kernels(
+    cfg: config.Config, traced: Trace, gpu: Gpu, rate: Efficiency, recomputed: float
+) -> dict[str, Seconds]:
+    """Seconds of a micro batch's kernels by part; `recomputed` FLOPs of the encoder come again."""
+    from unic_ds.planning.counters import Work
+
+    tokens, work = traced.images * traced.tokens, traced.work
+    compiled, student = cfg.run.compiles("student"), rate.student
+    named = [own for name, own in work.items() if name.startswith("teacher ")]
+    teachers = reduce(lambda a, b: a.combine(lambda x, y: x + y, b), named, Work())
+    forward, ladder = work["encoder forward"], work["ladder forward"].ladder
+    # The ladder's own backward skips what is dropped; plain torch's is counted as it is.
+    done = work["ladder backward"].combine(max, Work(ladder=2 * kept_share(cfg) * ladder))
+    again = forward.times(recomputed / forward.flops)
+    if cfg.ladder.recompute == "all":
+        again = again.combine(max, Work(ladder=3 * RECOMPUTE_ALL * ladder))
+    fused = cfg.run.compiles("teachers")
+    found = {
+        "teachers": of_work(teachers, gpu, rate, fused=fused, share=rate.teachers),
+        "encoder forward": of_work(forward, gpu, rate, fused=compiled, share=student),
+        "encoder backward": of_work(
+            work["encoder backward"], gpu, rate, fused=compiled, share=student
+        ),
+        "ladder forward": of_work(work["ladder forward"], gpu, rate),
+        "ladder backward": of_work(done, gpu, rate),
+        "recomputation": of_work(again, gpu, rate, fused=compiled, share=student),
+    }
+    slower = (tokens + HALF) / tokens
+    return {part: Seconds(*(slower * x for x in own)) for part, own in found.items()}
+
+
+def dali(cfg: config.Config, traced: Trace, gpu: Gpu, rate: Efficiency) -> float:
+    """Seconds of DALI's kernels for a micro batch, which run beside the step's on the same GPU.
+
+    Decoding by pixels; resizing reads the crop and writes an fp32 image half done; colour, blur
+    and solarisation read and write images of bytes, blur an fp32 one between its passes.
+    """
+    if cfg.data.backend == "torch":  # which decodes on the CPU
+        return 0.0
+    crop = PIXELS * (1 + cfg.data.crop_min) / 2
+    nbytes = 0.0
+    for side in traced.sizes:
+        nbytes += BYTE_PIXEL * (crop + 3 * side**2)  # read, written, and copied by torch
+        nbytes += 2 * FP32_PIXEL * side * crop**0.5
+        if cfg.data.augment == "unic":
+            passes = cfg.data.jitter + cfg.data.solarise + cfg.data.blur
+            nbytes += side**2 * (2 * BYTE_PIXEL * passes + 2 * FP32_PIXEL * cfg.data.blur)
+    moved = nbytes / (gpu.memory_gb_s * 1e9 * rate.memory)
+    return traced.images * (PIXELS / DECODED + moved)
+
+
+def host(
+    cfg: config.Config, settings: Mapping[str, Any], traced: Trace, recomputed: float
+) -> dict[str, float]:
+    """Seconds that Python takes to queue an optimiser step, by part; `recomputed` as `kernels`."""
+
+    def operators(names: list[str], what: str) -> float:
+        fused = cfg.run.compiles(what)
+        own = (traced.work[name] for name in names)
+        return sum(work.launches_fused if fused else work.launches for work in own)
+
+    named = [name for name in traced.work if name.startswith("teacher ")]
+    ladder = {way: traced.work[f"ladder {way}"].launches for way in ("forward", "backward")}
+    encoder = operators(["encoder forward"], "student")
+    again = encoder * recomputed / traced.work["encoder forward"].flops
+    backward = operators(["encoder backward"], "student") + ladder["backward"]
+    micro = {
+        "teachers": FORWARD_S * operators(named, "teachers"),
+        "student forward": FORWARD_S * (encoder + ladder["forward"]),
+        "student backward": BACKWARD_S * backward,
+        "recomputation": FORWARD_S * again,
+        "ZeRO's hooks": HOOK_S * traced.matrices if ds_config.stage(dict(settings)) else 0.0,
+    }
+    accumulation = settings["gradient_accumulation_steps"]
+    return {part: accumulation * s for part, s in micro.items()} | {"step": STEP_S}

@@ -1,0 +1,378 @@
+"""A training step on tensors without contents: its FLOPs, what it keeps, what it holds at most.
+
+Every shape and type is the real step's, and so is every operator, but for kernels' own scratch
+memory; nothing is computed, so a ViT-g fits into a laptop.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from unic_ds import config
+from unic_ds.losses import balance
+from unic_ds.losses.distill import distill_loss
+from unic_ds.models.ladder import heads_of
+from unic_ds.models.meta import Unfilled
+from unic_ds.models.student import Student, grid_of
+from unic_ds.ops import KERNELS
+from unic_ds.planning.counters import Meter, Work, flop_counter
+from unic_ds.teachers import cache as cache_of
+from unic_ds.teachers import quantisation, sources
+from unic_ds.teachers.teacher import DTYPE, Teacher
+from unic_ds.tokens import Target, Tokens
+
+AGAIN, AGAIN_ZERO3 = "recomputed", "recomputed under ZeRO-3"
+"""FLOPs of blocks computed again: to the last tensor that backward wants; ZeRO-3's to the end."""
+
+PARTS = ("encoder forward", "ladder forward", "ladder backward", "encoder backward")
+"""Of a student's step, in order; the ladder's are with the loss."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One micro batch of `images`; FLOPs of all of it, bytes of one rank."""
+
+    images: int
+    flops: dict[
+        str, float
+    ]  # teacher NAME, encoder forward, ladder forward, backward, AGAIN, AGAIN_ZERO3
+    work: dict[str, Work]  # teacher NAME, encoder or ladder, forward or backward; nothing again
+    kept: dict[str, int]  # for backward: encoder, ladder and loss
+    targets: int  # bytes of the teachers' tokens
+    teachers_peak: int  # beyond weights and targets, while a teacher runs
+    step_peak: int  # beyond weights, targets and gradients, while the student runs
+    encoder: int  # parameters, by part
+    ladder: int
+    frozen: int  # parameters of the student that are not trained
+    matrices: int  # tensors of trained parameters
+    teachers: dict[str, tuple[int, int]]  # name -> (parameters, bytes of all its weights)
+    widths: dict[str, int]
+    sizes: tuple[int, ...]  # sides of the images that student and teachers want
+    tokens: int  # patch tokens of an image
+
+
+def between(few: Trace, many: Trace, images: int) -> Trace:
+    """The trace of another micro batch: FLOPs and bytes are affine in its images."""
+    share = (images - few.images) / (many.images - few.images)
+
+    def line(a: float, b: float) -> float:
+        return a + share * (b - a)
+
+    return replace(
+        few,
+        images=images,
+        flops={name: line(a, many.flops[name]) for name, a in few.flops.items()},
+        work={name: a.combine(line, many.work[name]) for name, a in few.work.items()},
+        kept={name: round(line(a, many.kept[name])) for name, a in few.kept.items()},
+        targets=round(line(few.targets, many.targets)),
+        teachers_peak=round(line(few.teachers_peak, many.teachers_peak)),
+        step_peak=round(line(few.step_peak, many.step_peak)),
+    )
+
+
+class Run(NamedTuple):
+    """What running one teacher on a micro batch costs."""
+
+    work: Work
+    parameters: int
+    nbytes: int  # of its weights, on all ranks that share them
+    peak: int  # beyond what a rank holds of its weights, and its tokens
+    width: int
+    size: int  # of its images
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all its kernels."""
+        return self.work.flops
+
+
+class Forward(NamedTuple):
+    """A teacher's forward, its weights whole and of more than eight bits."""
+
+    work: Work
+    peak: int  # beyond its weights
+    said: int  # bytes of its tokens
+    teacher: Teacher
+
+
+@cache
+def outlined(row: config.Teacher, grid: int) -> Teacher:
+    """A teacher on the meta device, which gave tokens of two images; ValueError where it cannot."""
+    with Unfilled():
+        source = sources.outline(row, grid=grid)
+    return Teacher(row, source, grid=grid, device=torch.device("meta"))
+
+
+@cache
+def faked(row: config.Teacher, grid: int) -> tuple[Teacher, FakeTensorMode]:
+    """A teacher whose weights are fake tensors of the mode."""
+    teacher, mode = outlined(row, grid), FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        to_cpu(teacher)
+    return teacher, mode
+
+
+@cache
+def forward_of(row: config.Teacher, grid: int, images: int) -> Forward:
+    """Trace a teacher; ValueError where it cannot be built."""
+    teacher, mode = faked(row, grid)
+    with mode:
+        image = torch.empty(images, 3, teacher.size, teacher.size, dtype=torch.uint8)
+        given = (image, *teacher.parameters(), *teacher.buffers())
+        with Meter(given) as meter:
+            tokens = teacher(image)
+    said = sum(x.nbytes for x in tokens)
+    return Forward(meter.work(), meter.peak, said, teacher)
+
+
+def run_of(row: config.Teacher, grid: int, images: int) -> Run:
+    """What a teacher costs, in its precision and where its weights are placed.
+
+    ValueError where it cannot be built.
+    """
+    at_once = min(images, row.micro or images)
+    wide: dict[str, Any] = {"precision": "bf16"} if row.quantised else {}
+    found = forward_of(replace(row, placement="replicate", micro=0, **wide), grid, at_once)
+    teacher = found.teacher
+    if row.quantised:
+        quantisation.check_tower(row, teacher.tower.blocks())
+    nbytes, gathered = held(row, teacher.tower)
+    # The tokens of what it takes at once wait for the others', and are then put together.
+    joined = found.said * images / at_once if at_once < images else 0
+    return Run(
+        work=found.work.times(images / at_once),
+        parameters=teacher.parameter_count,
+        nbytes=nbytes,
+        peak=round(max(found.peak - found.said + gathered, joined)),
+        width=teacher.width,
+        size=teacher.size,
+    )
+
+
+def held(row: config.Teacher, tower: Any) -> tuple[int, int]:
+    """(bytes of a teacher's weights, what it makes of them for its forward: at most, at once).
+
+    Spread weights are gathered: those outside its blocks, a block, and the next one meanwhile.
+    Weights of eight bits become a Linear's of bf16, or stay where what they multiply has eight too.
+    """
+    blocks = tower.blocks()
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+    whole = sum(p.nbytes for p in tower.parameters())
+    if row.quantised:
+        eight, largest = quantisation.nbytes(blocks)
+        linears = sum(linear.weight.nbytes for linear in quantisation.linears(blocks))
+        expands = 0 if row.precision.endswith("_dynamic") else torch.bfloat16.itemsize
+        return whole - linears + eight, expands * largest
+    if row.placement == "replicate":
+        return whole, 0
+    return whole, whole - sum(sizes) + 2 * max(sizes, default=0)
+
+
+def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
+    """Trace a micro batch of a run; ValueError for teachers or a student that cannot be built."""
+    grid = grid_of(cfg.student)
+    runs = {row.name: run_of(row, grid, images) for row in cfg.teachers}
+    widths = {name: run.width for name, run in runs.items()}
+    for name in stored(cfg):  # whose tokens come with the images
+        runs[name] = runs[name]._replace(work=Work(), nbytes=0, peak=0)
+    shown = (run.size for name, run in runs.items() if name not in stored(cfg))
+    # The student does not see where its teachers' weights are, nor how the run is run.
+    rows = tuple(replace(row, placement="replicate", micro=0) for row in cfg.teachers)
+    found = student_of(replace(cfg, teachers=rows, run=config.Run()), images, bf16)
+    before = accumulate([0, *found.targets.values()])  # tokens that wait while a later one runs
+    return Trace(
+        images=images,
+        flops={f"teacher {name}": run.flops for name, run in runs.items()} | found.flops,
+        work={f"teacher {name}": run.work for name, run in runs.items()} | found.work,
+        kept=found.kept,
+        targets=sum(found.targets.values()),
+        teachers_peak=max(
+            run.peak + done for run, done in zip(runs.values(), before, strict=False)
+        ),
+        step_peak=found.peak,
+        encoder=found.encoder,
+        ladder=found.ladder,
+        frozen=found.frozen,
+        matrices=found.matrices,
+        teachers={name: (run.parameters, run.nbytes) for name, run in runs.items()},
+        widths=widths,
+        sizes=tuple(dict.fromkeys((cfg.student.size, *shown))),
+        tokens=grid * grid,
+    )
+
+
+def stored(cfg: config.Config) -> list[str]:
+    """Teachers whose tokens come from the feature cache; ValueError where that is none."""
+    if not cfg.cache:
+        return []
+    manifest = cache_of.read_manifest(Path(cfg.cache))
+    if manifest is None:
+        raise ValueError(
+            f"--teachers.cache {cfg.cache!r} holds no {cache_of.MANIFEST}; run `unic-ds cache"
+            f" {cfg.cache}` with the same recipe, or drop the option"
+        )
+    return [row.name for row in cfg.teachers if row.name in manifest["teachers"]]
+
+
+class Step(NamedTuple):
+    """What a student's step costs, beside its teachers."""
+
+    flops: dict[str, float]
+    work: dict[str, Work]
+    kept: dict[str, int]
+    peak: int
+    targets: dict[str, int]  # bytes of each teacher's tokens
+    encoder: int  # parameters
+    ladder: int
+    frozen: int
+    matrices: int  # tensors of trained parameters
+
+
+@cache
+def student_of(cfg: config.Config, images: int, bf16: bool) -> Step:
+    """Trace a student's step; ValueError where it cannot be built."""
+    grid, dtype = grid_of(cfg.student), torch.bfloat16 if bf16 else torch.float32
+    widths = {row.name: run_of(row, grid, images).width for row in cfg.teachers}
+    student = outline(cfg, widths).to(dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        to_cpu(student)
+        targets = {
+            row.name: Tokens(
+                torch.empty(images, widths[row.name], dtype=DTYPE[row.precision]),
+                torch.empty(images, grid * grid, widths[row.name], dtype=DTYPE[row.precision]),
+            )
+            for row in cfg.teachers
+        }
+        flops, work, kept, peak = step(cfg, student, targets, images)
+    if student.recomputed:
+        plain = replace(cfg, student=replace(cfg.student, checkpoint="none"))
+        without = student_of(plain, images, bf16)
+        flops[AGAIN] = flops["backward"] - without.flops["backward"]
+        work = without.work
+    own = list(student.parameters())
+    trained = {p for p in own if p.requires_grad}
+    return Step(
+        flops=flops,
+        work=work,
+        kept=kept,
+        peak=peak,
+        targets={name: sum(x.nbytes for x in tokens) for name, tokens in targets.items()},
+        encoder=sum(p.numel() for p in student.encoder.parameters() if p in trained),
+        ladder=sum(p.numel() for p in student.ladder.parameters()),
+        frozen=sum(p.numel() for p in own if p not in trained),
+        matrices=len(trained),
+    )
+
+
+def outline(cfg: config.Config, widths: dict[str, int]) -> Student:
+    """A run's student on the meta device."""
+    with torch.device("meta"), Unfilled():
+        return Student(
+            cfg.student,
+            cfg.ladder,
+            heads_of(cfg, widths),
+            seed=cfg.seed,
+            ops=KERNELS[cfg.kernels],
+        )
+
+
+def forward_flops(cfg: config.Config, widths: dict[str, int]) -> float:
+    """FLOPs of the student's forward on one image; `widths` are the teachers' channels."""
+    student, side = outline(cfg, widths), cfg.student.size
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), flop_counter() as counter:
+        to_cpu(student)
+        student(torch.empty(1, 3, side, side, dtype=torch.uint8))
+    return float(counter.get_total_flops())
+
+
+def step(
+    cfg: config.Config, student: Student, targets: dict[str, Tokens], images: int
+) -> tuple[dict[str, float], dict[str, Work], dict[str, int], int]:
+    """(FLOPs by part, Work by part, bytes kept for backward by part, bytes held at most) of a
+    student's step.
+    """
+    for parameter in student.parameters():  # where gradients go is another matter: ZeRO's
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(drop_grad)
+    side = cfg.student.size
+    image = torch.empty(images, 3, side, side, dtype=torch.uint8)
+    path_BK = torch.empty(images, len(student.paths))
+    drop_TB = torch.empty(len(cfg.teachers), images)
+    weights = {p.untyped_storage()._cdata for p in student.parameters()}
+    weights |= {x.untyped_storage()._cdata for tokens in targets.values() for x in tokens}
+    kept: Counter[str] = Counter()
+    part, seen = "encoder", set(weights)
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            kept[part] += storage.nbytes()
+        return x
+
+    marks, again = [Work()], list[float]()
+
+    def mark() -> None:
+        marks.append(meter.work())
+
+    def climb() -> None:
+        nonlocal part
+        part = "ladder and loss"
+        mark()
+
+    def begin(_: Tensor) -> None:
+        again.append(meter.flops)
+
+    given = (*student.parameters(), *(x for tokens in targets.values() for x in tokens))
+    with Meter(given) as meter:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            for block in student.recomputed:  # whose input is kept where no hook for it is called
+                block.register_forward_pre_hook(lambda _, given: begin(pack(given[0])))
+                block.register_forward_hook(lambda *_: again.append(meter.flops - again.pop()))
+            # Backward reaches the last block when ladder and loss are done with.
+            last: nn.Module = student.encoder.blocks[-1]
+            last.register_forward_hook(lambda *found: on_gradient(found[-1], mark))
+            hook = student.ladder.register_forward_pre_hook(lambda *_: climb())
+            pred = student(image, path_BK)
+            hook.remove()
+            judged, _ = distill_loss(
+                pred,
+                {name: Target.of(tokens) for name, tokens in targets.items()},
+                drop_TB,
+                loss=cfg.loss,
+                balance=balance.build(cfg),
+                distances=cfg.distances,
+                ops=KERNELS[cfg.kernels],
+            )
+        mark()
+        judged.backward()
+        mark()
+    found = {n: b.since(a) for n, a, b in zip(PARTS, marks, marks[1:], strict=False)}
+    flops = {name: found[name].flops for name in PARTS[:2]}
+    flops["backward"] = marks[-1].since(marks[2]).flops
+    return flops | {AGAIN: 0.0, AGAIN_ZERO3: sum(again)}, found, dict(kept), meter.peak
+
+
+def on_gradient(x: Tensor, call: Callable[[], None]) -> None:
+    """Call `call` when the gradient of `x` is complete, before it is used."""
+    x.register_hook(lambda _: call())
+
+
+def to_cpu(module: nn.Module) -> None:
+    """Move a module from the meta device, in FakeTensorMode; a quarter of `to_empty`'s time."""
+    module._apply(lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu"))
+
+
+def drop_grad(parameter: nn.Parameter) -> None:
+    """Free a gradient as soon as it is there."""
+    parameter.grad = None

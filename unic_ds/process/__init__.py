@@ -1,0 +1,1 @@
+"""This process: entry point, signals, standard streams, rendezvous, console."""

@@ -1,0 +1,128 @@
+"""Teachers of eight bits: what is quantised, by torchao, and how near their tokens stay to bf16's.
+
+Only the Linears of a tower's blocks are: nearly all of its weights and its work. int8 and fp8 store
+weights with a scale for each output, and compute in bf16; *_dynamic quantise what they multiply
+too, with a scale for each token, which a GPU's eight-bit units need to be faster.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as Uncalled
+
+from unic_ds import config
+from unic_ds.files import tensor_files
+from unic_ds.tokens import Tokens
+
+LEAST = 0.998
+"""Mean cosine to bf16, of each kind of token, below which a quantised teacher is refused."""
+FP8_CAPABILITY = (8, 9)
+Sample = Callable[[int], Tensor]
+"""A few real images of a side in pixels, uint8 [B, 3, side, side]."""
+
+
+def check_device(row: config.Teacher, device: torch.device) -> None:
+    """ValueError where a device has no units for a teacher's precision."""
+    if row.precision != "fp8_dynamic" or device.type == "meta":
+        return
+    found = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if found < FP8_CAPABILITY:
+        what = f"a GPU of {found[0]}.{found[1]}" if device.type == "cuda" else "a CPU"
+        raise ValueError(
+            f"--teachers.{row.name}.precision fp8_dynamic needs a GPU of compute capability 8.9 or"
+            f" above, this is {what}; take fp8 (weights alone), int8 or bf16"
+        )
+
+
+def linears(blocks: list[nn.Module]) -> list[nn.Linear]:
+    """What of a tower is quantised: not what MultiheadAttention computes without calling it."""
+    parts = (part for block in blocks for part in block.modules())
+    return [p for p in parts if isinstance(p, nn.Linear) and not isinstance(p, Uncalled)]
+
+
+def nbytes(blocks: list[nn.Module]) -> tuple[int, int]:
+    """(bytes of the quantised weights with their scales, weights of the largest)."""
+    weights = [linear.weight for linear in linears(blocks)]
+    scales = sum(len(weight) * torch.float32.itemsize for weight in weights)
+    sizes = [weight.numel() for weight in weights]
+    return sum(sizes) + scales, max(sizes, default=0)
+
+
+def check_tower(row: config.Teacher, blocks: list[nn.Module]) -> None:
+    """ValueError where there is nothing to quantise."""
+    if not linears(blocks):
+        raise ValueError(
+            f"--teachers.{row.name}.precision must be bf16 or fp32, got {row.precision!r}: the"
+            " blocks of this tower have no Linears to quantise"
+        )
+
+
+def quantise(row: config.Teacher, tower: nn.Module, blocks: list[nn.Module]) -> None:
+    """Quantise a tower in place."""
+    # Here, for no other teacher needs it.
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Float8WeightOnlyConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        PerRow,
+        quantize_,
+    )
+
+    how: dict[str, Callable[[], Any]] = {
+        "int8": Int8WeightOnlyConfig,
+        "fp8": Float8WeightOnlyConfig,
+        "int8_dynamic": Int8DynamicActivationInt8WeightConfig,
+        "fp8_dynamic": lambda: Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+    }
+    chosen = {id(linear) for linear in linears(blocks)}
+    quantize_(tower, how[row.precision](), filter_fn=lambda part, _: id(part) in chosen)
+
+
+def agreement(ours: Tokens, exact: Tokens) -> dict[str, float]:
+    """Cosines of tokens to exact ones: mean and worst of each kind."""
+    found: dict[str, float] = {}
+    for kind, x, y in zip(("cls", "patch"), ours, exact, strict=True):
+        cosine = torch.cosine_similarity(x.float(), y.float(), dim=-1)
+        found |= {kind: round(cosine.mean().item(), 5), f"{kind}_worst": cosine.min().item()}
+    return {name: round(value, 5) for name, value in found.items()}
+
+
+def refuse_unlike(name: str, precision: str, found: dict[str, float]) -> None:
+    """RuntimeError where a quantised teacher says something else than it did in bf16."""
+    for kind in ("cls", "patch"):
+        if kind in found and not found[kind] >= LEAST:
+            raise RuntimeError(
+                f"teacher {name!r} in {precision} is not what it was: the mean cosine of its {kind}"
+                f" tokens to those in bf16 is {found[kind]:.4f}, below {LEAST}; set"
+                f" --teachers.{name}.precision bf16"
+            )
+
+
+def write(tower: nn.Module, path: Path) -> None:
+    """Write a tower's weights, quantised or not, as safetensors: plain arrays and JSON."""
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    state, said = flatten_tensor_state_dict({k: v.data for k, v in tower.state_dict().items()})
+    tensor_files.save(state, path, said)
+
+
+def read(tower: nn.Module, path: Path) -> None:
+    """Give a tower the weights that `write` wrote; ValueError where they are of another."""
+    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+
+    file = tensor_files.Safetensors(path)
+    state, said = dict(file), file.metadata
+    names = set(json.loads(said.get("tensor_names", "[]")))
+    if names != tower.state_dict().keys():
+        raise ValueError(f"{str(path)!r} holds no weights of this {type(tower).__name__}")
+    found, left = unflatten_tensor_state_dict(state, said)
+    assert not left
+    tower.load_state_dict(found, assign=True)
+    tower.requires_grad_(False)

@@ -1,0 +1,231 @@
+"""All teachers of a run: one call gives their standardised targets, by name in config order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unic_ds import config, dist
+from unic_ds.blocks import compile_each, repeated
+from unic_ds.ops import FUSED, Ops
+from unic_ds.process import console
+from unic_ds.teachers import quantisation, sources, weight_files
+from unic_ds.teachers.cache import FeatureCache
+from unic_ds.teachers.phi_s import PhiS
+from unic_ds.teachers.standardise import Standardiser
+from unic_ds.teachers.teacher import Teacher, load
+from unic_ds.tokens import Target, Tokens
+
+Stored = Mapping[str, Tokens] | None
+"""Tokens of teachers that are not run, on the CPU."""
+ANEW = "or start a new run in another --out, from weights alone by --student.init if you like"
+KINDS: dict[str, type[Standardiser]] = {"channel": Standardiser, "phi_s": PhiS}
+
+
+class Teachers:
+    """Frozen teachers and their running statistics; only the statistics belong in a checkpoint.
+
+    All ranks construct it together: the first of a node reads the weights, the others find them
+    in its cache. ValueError where a teacher's weights are missing (on every rank, before any is
+    read) or do not fit.
+    """
+
+    def __init__(
+        self,
+        rows: tuple[config.Teacher, ...],
+        *,
+        grid: int,
+        standardise: config.Standardise,
+        device: torch.device,
+        ops: Ops = FUSED,
+        cache: FeatureCache | None = None,
+        sample: quantisation.Sample | None = None,
+    ):
+        """Teachers that `cache` has are not run: their tokens come with each batch.
+
+        RuntimeError where a quantised teacher is not itself any more on the images of `sample`.
+        """
+        if not rows:
+            raise ValueError("no teachers; name some with --teachers NAME=SOURCE,...")
+        self.device, self.stored = device, cache.facts if cache else {}
+        online = [row for row in rows if row.name not in self.stored]
+        for row in online:
+            weight_files.locate(row)
+            quantisation.check_device(row, device)
+        self.teachers = {}
+        for row in online:
+            with dist.in_turn():
+                source = sources.read(row, grid)
+            teacher = Teacher(row, source, grid=grid, device=device, sample=sample)
+            quantisation.refuse_unlike(row.name, row.precision, teacher.fidelity)
+            self.teachers[row.name] = teacher
+        self.widths = {  # channels of each teacher, in config order
+            row.name: int(self.stored[row.name]["width"])
+            if row.name in self.stored
+            else self.teachers[row.name].width
+            for row in rows
+        }
+        kind = KINDS[standardise.kind if standardise.on else "channel"]
+        self.norms = {}
+        for name, width in self.widths.items():
+            with blaming(name):
+                self.norms[name] = kind(width, standardise, ops).to(device)
+        self.standardise = standardise
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The image sides in pixels that the teachers eat, each once, ascending."""
+        return tuple(sorted({teacher.size for teacher in self.teachers.values()}))
+
+    def __call__(
+        self, images: dict[int, Tensor], stored: Stored = None, *, observe: bool = True
+    ) -> dict[str, Target]:
+        """Targets of uint8 images [B, 3, H, H], keyed by side H in pixels.
+
+        `stored` are the tokens of teachers that are not run. `observe` adds the batch to running
+        statistics: off in validation. No host sync.
+        """
+        targets = {}
+        for name, tokens in self.raw(images, stored).items():
+            targets[name] = self.norms[name](tokens)
+            if observe and self.standardise.running:
+                self.norms[name].observe(tokens)
+        return targets
+
+    def raw(self, images: dict[int, Tensor], stored: Stored = None) -> dict[str, Tokens]:
+        """Tokens as the teachers give them, each in its own precision, on the student's grid."""
+        found = {
+            name: Tokens(*(x.to(self.device, non_blocking=True) for x in tokens))
+            for name, tokens in (stored or {}).items()
+        }
+        found |= {name: teacher(images[teacher.size]) for name, teacher in self.teachers.items()}
+        return {name: found[name] for name in self.widths if name in found}
+
+    def compile(self) -> None:
+        """Run the teachers' blocks through torch.compile, saying of which there are none."""
+        for name, teacher in self.teachers.items():
+            blocks = repeated(teacher.tower)
+            compile_each(blocks)
+            if not blocks:
+                console.say(f"teacher {name} is not compiled: it has no row of equal blocks")
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[dict[str, Tokens]]) -> None:
+        """Fix the statistics by raw tokens of all ranks; ValueError names who misbehaves."""
+        for batch in batches:
+            for name, tokens in batch.items():
+                self.norms[name].observe(tokens)
+        for name, moments_PS2C in self.gather().items():
+            with blaming(name):
+                self.norms[name].fit(moments_PS2C, dist.total)
+        # One rank's for all: eigenvectors of the same matrix may differ between two machines.
+        self.load_state_dict(dist.share({k: v.cpu() for k, v in self.state_dict().items()}))
+
+    def track(self, momentum: float, taken: Tensor | None = None) -> None:
+        """Move running statistics by the optimiser step that ended: one collective, no host sync.
+
+        Fixed ones stay, and all where it was not taken.
+        """
+        if self.standardise.running:
+            for name, moments_PS2C in self.gather().items():
+                self.norms[name].track(moments_PS2C, momentum, taken)
+
+    def gather(self) -> dict[str, Tensor]:
+        """What each rank has observed of each teacher, [P, 3, 2, C]: one collective."""
+        shares = {name: norm.moments() for name, norm in self.norms.items()}
+        flat_P = dist.gather(torch.cat([share.flatten() for share in shares.values()]))
+        parts = flat_P.split([share.numel() for share in shares.values()], 1)
+        return {
+            name: part_P.unflatten(1, shares[name].shape)
+            for name, part_P in zip(shares, parts, strict=True)
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Statistics as `TEACHER.mean_2C` and `.std_2C` (PHI-S: `.basis_2CC` and `.scale_2` too).
+
+        Without the frozen weights.
+        """
+        return nn.ModuleDict(self.norms).state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up saved statistics; ValueError where they are of other teachers."""
+        saved = sorted({name.split(".")[0] for name in state})
+        if saved != sorted(self.norms):
+            theirs, ours = ", ".join(saved), ", ".join(self.norms)
+            raise ValueError(
+                f"the checkpoint has statistics of {theirs}; this run's teachers are {ours}; use"
+                f" the same, {ANEW}"
+            )
+        if state.keys() != self.state_dict().keys():
+            theirs = "phi_s" if any(key.endswith(".basis_2CC") for key in state) else "channel"
+            raise ValueError(
+                f"the checkpoint's statistics are of --standardise.kind {theirs}, this run's of"
+                f" {self.standardise.kind}; use the same, {ANEW}"
+            )
+        nn.ModuleDict(self.norms).load_state_dict(state)
+
+    def manifest(self) -> dict[str, dict[str, Any]]:
+        """What identifies each teacher, for `teachers.json`; hashes weight files: call it once."""
+        return {
+            name: self.stored[name] if name in self.stored else self.teachers[name].facts()
+            for name in self.widths
+        }
+
+
+@contextmanager
+def blaming(name: str) -> Iterator[None]:
+    """A ValueError of the body, with the teacher that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"teacher {name!r}: {error}") from None
+
+
+def fidelities(
+    rows: tuple[config.Teacher, ...],
+    *,
+    grid: int,
+    device: torch.device,
+    sample: quantisation.Sample,
+) -> list[dict[str, Any]]:
+    """How near each quantised teacher stays to itself in bf16, on the images of `sample`.
+
+    A teacher with nothing to quantise says so by `linears` 0.
+    """
+    found = []
+    for row in rows:
+        quantisation.check_device(row, device)
+        source = sources.read(row, grid)
+        said: dict[str, Any] = {"name": row.name, "precision": row.precision}
+        said["linears"] = len(quantisation.linears(source.tower.blocks()))
+        if said["linears"]:
+            said |= Teacher(row, source, grid=grid, device=device, sample=sample).fidelity
+        found.append(said)
+    return found
+
+
+def describe(
+    rows: tuple[config.Teacher, ...], *, grid: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Run an image through each teacher, one at a time; a row per teacher says what came out."""
+    found = []
+    for row in rows:
+        teacher = load(row, grid=grid, device=device)
+        ramp_H = torch.linspace(0, 255, teacher.size, device=device).to(torch.uint8)
+        image_B3HW = ramp_H.expand(1, 3, teacher.size, teacher.size)
+        start = time.perf_counter()
+        tokens = teacher(image_B3HW)
+        finite = all(bool(torch.isfinite(x).all()) for x in tokens)  # waits for the device
+        seconds = time.perf_counter() - start
+        shapes = {
+            "cls_shape": list(tokens.cls_BC.shape),
+            "patch_shape": list(tokens.patch_BNC.shape),
+        }
+        run = {"finite": finite, "seconds": round(seconds, 3)}
+        found.append({"name": row.name} | teacher.facts() | shapes | run)
+    return found

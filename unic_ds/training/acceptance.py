@@ -1,0 +1,164 @@
+"""Refuses a run that would fail in its first minute: for `check`, `plan` and `train` alike.
+
+Models are built and run on the meta device, without weights; nothing is downloaded or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unic_ds import config, data, dist
+from unic_ds.config import data_spec, job
+from unic_ds.data import shards
+from unic_ds.losses import balance
+from unic_ds.models.meta import Unfilled
+from unic_ds.models.student import build_encoder, grid_of
+from unic_ds.planning import trace
+from unic_ds.process import console
+from unic_ds.teachers import quantisation, sources, teacher_set, weight_files
+from unic_ds.teachers.cache import FeatureCache
+from unic_ds.teachers.teacher import Teacher
+from unic_ds.training import setup
+from unic_ds.weights import warm_start
+
+UNKNOWN = 8
+"""Channels that a teacher is taken to have which the cache has or which is not called."""
+
+
+def accept(stages: Sequence[job.Job], *, starting: bool = False) -> None:
+    """ValueError for what one of a run's stages that are left would be refused for.
+
+    `starting`: the first of them is about to be built, which finds what is wrong with its teachers'
+    towers, its images and its initial weights within the same minute; it is not done twice.
+    """
+    for number, stage in enumerate(stages, 1):
+        with naming(number, len(stages)):
+            data.backend(stage.cfg.data)
+    accept_models([stage.cfg for stage in stages], located=True, starting=starting)
+    for number, stage in enumerate([] if starting else stages, 1):
+        with naming(number, len(stages)):
+            accept_files(stage)
+
+
+def accept_models(
+    stages: Sequence[config.Config], *, located: bool = False, starting: bool = False
+) -> None:
+    """ValueError for a student, ladder or teacher of a stage that cannot be built.
+
+    `located`: teachers' weights must be on this machine, which must be able to compute them.
+    """
+    for number, cfg in enumerate(stages, 1):
+        with naming(number, len(stages)):
+            outlined, called = number > 1 or not starting, located and not starting
+            widths = accept_teachers(cfg, outlined=outlined, located=located, called=called)
+            accept_student(cfg, widths)
+            if number > 1:
+                accept_successor(stages[number - 2], cfg)
+
+
+@contextmanager
+def naming(number: int, count: int) -> Iterator[None]:
+    """A ValueError of the body, with the stage that it is about where there are several."""
+    try:
+        yield
+    except ValueError as error:
+        if count == 1:
+            raise
+        raise ValueError(f"stage {number} of {count}: {error}") from None
+
+
+def accept_teachers(
+    cfg: config.Config, *, outlined: bool, located: bool, called: bool
+) -> dict[str, int]:
+    """Channels of each teacher, `UNKNOWN` where it is not built; ValueError for one that cannot be.
+
+    `outlined`: timm's and open_clip's are built; `called`: those of python: sources, too.
+    `located`: their weights must be on this machine, and this machine be able to compute them.
+    """
+    grid, widths = grid_of(cfg.student), {row.name: UNKNOWN for row in cfg.teachers}
+    stored = trace.stored(cfg)
+    for row in cfg.teachers:
+        if row.name in stored:
+            continue
+        if located:
+            weight_files.locate(row)
+            quantisation.check_device(row, dist.device())
+        if outlined and (called or not row.source.startswith("python:")):
+            widths[row.name] = width_of(replace(row, placement="replicate", micro=0), grid)
+        if called and row.source.startswith("file:"):
+            sources.check_fit(row, grid)
+    return widths
+
+
+@cache
+def width_of(row: config.Teacher, grid: int) -> int:
+    """Channels of a teacher; ValueError where it cannot be built or fails on an image.
+
+    A python: source is called, and runs on this rank's device.
+    """
+    whole: dict[str, Any] = {"precision": "bf16"} if row.quantised else {}
+    wide = replace(row, **whole)
+    if not row.source.startswith("python:"):
+        teacher = trace.outlined(wide, grid)
+    else:
+        with Unfilled():
+            source = sources.outline(wide, grid=grid)
+        teacher = Teacher(wide, source, grid=grid, device=dist.device())
+    if row.quantised:
+        quantisation.check_tower(row, teacher.tower.blocks())
+    return teacher.width
+
+
+def accept_student(cfg: config.Config, widths: dict[str, int]) -> None:
+    """ValueError for a student, ladder or standardisation that cannot be."""
+    trace.outline(cfg, widths)
+    balance.build(cfg)
+    kind = teacher_set.KINDS[cfg.standardise.kind if cfg.standardise.on else "channel"]
+    for name, width in widths.items():
+        with teacher_set.blaming(name), torch.device("meta"):
+            kind(width, cfg.standardise)
+
+
+def accept_successor(before: config.Config, after: config.Config) -> None:
+    """ValueError where a stage cannot start from the student of the stage before it."""
+    with torch.device("meta"), Unfilled():
+        given, want = (build_encoder(cfg.student).state_dict() for cfg in (before, after))
+    if given.keys() >= {"pos_embed"} <= want.keys():  # which is resized
+        given["pos_embed"] = want["pos_embed"]
+    if wrong := warm_start.misfit(given, want):
+        raise ValueError(
+            f"student.model {after.student.model!r} cannot start from the"
+            f" {before.student.model!r} of the stage before it: {wrong}"
+        )
+
+
+def accept_files(stage: job.Job) -> None:
+    """ValueError for images, a feature cache or initial weights that the run cannot use."""
+    cfg = stage.cfg
+    if stage.init and Path(stage.init).expanduser().exists():  # a stage's is still to be made
+        with torch.device("meta"), Unfilled():
+            encoder = build_encoder(cfg.student)
+        warm_start.start_encoder(stage.init, encoder)
+    given = filter(None, (cfg.data.train, cfg.data.val))
+    unknown = [path for text in given for path, _ in data_spec.parts(text) if not listed(path)]
+    if unknown:
+        console.say(f"not looked at, for its tar shards have no index yet: {unknown[0]}")
+        return
+    train, val = setup.find_images(cfg)
+    setup.check_validation(cfg, train, val)
+    if cfg.cache:
+        FeatureCache(cfg.cache, cfg.teachers, setup.draws_of(cfg, train), samples=len(train))
+
+
+def listed(path: Path) -> bool:
+    """True if the samples of a source can be listed without writing an index."""
+    if path.is_dir():
+        return not any(path.glob("*.tar")) or (path / shards.INDEX).is_file()
+    return path.suffix != ".tar" or path.with_suffix(".tar.index.npz").is_file()

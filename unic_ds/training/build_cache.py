@@ -1,0 +1,143 @@
+"""Store what the teachers say of drawn views, for training that does not run them.
+
+All ranks of a launcher share the work by files; one that stands there whole is not made again, so
+the same command goes on after it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from unic_ds import config, data, dist, files
+from unic_ds.models.student import grid_of
+from unic_ds.process import console
+from unic_ds.teachers import cache
+from unic_ds.teachers.teacher_set import Teachers
+from unic_ds.training.setup import draws_of, few, find_images
+
+ASK_OVER = 100e9  # bytes
+
+
+def store(cfg: config.Config, out: Path, *, views: int, dtype: str, yes: bool, batch: int) -> None:
+    """Write the feature cache of a recipe's teachers to `out`; every rank calls it.
+
+    ValueError where it would not fit, is larger than may be written unasked, or the folder holds
+    something else.
+    """
+    dist.start()
+    train, _ = find_images(cfg)
+    teachers = Teachers(
+        apart(cfg.teachers),
+        grid=grid_of(cfg.student),
+        standardise=cfg.standardise,
+        device=dist.device(),
+        sample=few(cfg, train),
+    )
+    manifest = dist.on_rank_0(lambda: describe(cfg, train, teachers, views, dtype))
+    layout = cache.layout_of(out, manifest)
+    check(layout, manifest, yes)
+    dist.barrier()  # all have looked at the folder as it was
+    left = layout.missing()
+    if dist.rank() == 0 and left:
+        out.mkdir(parents=True, exist_ok=True)
+        write_manifest(out, manifest)
+    dist.barrier()
+    mine, start = left[dist.rank() :: dist.world()], time.monotonic()
+    plan = data.drawn(
+        train,
+        cfg.data,
+        seed=cfg.seed,
+        sizes=(cfg.student.size, *teachers.sizes),
+        batch=batch,
+        plan=mine,
+        device=dist.device(),
+    )
+    bar = console.track(mine, len(mine), "teachers' features")
+    for (view, span), tokens in zip(bar, spoken(plan, teachers), strict=True):
+        for name in layout.widths:
+            layout.write(name, view, span, [batch[name] for batch in tokens])
+    dist.barrier()
+    if dist.rank() == 0 and left:
+        write_manifest(out, manifest | {"whole": True})
+    dist.barrier()
+    count, seconds = sum(len(span) for _, span in left), time.monotonic() - start
+    console.say(
+        f"{out}: {count} views stored in {seconds:.0f} s; train with --teachers.cache {out}"
+    )
+
+
+def apart(rows: tuple[config.Teacher, ...]) -> tuple[config.Teacher, ...]:
+    """Teachers whole on every rank where there are several: each has other files to write."""
+    if dist.world() == 1:
+        return rows
+    return tuple(replace(row, placement="replicate") for row in rows)
+
+
+def describe(
+    cfg: config.Config, train: Any, teachers: Teachers, views: int, dtype: str
+) -> dict[str, Any]:
+    """The manifest of a cache that is not whole yet."""
+    grid = grid_of(cfg.student)
+    facts = teachers.manifest()
+    manifest = {
+        "format": 1,
+        "whole": False,
+        "seed": cfg.seed,
+        "views": views,
+        "dtype": dtype,
+        "samples": len(train),
+        "tokens": grid * grid,
+        "chunk": cache.CHUNK,
+        "draws": draws_of(cfg, train),
+        "teachers": {row.name: facts[row.name] | cache.own_facts(row) for row in cfg.teachers},
+    }
+    return json.loads(json.dumps(manifest))  # as it will be read
+
+
+def spoken(plan: Iterator[list[data.Batch]], teachers: Teachers) -> Iterator[list[dict[str, Any]]]:
+    """The teachers' tokens of every file's batches."""
+    for batches in plan:
+        yield [teachers.raw(batch.images) for batch in batches]
+
+
+def check(layout: cache.Layout, manifest: dict[str, Any], yes: bool) -> None:
+    """Say how large it is; ValueError for what cannot or should not be written."""
+    folder = layout.folder
+    there = cache.read_manifest(folder)
+    if there is not None:
+        cache.check_manifest(folder, there)
+        if other := cache.differing(there, manifest):
+            raise ValueError(
+                f"{str(folder)!r} holds a feature cache with other {', '.join(other)}; choose"
+                " another folder"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{str(folder)!r} holds something else; choose another folder")
+    need = left = layout.total()
+    if there is not None:
+        missing = layout.missing()
+        left = sum(layout.size(name, len(span)) for name in layout.widths for _, span in missing)
+    console.say(
+        f"{layout.samples} images x {layout.views} views x {len(layout.widths)} teachers in"
+        f" {layout.dtype}: {need / 1e9:.2f} GB, {left / 1e9:.2f} GB to write"
+    )
+    above = (folder.absolute(), *folder.absolute().parents)
+    free = shutil.disk_usage(next(path for path in above if path.exists())).free
+    if left > free:
+        raise ValueError(
+            f"{left / 1e9:.1f} GB of features do not fit in {str(folder)!r} with {free / 1e9:.1f}"
+            " GB free; take fewer --views, --dtype int8 or another folder"
+        )
+    if left > ASK_OVER and not yes:
+        raise ValueError(f"{left / 1e9:.0f} GB would be written; add --yes if that is meant")
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest in one piece."""
+    files.write_whole(folder / cache.MANIFEST, json.dumps(manifest, indent=1) + "\n")

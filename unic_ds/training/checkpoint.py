@@ -1,0 +1,336 @@
+"""What a run must remember: saved whole or not at all, verified before it is trusted.
+
+A checkpoint is `checkpoints/step_NNNNNNN/`: DeepSpeed's shards under `zero/`, the teachers'
+statistics, `run.json` (position and what it belongs to) and a manifest of sizes and SHA-256. It is
+written under another name and renamed when every rank is done, so a folder of that name is always
+whole; `latest` names the newest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unic_ds import config, dist
+from unic_ds.engine.deepspeed_engine import copies, order
+from unic_ds.engine.reshard import load_anew
+from unic_ds.files import read_text, tensor_files, write_whole
+from unic_ds.files.printable import printable
+from unic_ds.process import console
+
+LOG = logging.getLogger("unic_ds.training.checkpoint")
+MANIFEST, FACTS, STATISTICS, SHARDS = "manifest.json", "run.json", "statistics.safetensors", "zero"
+LAYOUT = ("ranks", "zero_stage")
+"""Facts that may differ from those of the run that goes on: its shards are put together anew."""
+
+
+def save(
+    engine: Any,
+    folder: Path,
+    step: int,
+    *,
+    facts: dict[str, Any],
+    statistics: dict[str, Tensor],
+    keep: config.Run,
+) -> Path:
+    """Write the checkpoint of `step`, then forget what `keep` does not want; every rank calls it.
+
+    OSError, with the last good one untouched, where the disk is full or may not be written.
+    """
+    final = folder / f"step_{step:07d}"
+    part, begun = folder / f".saving_{final.name}", time.monotonic()
+    claim(part, needed_bytes(engine))
+    try:
+        engine.save_checkpoint(
+            str(part), tag=SHARDS, save_latest=False, client_state={"order": order(engine)}
+        )
+        if dist.rank() == 0:
+            tensor_files.save(statistics, part / STATISTICS)
+            write_whole(part / FACTS, json.dumps(facts | {"step": step}, indent=1))
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"cannot save {final.name} ({error}); {newest_name(folder)}") from error
+    dist.barrier()
+    hashes = fingerprints(part, written=True)
+    problem = unread(hashes)
+    if dist.rank() == 0:
+        problem = problem or publish(part, final, hashes)
+    if problem := dist.share(problem):
+        raise OSError(f"cannot save {final.name} ({problem}); {newest_name(folder)}")
+    if dist.rank() == 0:
+        forget(folder, final, keep)
+    dist.barrier()
+    size = sum(file["bytes"] for file in hashes.values()) / 1e6
+    console.say(f"saved {final.name} in {time.monotonic() - begun:.1f} s ({size:.0f} MB)")
+    return final
+
+
+def publish(part: Path, final: Path, hashes: dict[str, Any]) -> str:
+    """Give what is whole its name; what went wrong, or nothing."""
+    try:
+        write_whole(part / MANIFEST, json.dumps(hashes, indent=1))
+        if final.exists():
+            discard(final)
+        part.rename(final)
+        write_whole(final.parent / "latest", final.name)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def needed_bytes(engine: Any) -> int:
+    """What this rank is about to write, at most.
+
+    Its share of fp32 weights and optimiser state, which is all or nothing under ZeRO-0; on rank 0
+    the whole weights too.
+    """
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    whole = count if dist.rank() == 0 else 0
+    share = count // dist.world() if engine.zero_optimization_stage() else whole
+    return 4 * whole + 4 * copies(engine) * share + (1 << 20)
+
+
+def claim(part: Path, size: int) -> None:
+    """Make `part` anew and prove that every rank's `size` bytes fit there; OSError on all if not.
+
+    DeepSpeed's save has barriers inside, where one rank's full disk would leave the others waiting;
+    so ask first, all at once.
+    """
+    if dist.rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+    dist.barrier()
+    problem, room = "", math.inf
+    probe = part / f"probe_{dist.rank()}"
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            room = reserve(file.fileno(), size)
+    except OSError as error:
+        problem = f"rank {dist.rank()}: {error.strerror}"
+    problems, sizes, rooms = zip(*dist.gather_objects((problem, size, room)), strict=True)
+    with suppress(OSError):
+        probe.unlink()
+    first = next(filter(None, problems), "")
+    if not first and min(rooms) < sum(sizes):
+        first = f"{min(rooms) / 1e6:.0f} MB are free"
+    if first:
+        if dist.rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise OSError(
+            f"cannot save {part.name.removeprefix('.saving_')} to {str(part.parent)!r} ({first};"
+            f" it takes {sum(sizes) / 1e6:.0f} MB): make room or mend its permissions and start"
+            f" the same command again; {newest_name(part.parent)}"
+        )
+
+
+def reserve(file: int, size: int) -> float:
+    """Have the file system set `size` bytes aside; OSError where it has no room for them.
+
+    What is free, quotas aside, where it cannot set anything aside (NFS before 4.2), else infinity.
+    This is not posix_fallocate, which would there write a byte into every 4 KiB.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = errno.EINTR
+    while number == errno.EINTR:  # a signal that asks the run to stop
+        if libc.fallocate(file, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
+            return math.inf
+        number = ctypes.get_errno()
+    if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
+        raise OSError(number, os.strerror(number))
+    disk = os.fstatvfs(file)
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else math.inf
+
+
+def newest_name(folder: Path) -> str:
+    """What a user can still count on."""
+    steps = steps_in(folder)
+    return (
+        f"the last good checkpoint is {steps[-1].name}"
+        if steps
+        else "no checkpoint was saved before"
+    )
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """Whole checkpoints under `folder`, oldest first."""
+    return sorted(p for p in folder.glob(f"step_{'[0-9]' * 7}") if p.is_dir())
+
+
+def fingerprints(folder: Path, *, written: bool = False) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in `folder`, the same on all ranks, which share the work.
+
+    Or the error that reading a file ends with. What was just `written` is on the disk when this
+    returns: a power cut finds it there.
+    """
+    # One rank lists, and all agree: a network file system may show each another listing.
+    listed = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = dist.on_rank_0(lambda: sorted(listed))
+    mine = {}
+    for file in files[dist.rank() :: dist.world()]:
+        mine[str(file.relative_to(folder))] = fingerprint(file, written=written)
+    return {k: v for part in dist.gather_objects(mine) for k, v in part.items()}
+
+
+def fingerprint(file: Path, *, written: bool) -> dict[str, Any]:
+    """One file's; raised on one rank alone, an error would leave the others waiting."""
+    try:
+        with file.open("rb") as stream:
+            if written:
+                os.fsync(stream.fileno())
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": digest}
+    except OSError as error:
+        return {"error": error.strerror or str(error)}
+
+
+def unread(found: dict[str, dict[str, Any]]) -> str:
+    """The first file that could not be read, and why; or nothing."""
+    wrong = {name: row["error"] for name, row in found.items() if "error" in row}
+    return next((f"{name} cannot be read: {why}" for name, why in wrong.items()), "")
+
+
+def verify(folder: Path) -> str:
+    """What is wrong with a checkpoint, or nothing; the same on all ranks."""
+    expected = dist.on_rank_0(lambda: read_manifest(folder))
+    if not expected:
+        return f"no readable {MANIFEST}"
+    found = fingerprints(folder)
+    if problem := unread(found):
+        return problem
+    for name in sorted(expected):
+        if found.get(name) != expected[name]:
+            return f"{printable(name)} is {'damaged' if name in found else 'missing'}"
+    return ""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a checkpoint's files; nothing where that cannot be read."""
+    try:
+        rows = json.loads(read_text(folder / MANIFEST))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    known = isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
+    if not known or any(type(row.get("bytes")) is not int for row in rows.values()):
+        return {}
+    outside = any(Path(name).is_absolute() or ".." in Path(name).parts for name in rows)
+    return {} if outside else rows
+
+
+def find(folder: Path, resume: str) -> Path | None:
+    """The newest whole checkpoint, naming the damaged ones it passes over; None to start anew.
+
+    `resume` is auto, or the path of a checkpoint or run folder to start from as long as `folder`
+    has none of its own; ValueError where nothing there is whole.
+    """
+    own = dist.share(steps_in(folder))
+    given = None if own or resume in ("auto", "never") else Path(resume)
+    candidates = own
+    if given:
+        inside = steps_in(given / "checkpoints")
+        candidates = dist.share([given] if (given / MANIFEST).is_file() else inside)
+    problem = ""
+    for candidate in reversed(candidates):
+        problem = verify(candidate)
+        if not problem:
+            return candidate
+        if dist.rank() == 0:
+            LOG.warning(
+                "checkpoint %s is not whole (%s); trying the one before", candidate.name, problem
+            )
+    if given or problem:
+        raise ValueError(
+            f"no whole checkpoint in {str(given or folder)!r}{f' ({problem})' if problem else ''};"
+            " give --resume another, or start a new run in another --out, from weights alone by"
+            " --student.init if you like"
+        )
+    return None
+
+
+def load(
+    engine: Any,
+    folder: Path,
+    expected: dict[str, Any],
+    *,
+    content_of: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Load a checkpoint's weights and optimiser state; returns its facts and statistics.
+
+    One that other ranks or another ZeRO stage saved is laid out anew. `content_of` maps the hash of
+    a weight file, which older versions recorded, to that of its tensors. ValueError where it
+    belongs to other images, teachers or settings.
+    """
+    facts = in_contents(json.loads((folder / FACTS).read_text()), content_of or {})
+    for key, value in expected.items():
+        if facts.get(key) != value and key not in LAYOUT:
+            raise ValueError(
+                f"checkpoint {str(folder)!r} was saved with {key} {facts.get(key)!r},"
+                f" this run has {value!r}; use the same (with --run.extend true --optim.steps and"
+                " --optim.epochs may be more), or start a new run from its weights: another --out"
+                f" and --student.init {str(folder.absolute().parent.parent / 'student')!r}"
+            )
+    if any(facts[key] != expected[key] for key in LAYOUT):
+        there, here = (
+            f"{d['ranks']} rank{'s' * (d['ranks'] > 1)}, ZeRO-{d['zero_stage']}"
+            for d in (facts, expected)
+        )
+        console.say(f"{folder.name} was saved by {there}; laid out anew for {here}")
+        load_anew(engine, folder / SHARDS)
+    elif engine.load_checkpoint(str(folder), tag=SHARDS)[0] is None:
+        raise OSError(f"DeepSpeed found nothing to load in {str(folder)!r}")
+    return facts, tensor_files.read(folder / STATISTICS)
+
+
+def in_contents(facts: dict[str, Any], content_of: Mapping[str, str]) -> dict[str, Any]:
+    """Facts with hashes of weight files replaced by those of their tensors."""
+    teachers = [[name, content_of.get(found, found)] for name, found in facts.get("teachers") or ()]
+    init = facts.get("init")
+    init = init and {file: content_of.get(found, found) for file, found in init.items()}
+    return facts | {"teachers": teachers, "init": init}
+
+
+def forget(folder: Path, newest: Path, keep: config.Run) -> None:
+    """Remove the checkpoints up to `newest` that `keep` does not want, and what interrupted saves
+    left.
+
+    Later steps are of a branch that was given up. What cannot be removed stays: the run goes on.
+    """
+    steps = steps_in(folder)
+    branch = [step for step in steps if step.name <= newest.name]
+    kept = {*branch[-keep.keep_last :], *lowest_loss(branch, keep.keep_best)}
+    if keep.keep_every:
+        kept |= {step for step in branch if int(step.name[5:]) % keep.keep_every == 0}
+    for rest in folder.glob(".saving_*"):
+        shutil.rmtree(rest, ignore_errors=True)
+    for old in set(steps) - kept:
+        with suppress(OSError):
+            discard(old)
+
+
+def discard(step: Path) -> None:
+    """Remove a checkpoint; were we killed, nothing half removed would have its name."""
+    gone = step.with_name(f".saving_old_{step.name}")  # `forget` removes what a kill leaves of it
+    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(step.rename(gone))
+
+
+def lowest_loss(steps: list[Path], count: int) -> list[Path]:
+    """The `count` checkpoints saved at the lowest training loss; the newer of equals."""
+    losses = {}
+    for step in reversed(steps) if count else ():
+        with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is no good
+            loss = json.loads((step / FACTS).read_text())["loss"]
+            if math.isfinite(loss):
+                losses[step] = loss
+    return sorted(losses, key=losses.__getitem__)[:count]

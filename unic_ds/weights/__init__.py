@@ -1,0 +1,1 @@
+"""Weights that come from, or go to, other programs."""

@@ -1,0 +1,171 @@
+"""Weights that a run starts from (`--student.init`).
+
+A model folder is what a finished run writes as `student/` and what `import-unic` writes: encoder,
+ladder and statistics. A bare `.safetensors` file holds an encoder in timm's names. The encoder must
+fit, save for its position embeddings, which timm resamples to the run's grid; ladder and statistics
+are taken whole, or start anew and a line says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from unic_ds import dist
+from unic_ds.engine import deepspeed_engine
+from unic_ds.files.printable import printable
+from unic_ds.files.tensor_files import Safetensors, is_finite, not_floating, read, unlike_weights
+from unic_ds.process import console
+from unic_ds.teachers import weight_files
+
+if TYPE_CHECKING:
+    from unic_ds.models.student import Student
+    from unic_ds.teachers.teacher_set import Teachers
+
+WEIGHTS, LADDER = "model.safetensors", "ladder.safetensors"
+STATISTICS = "statistics.safetensors"
+NONE = "there are none"
+
+
+def start(path: str, student: Student, teachers: Teachers) -> dict[str, dict[str, str]]:
+    """Start `student` and the teachers' statistics from `path`; `weights.hashes` of each file.
+
+    Every rank calls it. ValueError where the encoder's weights are missing, do not fit or are not
+    finite.
+    """
+    files = files_of(path)
+    hashes = dist.on_rank_0(lambda: examined(files))
+    start_encoder(path, student.encoder)
+    taken = ["encoder"]
+    if wrong := start_ladder(files.get(LADDER), student.ladder):
+        console.say(f"the ladder starts anew: {wrong}")
+    else:
+        taken.append("ladder")
+    state = read(files[STATISTICS]) if STATISTICS in files else {}
+    if wrong := misfit(state, teachers.state_dict()) if state else NONE:
+        console.say(f"the statistics start anew: {wrong}")
+    else:
+        teachers.load_state_dict(state)
+        taken.append("statistics")
+    console.say(f"starts from {path}: {', '.join(taken)}")
+    return hashes
+
+
+def examined(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+    """`weights.hashes` of files; ValueError for unsound weights."""
+    found = {}
+    for name, file in files.items():
+        if problem := unsound(Safetensors(file)):
+            raise ValueError(f"student.init {str(file)!r} holds no sound weights: {problem}")
+        found[name] = weight_files.hashes(file)
+    return found
+
+
+def unsound(state: Mapping[str, Tensor]) -> str:
+    """The first tensor that is not floating or not finite, in words; or nothing."""
+    for name, value in state.items():
+        if name.endswith(".num_batches_tracked"):
+            continue
+        why = unlike_weights(value)
+        if not why and not value.is_floating_point():
+            why = not_floating(value)
+        if not why and not is_finite(value):
+            why = "is not finite"
+        if why:
+            return f"{printable(name)} {why}"
+    return ""
+
+
+def files_of(path: str) -> dict[str, Path]:
+    """The files of a model folder, or of a bare file of encoder weights, by their name there."""
+    given = Path(path).expanduser()
+    if not given.is_dir():
+        return {WEIGHTS: given}
+    names = (WEIGHTS, LADDER, STATISTICS)
+    return {name: given / name for name in names if (given / name).is_file()}
+
+
+@torch.no_grad()
+def start_encoder(path: str, encoder: Any) -> None:
+    """Give a timm ViT the encoder weights at `path`; ValueError unless all fit.
+
+    A classifier is left behind: supervised weights of timm have one, an encoder has not. Weights
+    are read one at a time, under ZeRO-3 by rank 0 alone.
+    """
+    own = encoder.state_dict(keep_vars=True)
+    file = Safetensors(files_of(path)[WEIGHTS])
+    found = {name: value for name, value in file.items() if not name.startswith("head.")}
+    changed = {}
+    if "pos_embed" in found and getattr(encoder, "pos_embed", None) is not None:
+        changed["pos_embed"] = resized(found["pos_embed"], encoder, path)
+    if wrong := misfit(found | changed, own):
+        model = encoder.pretrained_cfg.get("architecture", "the student")
+        raise ValueError(f"student.init {path!r} does not fit {model}: {wrong}")
+    for name, value in own.items():
+        with deepspeed_engine.whole(value) as ours:
+            if ours:
+                value.copy_(changed.get(name, found[name]))
+
+
+@torch.no_grad()
+def start_ladder(path: Path | None, ladder: Any) -> str:
+    """Give a ladder the weights at `path`, all of them; or how they do not fit, in words."""
+    if path is None:
+        return NONE
+    own = dict(ladder.named_parameters())
+    want = ladder.published({k: outline(deepspeed_engine.shape(v)) for k, v in own.items()})
+    file = Safetensors(path)
+    if wrong := misfit(file, want):
+        return wrong
+    for name, regions in ladder.parts().items():
+        with deepspeed_engine.whole(own[name]) as ours:
+            for published, at in regions.items() if ours else ():
+                own[name][at].copy_(file[published])
+    return ""
+
+
+def outline(shape: Any) -> Tensor:
+    """A tensor of that shape, and nothing in it."""
+    return torch.empty(tuple(shape), device="meta")
+
+
+def resized(pos_1ND: Tensor, encoder: Any, path: str) -> Tensor:
+    """Position embeddings on the encoder's grid, by timm's own resampling."""
+    prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+    grid, side = encoder.patch_embed.grid_size, math.isqrt(max(pos_1ND.shape[1] - prefix, 0))
+    if pos_1ND.ndim != 3 or side == 0 or side * side + prefix != pos_1ND.shape[1]:
+        raise ValueError(
+            f"student.init {path!r} has position embeddings {tuple(pos_1ND.shape)}: they are no"
+            f" square grid after {prefix} prefix tokens"
+        )
+    if (side, side) == tuple(grid):
+        return pos_1ND
+    console.say(f"position embeddings resized from {side} x {side} to {grid[0]} x {grid[1]}")
+    return resample_abs_pos_embed(pos_1ND, new_size=list(grid), num_prefix_tokens=prefix)
+
+
+def misfit(state: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> str:
+    """How names and shapes of weights differ from those wanted, in words; nothing where they fit.
+
+    Of every kind of difference the first is named.
+    """
+    shapes = [
+        f"{printable(k)} is {tuple(v.shape)}, not {tuple(deepspeed_engine.shape(want[k]))}"
+        for k, v in state.items()
+        if k in want and v.shape != deepspeed_engine.shape(want[k])
+    ]
+    kinds = (
+        [f"{name} is missing" for name in sorted(want.keys() - state.keys())],
+        [f"{printable(name)} is unknown" for name in sorted(state.keys() - want.keys())],
+        shapes,
+    )
+    said = [
+        f"{rows[0]}{f' and {len(rows) - 1} more' if rows[1:] else ''}" for rows in kinds if rows
+    ]
+    return "; ".join(said)
