@@ -50,6 +50,6 @@ def measured(rows: list[Tensor]) -> list[object]:
 if __name__ == "__main__":
     dist.start()
     file = Path(sys.argv[1])
-    every = dist.gather_objects(measured(torch.load(file)))
+    every = dist.all_gather_objects(measured(torch.load(file)))
     if dist.rank() == 0:
         file.with_suffix(".measured").write_text(json.dumps(every))

@@ -141,7 +141,7 @@ def stepped(options: dict[str, str], file: dict[str, Any], start: int) -> dict[s
         if number % 2:
             after["step"] = held()
     given += image.nbytes + path_BK.nbytes + drop_TB.nbytes
-    deepspeed_engine.release(made)
+    deepspeed_engine.free_memory(made)
     return {
         "between": after["step"] - start - given,
         "gradients": after["backward"] - after["step"],

@@ -48,7 +48,9 @@ def take(row: list[Any], device: OrderedDevice) -> dict[str, Any]:
     keep = deepspeed_engine.wait_on_device
     if waits != "ours":
         deepspeed_engine.wait_on_device = lambda *_: None
-    made = deepspeed_engine.build(deepspeed_engine.create(Layers, settings), cfg.optim, settings)
+    made = deepspeed_engine.build(
+        deepspeed_engine.partitioned(Layers, settings), cfg.optim, settings
+    )
     deepspeed_engine.wait_on_device = keep
     names = ("reduction_stream", "reduce_and_partition_stream")
     (reduces,) = (vars(made.optimizer)[name] for name in names if name in vars(made.optimizer))

@@ -38,9 +38,9 @@ def make():
     return Patches()
 
 
-def tokens_of(row: config.Teacher) -> tuple[teacher_set.Teachers, list[torch.Tensor]]:
+def tokens_of(row: config.Teacher) -> tuple[teacher_set.TeacherSet, list[torch.Tensor]]:
     """A teacher and what it says of this rank's images, the second time."""
-    made = teacher_set.Teachers(
+    made = teacher_set.TeacherSet(
         (row,), grid=GRID, standardise=config.Standardise(), device=dist.device()
     )
     (side,) = made.sizes
@@ -50,7 +50,7 @@ def tokens_of(row: config.Teacher) -> tuple[teacher_set.Teachers, list[torch.Ten
     return made, list(made.raw({side: image})[row.name])
 
 
-def local_bytes(made: teacher_set.Teachers) -> int:
+def local_bytes(made: teacher_set.TeacherSet) -> int:
     """What this rank holds of the weights."""
     (teacher,) = made.teachers.values()
     own = (getattr(p, "_local_tensor", p) for p in teacher.tower.parameters())

@@ -45,7 +45,7 @@ def seen(file: str, accumulation: int) -> dict[str, Any]:
     settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
     settings = ds_config.merge(settings, cfg, dist.world())
     assert settings["gradient_accumulation_steps"] == accumulation
-    made = deepspeed_engine.build(deepspeed_engine.create(Line, settings), cfg.optim, settings)
+    made = deepspeed_engine.build(deepspeed_engine.partitioned(Line, settings), cfg.optim, settings)
     optim.apply(made.optimizer, 1e-3)
     for given in GIVEN[dist.rank()][:accumulation]:
         made.backward(made(torch.full((4, 4), given)))

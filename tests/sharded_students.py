@@ -49,8 +49,8 @@ def peak(found: dict[str, Any]):
         over.set()
         thread.join()
     found["seconds"] = round(time.monotonic() - since, 1)
-    found["peak"] = max(dist.gather_objects(tops[0]))
-    found["kept"] = max(dist.gather_objects(resident() - start))
+    found["peak"] = max(dist.all_gather_objects(tops[0]))
+    found["kept"] = max(dist.all_gather_objects(resident() - start))
 
 
 def settings(*, bf16: bool) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def differing(one: Student, other: Student) -> list[str]:
     """Names of the parameters of `one`, in parts, that are not bitwise those of `other`."""
     found, there = [], dict(other.named_parameters())
     for name, parameter in one.named_parameters():
-        with deepspeed_engine.whole(parameter):
+        with deepspeed_engine.gathered(parameter):
             want = there[name].detach().to(parameter.dtype)
             if not torch.equal(parameter.detach(), want):
                 found.append(name)
@@ -98,8 +98,8 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
             assert not warm_start.start_ladder(Path(path) / warm_start.LADDER, student.ladder)
 
     with peak(found):
-        student = deepspeed_engine.create(
-            lambda: make(deepspeed_engine.whole), settings(bf16=row["bf16"])
+        student = deepspeed_engine.partitioned(
+            lambda: make(deepspeed_engine.gathered), settings(bf16=row["bf16"])
         )
         begin(student)
     found["whole"] = whole_bytes(student)

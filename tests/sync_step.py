@@ -139,17 +139,17 @@ def main(argv: list[str]) -> int:
     waits, good = Waits(), True
     trace(waits)
     with tempfile.TemporaryDirectory() as own:
-        folder = Path(dist.share(own))
+        folder = Path(dist.broadcast_object(own))
         if dist.rank() == 0:
             for side in ("train", "val"):
                 pictures.folder(folder / side, 24)
-        dist.share(None)  # the pictures are there
+        dist.broadcast_object(None)  # the pictures are there
         for stage in STAGES:
             found = measure(folder, stage, waits)
             good &= not found["synchronizations"] and found["difference"] <= CLOSE
             if dist.rank() == 0:
                 print(json.dumps(found) if "--json" in argv else found, flush=True)
-        dist.share(None)  # nobody reads them any more
+        dist.broadcast_object(None)  # nobody reads them any more
     return 0 if good else 1
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from unic_ds import config
 from unic_ds.config import ds_config, recipes
 from unic_ds.engine import optim, reshard
-from unic_ds.engine.ema import KEY, AveragedAdamW, in_place_of_weights
+from unic_ds.engine.ema import KEY, AveragedAdamW, swapped_in
 from unic_ds.models.ladder import Head
 from unic_ds.models.student import Student
 
@@ -100,7 +100,7 @@ def test_the_exchange_is_undone_even_after_an_error():
     step(weights, optimizer, 2)
     before = [w.detach().clone() for w in weights]
     averages = [optimizer.state[w][KEY].clone() for w in weights]
-    with pytest.raises(KeyError), in_place_of_weights(optimizer):
+    with pytest.raises(KeyError), swapped_in(optimizer):
         assert all(torch.equal(w, a) for w, a in zip(weights, averages, strict=True))
         raise KeyError
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))

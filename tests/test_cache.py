@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from unic_ds import config, demo
 from unic_ds.teachers import cache
-from unic_ds.teachers.teacher_set import Teachers
+from unic_ds.teachers.teacher_set import TeacherSet
 from unic_ds.tokens import Tokens
 
 pytestmark = DEMONSTRATION
@@ -294,7 +294,7 @@ def test_stored_tokens_arrive_though_the_device_lags(tmp_path, device):
     """Two seconds behind the host, which meanwhile reads into memory that it has freed."""
     made(tmp_path)
     cached, gpu = opened(tmp_path), device != "cpu"
-    teachers = Teachers(
+    teachers = TeacherSet(
         (ROW,), grid=2, standardise=config.Standardise(), device=torch.device(device), cache=cached
     )
     draws = [np.random.default_rng(k).integers(0, (7, 2), (6, 2)).T for k in range(12)]

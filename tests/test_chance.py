@@ -44,12 +44,12 @@ def test_one_number_is_the_same_alone_and_in_a_batch():
 
 
 def test_seed_name_and_counters_all_matter():
-    base = rng.words(0, "a", 4, 1, 2, 3)
+    base = rng.random_bits(0, "a", 4, 1, 2, 3)
     others = [
-        rng.words(1, "a", 4, 1, 2, 3),
-        rng.words(0, "b", 4, 1, 2, 3),
-        rng.words(0, "a", 4, 2, 1, 3),
-        rng.words(0, "a", 4, 1, 2, 4),
+        rng.random_bits(1, "a", 4, 1, 2, 3),
+        rng.random_bits(0, "b", 4, 1, 2, 3),
+        rng.random_bits(0, "a", 4, 2, 1, 3),
+        rng.random_bits(0, "a", 4, 1, 2, 4),
     ]
     assert all(not np.any(base == other) for other in others)
 
@@ -64,7 +64,7 @@ def test_uniform_and_uncorrelated():
 
 
 def test_number_fits_a_torch_seed():
-    numbers = [rng.number(0, f"parameter {i}") for i in range(1000)]
+    numbers = [rng.seed_for(0, f"parameter {i}") for i in range(1000)]
     assert len(set(numbers)) == 1000
     assert min(numbers) >= 0 and max(numbers) < 2**63
     assert max(numbers) > 2**62

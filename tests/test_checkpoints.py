@@ -303,9 +303,9 @@ def disk(tmp_path):
 def test_room_is_asked_for_before_anything_is_written(disk):
     small = disk("tmpfs", 8)
     (small / NEWEST).mkdir()
-    checkpoint.claim(small / f".saving_{NEXT}", 4 << 20)
+    checkpoint.create_partial(small / f".saving_{NEXT}", 4 << 20)
     with pytest.raises(OSError, match=r"No space left.* it takes 17 MB.* good checkpoint is step_"):
-        checkpoint.claim(small / f".saving_{NEXT}", 16 << 20)
+        checkpoint.create_partial(small / f".saving_{NEXT}", 16 << 20)
     assert [path.name for path in small.iterdir()] == [NEWEST]
 
 
@@ -314,9 +314,9 @@ def test_room_is_asked_for_before_anything_is_written(disk):
 def test_what_is_free_is_looked_at_where_nothing_can_be_set_aside(disk):
     """ext2 has no fallocate, as NFS before 4.2 has none."""
     dumb = disk("ext2", 16)
-    checkpoint.claim(dumb / f".saving_{NEXT}", 8 << 20)
+    checkpoint.create_partial(dumb / f".saving_{NEXT}", 8 << 20)
     with pytest.raises(OSError, match=r"1\d MB are free; it takes 17 MB"):
-        checkpoint.claim(dumb / f".saving_{NEXT}", 16 << 20)
+        checkpoint.create_partial(dumb / f".saving_{NEXT}", 16 << 20)
     assert [path.name for path in dumb.iterdir()] == ["lost+found"]
 
 
@@ -407,6 +407,6 @@ def test_what_is_kept(tmp_path, keep, expected):
     make(tmp_path, [None, 0.5, float("nan"), 0.9, 0.8, 0.5, 0.6, 0.7, 0.1])
     (tmp_path / ".saving_step_0000005" / "zero").mkdir(parents=True)
     (tmp_path / "step_of_mine").mkdir()
-    checkpoint.forget(tmp_path, tmp_path / "step_0000008", config.Run(**keep))
+    checkpoint.remove_old(tmp_path, tmp_path / "step_0000008", config.Run(**keep))
     names = {f"step_{step:07d}" for step in expected}  # step 9 was of a branch that was given up
     assert {path.name for path in tmp_path.iterdir()} == names | {"step_of_mine"}

@@ -16,7 +16,7 @@ from runs import TINY as TINY_RUN
 from torch import nn
 
 from unic_ds import config, demo
-from unic_ds.blocks import compile_each, from_scratch, repeated, uncompiled
+from unic_ds.blocks import compile_each, from_scratch, repeated_blocks, uncompiled
 from unic_ds.config import ds_config
 from unic_ds.models.ladder import Head
 from unic_ds.models.student import Student
@@ -67,7 +67,7 @@ def test_a_compiled_student_with_recomputed_blocks_has_the_same_curve() -> None:
 )
 def test_the_blocks_of_a_teacher_are_found(name: str, count: int) -> None:
     with torch.device("meta"):
-        assert len(repeated(nn.ModuleDict({"net": timm.create_model(name)}))) == count
+        assert len(repeated_blocks(nn.ModuleDict({"net": timm.create_model(name)}))) == count
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_compiled_teachers_give_the_same_features() -> None:
     image = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         want = net(image)
-        compile_each(repeated(net))
+        compile_each(repeated_blocks(net))
         torch.testing.assert_close(net(image), want, rtol=1e-4, atol=1e-5)
 
 

@@ -69,7 +69,7 @@ def test_an_operation_without_a_deterministic_kernel_is_one_sentence(determinist
     said = r"^put_ has no .* --run.deterministic false$"
     with pytest.raises(RuntimeError, match=said) as raised, determinism.explained():
         torch.zeros(2).put_(at_N, values_N)
-    assert entry_point.ours(raised.value)
+    assert entry_point.is_expected(raised.value)
 
 
 def test_a_cublas_that_is_told_otherwise_is_refused(monkeypatch) -> None:

@@ -26,7 +26,7 @@ FLOORS: tuple[Collection[str], ...] = (
     {"train", "doctor"},
     {"cli"},
 )
-"""From the ground up; a room is a package or file of unic_ds. Rooms of a floor above do not meet."""
+"""From the ground up; a room is a package or file. Rooms of one floor do not import each other."""
 
 UPWARDS = {("planning", "training")}
 """Imports that are still to be turned round: `plan` asks if a training command would be refused."""

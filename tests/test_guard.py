@@ -32,7 +32,7 @@ from unic_ds.training import rollback, step_guard
 pytestmark = DEMONSTRATION
 
 
-def judged(one: step_guard.Guard, loss: float, norm: float = 1.0) -> bool:
+def judged(one: step_guard.StepGuard, loss: float, norm: float = 1.0) -> bool:
     """Whether a step of one micro batch is taken."""
     one.see(torch.tensor(loss))
     skip = one.skip(torch.tensor(norm))
@@ -41,8 +41,8 @@ def judged(one: step_guard.Guard, loss: float, norm: float = 1.0) -> bool:
     return taken
 
 
-def alone_guard(spike: float = 8.0) -> step_guard.Guard:
-    return step_guard.Guard(spike, everyone=lambda own: own[None], device=torch.device("cpu"))
+def alone_guard(spike: float = 8.0) -> step_guard.StepGuard:
+    return step_guard.StepGuard(spike, everyone=lambda own: own[None], device=torch.device("cpu"))
 
 
 def test_the_score_is_the_robust_z_score():
@@ -94,7 +94,7 @@ def test_what_is_not_finite_is_skipped_and_the_host_hears_why():
 def test_all_ranks_skip_and_know_whose_loss_it_was():
     losses_P = torch.tensor([1.0, math.nan, 2.0])
     guards = [
-        step_guard.Guard(0.0, everyone=lambda own: losses_P, device=torch.device("cpu"))
+        step_guard.StepGuard(0.0, everyone=lambda own: losses_P, device=torch.device("cpu"))
         for _ in losses_P
     ]
     for one, loss in zip(guards, losses_P.tolist(), strict=True):
@@ -368,6 +368,6 @@ def test_a_damaged_checkpoint_does_not_stop_a_run_that_went_back(tmp_path):
         folder.mkdir(parents=True)
         if facts:
             (folder / "run.json").write_text(facts)
-    assert rollback.settle(tmp_path) == [{"at": 7, "to": 4, "left_out": [5, 7]}]
+    assert rollback.prune_abandoned(tmp_path) == [{"at": 7, "to": 4, "left_out": [5, 7]}]
     left = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
     assert left == ["step_0000004", "step_0000006", "step_0000007"]

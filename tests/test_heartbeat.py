@@ -63,7 +63,7 @@ def with_torchrun(out, **more):
 def end_of(out, command, harm=None, rank=1, **env) -> End:
     """Start a run, harm a rank once it has saved and gone on, and see it out."""
     beyond = max(saved(out) + SAVE_EVERY, reached(out)) + 1 if harm else 0
-    told: list[heartbeat.Pulse] = []
+    told: list[heartbeat.Heartbeat] = []
     process = subprocess.Popen(
         command,
         env=environment() | AWAKE | env,
@@ -74,7 +74,7 @@ def end_of(out, command, harm=None, rank=1, **env) -> End:
         start_new_session=True,
     )
     try:
-        while reached(out) < beyond or len(told) != 2 or any(map(heartbeat.gone, told)):
+        while reached(out) < beyond or len(told) != 2 or any(map(heartbeat.has_exited, told)):
             assert process.poll() is None, process.communicate()[0][-3000:]
             time.sleep(0.02)
             told = heartbeat.read_all(out)
@@ -83,7 +83,7 @@ def end_of(out, command, harm=None, rank=1, **env) -> End:
             os.kill(told[rank].pid, harm)
         printed, _ = process.communicate(timeout=300)
         took_s = time.monotonic() - begun
-        left = [row.pid for row in told if not heartbeat.gone(row)]
+        left = [row.pid for row in told if not heartbeat.has_exited(row)]
     finally:
         if process.poll() is None:
             kill_group(process)

@@ -16,7 +16,7 @@ from unic_ds import config
 from unic_ds.config import job
 from unic_ds.models.ladder import Head, Ladder
 from unic_ds.models.student import Student, grid_of
-from unic_ds.teachers.teacher_set import Teachers
+from unic_ds.teachers.teacher_set import TeacherSet
 from unic_ds.tokens import from_map
 from unic_ds.weights import warm_start
 from unic_ds.weights.export import export
@@ -38,9 +38,9 @@ class Net(nn.Module):
         return from_map(self.patches(image_B3HW))
 
 
-def pool(cfg: config.Student, *names: str) -> Teachers:
+def pool(cfg: config.Student, *names: str) -> TeacherSet:
     rows = tuple(config.Teacher(name=n, source=f"python:{__name__}:Net") for n in names)
-    return Teachers(
+    return TeacherSet(
         rows, grid=grid_of(cfg), standardise=config.Standardise(), device=torch.device("cpu")
     )
 
@@ -51,7 +51,7 @@ def run(
     model: str = "vit_tiny_patch16_224",
     size: int = 32,
     ladder: config.Ladder = LADDER,
-) -> tuple[config.Student, Student, Teachers]:
+) -> tuple[config.Student, Student, TeacherSet]:
     """A student and its teachers as a run builds them; untrained weights differ by seed."""
     cfg = config.Student(model=model, size=size)
     teachers = pool(cfg, *(names or ("a", "b")))

@@ -24,7 +24,7 @@ from PIL import Image
 from unic_ds import cli
 from unic_ds.data import pack, scan, shard_index, shards
 from unic_ds.data.source import Source
-from unic_ds.data.string_table import Names
+from unic_ds.data.string_table import StringTable
 from unic_ds.data.verify import verify
 from unic_ds.process import entry_point
 
@@ -232,7 +232,7 @@ def test_odd_names_stay_apart(tmp_path):
     good, bad = encode(photo(30, 20)).tobytes(), b"none"
     for name, data in ((".a\nb/one.jpg", good), ("tab\tline\nbreak.jpg", bad)):
         (tmp_path / "src" / name).write_bytes(data)
-    names = Names.of([".a\nb/one.jpg", "tab\tline\nbreak.jpg"])
+    names = StringTable.of([".a\nb/one.jpg", "tab\tline\nbreak.jpg"])
     source = Source(tmp_path / "src", names, (".a\nb",), np.array([0, -1], np.int32))
     pack.pack(source, tmp_path / "pack", pack.Settings(), workers=1)
     packed = scan(tmp_path / "pack")

@@ -19,7 +19,7 @@ from torch import Tensor
 from unic_ds import config
 from unic_ds.config.overrides import override_all
 from unic_ds.teachers.phi_s import PhiS, hadamard
-from unic_ds.teachers.teacher_set import Teachers
+from unic_ds.teachers.teacher_set import TeacherSet
 from unic_ds.tokens import Tokens
 from unic_kernels.moments import moments
 
@@ -218,12 +218,12 @@ def rows_of_teachers(tmp_path_factory) -> tuple[config.Teacher, ...]:
     return tuple(teachers)
 
 
-def pool(rows: tuple[config.Teacher, ...], **knobs) -> Teachers:
+def pool(rows: tuple[config.Teacher, ...], **knobs) -> TeacherSet:
     standardise = config.Standardise(**{"target_clamp": 0.0, "std_floor": 0.0} | knobs)
-    return Teachers(rows, grid=4, standardise=standardise, device=CPU)
+    return TeacherSet(rows, grid=4, standardise=standardise, device=CPU)
 
 
-def images(teachers: Teachers, seed: int, count: int = 4) -> dict[int, Tensor]:
+def images(teachers: TeacherSet, seed: int, count: int = 4) -> dict[int, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
     return {
@@ -283,7 +283,7 @@ def test_on_a_gpu_the_fit_is_the_same_and_a_step_never_waits(rows_of_teachers):
     device = torch.device("cuda")
     knobs = config.Standardise(kind="phi_s", fit_steps=2)
     here, there = (
-        Teachers(rows_of_teachers, grid=4, standardise=knobs, device=d) for d in (CPU, device)
+        TeacherSet(rows_of_teachers, grid=4, standardise=knobs, device=d) for d in (CPU, device)
     )
     batches = [images(here, seed) for seed in range(2)]
     here.fit(map(here.raw, batches))

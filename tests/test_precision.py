@@ -67,7 +67,7 @@ def test_quantised_blocks_say_what_they_said(vit, clip, kind):
     for found in (teacher.fidelity, of_clip.fidelity):
         assert min(found["cls"], found["patch"]) >= quantisation.LEAST
         assert found["patch_worst"] <= found["patch"] < 1  # something was rounded
-        quantisation.refuse_unlike("t", kind, found)
+        quantisation.check_agreement("t", kind, found)
     assert not any(p.requires_grad for p in teacher.parameters())
     assert teacher.facts()["precision"] == kind
 
@@ -109,7 +109,7 @@ def spoilt(folder):
 
 def test_a_teacher_that_changes_is_refused_with_its_figure(folder):
     with pytest.raises(RuntimeError, match=r"'bad' in int8 is not what it was.*0\.\d{4}, below"):
-        teacher_set.Teachers(
+        teacher_set.TeacherSet(
             (spoilt(folder),),
             grid=GRID,
             standardise=config.Standardise(),
@@ -260,4 +260,4 @@ def test_quantised_teachers_on_a_gpu(vit, kind):
         pytest.skip("this GPU has no fp8 units")
     device = torch.device("cuda")
     teacher = load(replace(vit, precision=kind), grid=GRID, device=device, sample=noise)
-    quantisation.refuse_unlike("t", kind, teacher.fidelity)
+    quantisation.check_agreement("t", kind, teacher.fidelity)

@@ -23,11 +23,11 @@ TEXT = (ROOT / "README.md").read_text()
 
 @pytest.mark.parametrize("file", ["README.md", *(f"docs/{name}.md" for name in DOCS)])
 def test_every_option_named_is_one(file):
-    known = {*job.DOOR, *overrides.option_names(), "run", "logdir"}
+    known = {*job.JOB_OPTIONS, *overrides.option_names(), "run", "logdir"}
     others = {"num_gpus", "json", "help", "seed", "views", "dtype", "hash"}
     if file in ("docs/slurm.md", "docs/reliability.md"):
         others |= LAUNCHERS
-    others |= {"shard_mb", "max_side", "images", "rounds", "master_port", *search.OWN}
+    others |= {"shard_mb", "max_side", "images", "rounds", "master_port", *search.VERB_OPTIONS}
     others |= {"readers", "latency_ms", "only", "minutes", "op", "case", "check"}
     for name in re.findall(r"--([a-z_]+(?:\.[A-Za-z_]+)*)", (ROOT / file).read_text()):
         general = re.sub(r"^teachers\.\w+\.", "teachers.NAME.", name)

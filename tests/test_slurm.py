@@ -303,14 +303,14 @@ class Journey:
         """Wait until this start of the job has made a step."""
         self.job.reaches(self.out, reached(self.out) + 1)
 
-    def rank(self) -> heartbeat.Pulse:
+    def rank(self) -> heartbeat.Heartbeat:
         """One that trains now, not on the batch host."""
         host, rows = self.job.nodes[1], []
         while not rows:  # whose record is being written is missing for a moment
             rows = [row for row in heartbeat.read_all(self.out) if row.host == host]
         return rows[0]
 
-    def signal(self, name: str, rank: heartbeat.Pulse) -> None:
+    def signal(self, name: str, rank: heartbeat.Heartbeat) -> None:
         process = self.lab.start(rank.host, "kill", f"-{name}", str(rank.pid))
         printed, _ = process.communicate(timeout=60)
         assert process.returncode == 0, printed

@@ -570,8 +570,10 @@ def pair(vit, tmp_path_factory) -> tuple[config.Teacher, ...]:
     return replace(vit[1], name="vit", size=0), row_of(path, "test_efficientnet", name="cnn")
 
 
-def make_pool(rows: tuple[config.Teacher, ...], **keys) -> teacher_set.Teachers:
-    return teacher_set.Teachers(rows, grid=GRID, standardise=config.Standardise(**keys), device=CPU)
+def make_pool(rows: tuple[config.Teacher, ...], **keys) -> teacher_set.TeacherSet:
+    return teacher_set.TeacherSet(
+        rows, grid=GRID, standardise=config.Standardise(**keys), device=CPU
+    )
 
 
 def test_pool_keeps_config_order_and_standardises(pair):
@@ -588,7 +590,7 @@ def test_pool_keeps_config_order_and_standardises(pair):
     assert (patch_BN_C.std(0) - 1).abs().max() < 1e-3
 
 
-def targets(teachers: teacher_set.Teachers, batch: dict[int, torch.Tensor]) -> dict[str, Tokens]:
+def targets(teachers: teacher_set.TeacherSet, batch: dict[int, torch.Tensor]) -> dict[str, Tokens]:
     """Standardised targets of a batch."""
     return {name: target.standardised() for name, target in teachers(batch).items()}
 
@@ -684,7 +686,7 @@ def test_two_ranks_track_as_one(vit, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_never_waits_for_the_gpu(pair):
     device = torch.device("cuda")
-    teachers = teacher_set.Teachers(
+    teachers = teacher_set.TeacherSet(
         pair, grid=GRID, standardise=config.Standardise(), device=device
     )
     batch = {size: images(size).to(device) for size in teachers.sizes}

@@ -99,4 +99,4 @@ def test_images_that_cannot_be_measured_on_are_told_at_the_start(made, classes):
     ],
 )
 def test_as_many_may_be_broken_as_the_limit_says(bad, limit, total, refused):
-    assert setup.too_many(bad, 8, limit=limit, total=total) is refused
+    assert setup.exceeds_bad_limit(bad, 8, limit=limit, total=total) is refused

@@ -107,7 +107,7 @@ def zoo(tmp_path_factory):
             patch.setitem(open_clip.pretrained._PRETRAINED, member.arch, tags)
             source = f"open_clip:{member.arch}/random"
             rows.append(config.Teacher(name=name, source=source, precision="fp32"))
-        yield teacher_set.Teachers(
+        yield teacher_set.TeacherSet(
             tuple(rows), grid=GRID, standardise=config.Standardise(), device=CPU
         )
 

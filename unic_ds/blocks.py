@@ -54,7 +54,7 @@ def uncompiled(on: bool) -> Iterator[None]:
         yield
 
 
-def repeated(module: nn.Module) -> list[nn.Module]:
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """The row of equal blocks that most of a model's weights are in; none where there is none."""
     whole = size(module)
     rows = [

@@ -230,7 +230,7 @@ def barrier() -> None:
 
 
 @contextmanager
-def in_turn() -> Iterator[None]:
+def local_main_first() -> Iterator[None]:
     """Each node's first rank runs the body before its others: one reads disk, they its cache."""
     if local_rank() != 0:
         barrier()
@@ -239,7 +239,7 @@ def in_turn() -> Iterator[None]:
         barrier()
 
 
-def gather(values: Tensor) -> Tensor:
+def all_gather(values: Tensor) -> Tensor:
     """`values` of every rank, stacked on a first axis in rank order; the same on all ranks."""
     if world() == 1:
         return values[None]
@@ -248,12 +248,12 @@ def gather(values: Tensor) -> Tensor:
     return found
 
 
-def gather_batch(values_BC: Tensor) -> tuple[Tensor, int]:
+def all_gather_batch(values_BC: Tensor) -> tuple[Tensor, int]:
     """Equally many rows of every rank in rank order, and where this rank's begin."""
-    return gather(values_BC).flatten(0, 1), rank() * len(values_BC)
+    return all_gather(values_BC).flatten(0, 1), rank() * len(values_BC)
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """`values` summed over the ranks; the same on all."""
     if world() == 1:
         return values
@@ -262,7 +262,7 @@ def total(values: Tensor) -> Tensor:
     return summed
 
 
-def gather_to(values: Tensor, owner: int) -> Tensor | None:
+def gather_to_rank(values: Tensor, owner: int) -> Tensor | None:
     """`values` of every rank, stacked on a first axis in rank order, on `owner`; None elsewhere."""
     if world() == 1:
         return values[None]
@@ -272,7 +272,7 @@ def gather_to(values: Tensor, owner: int) -> Tensor | None:
     return found
 
 
-def gather_objects(value: Any) -> list[Any]:
+def all_gather_objects(value: Any) -> list[Any]:
     """`value` of every rank in rank order; small things off the hot path."""
     if world() == 1:
         return [value]
@@ -281,7 +281,7 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def share(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Rank 0's `value`, on every rank."""
     if world() == 1:
         return value
@@ -297,13 +297,13 @@ def on_rank_0(find: Callable[[], T]) -> T:
         found = find() if rank() == 0 else None
     except ValueError as error:
         problem = str(error)
-    found, problem = share((found, problem))
+    found, problem = broadcast_object((found, problem))
     if problem:
         raise ValueError(problem)
     return cast(T, found)
 
 
-def spread(module: nn.Module, blocks: Sequence[nn.Module], *, offload: bool) -> None:
+def shard_over_node(module: nn.Module, blocks: Sequence[nn.Module], *, offload: bool) -> None:
     """Keep a node's share of a frozen module's weights on each of its ranks, by FSDP2.
 
     A block's are gathered for its forward, the rest for the module's. `offload` keeps the share in

@@ -30,29 +30,29 @@ def philox(counter_4: list[NDArray[np.uint64]], key_2: tuple[int, int]) -> NDArr
     return np.stack([a, b, c, d], -1).astype(np.uint32)
 
 
-def key(seed: int, name: str) -> tuple[int, int]:
+def stream_key(seed: int, name: str) -> tuple[int, int]:
     """The two key words of a named stream of numbers under a seed of any size."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def words(seed: int, name: str, count: int, *counters: ArrayLike) -> NDArray[np.uint32]:
+def random_bits(seed: int, name: str, count: int, *counters: ArrayLike) -> NDArray[np.uint32]:
     """`count` 32-bit words [..., count] for each element of up to three broadcast counters."""
     given = np.broadcast_arrays(*[np.asarray(c, dtype=np.uint64) & _LOW for c in counters])
     block = np.arange(-(-count // 4), dtype=np.uint64) + np.zeros_like(given[0])[..., None]
     parts = [part[..., None] + np.zeros_like(block) for part in given]
     parts += [np.zeros_like(block)] * (3 - len(parts))
-    four = philox([*parts, block], key(seed, name))
+    four = philox([*parts, block], stream_key(seed, name))
     return four.reshape(*four.shape[:-2], -1)[..., :count]
 
 
 def uniform(seed: int, name: str, count: int, *counters: ArrayLike) -> NDArray[np.float64]:
     """`count` numbers in [0, 1), [..., count], for each element of up to three counters."""
     # 24 bits: exact in fp32, where more could round up to 1
-    return (words(seed, name, count, *counters) >> np.uint32(8)) * np.float64(2.0**-24)
+    return (random_bits(seed, name, count, *counters) >> np.uint32(8)) * np.float64(2.0**-24)
 
 
-def number(seed: int, name: str) -> int:
+def seed_for(seed: int, name: str) -> int:
     """One 63-bit number for a seed and a name, e.g. the seed of a parameter's own generator."""
-    high, low = key(seed, name)
+    high, low = stream_key(seed, name)
     return (high << 32 | low) & (2**63 - 1)

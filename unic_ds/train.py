@@ -76,7 +76,7 @@ def accept(task: job.Job, stages: list[job.Job]) -> None:
 
     for stage in stages:
         events.raise_last(stage.out)
-    with events.refusals(task.out) if task.out.is_dir() else nullcontext():
+    with events.record_refusals(task.out) if task.out.is_dir() else nullcontext():
         acceptance.accept(stages, starting=True)
 
 
@@ -92,12 +92,12 @@ def heart(stage: job.Job) -> Any:
     from unic_ds.training import events, watchdog
 
     determinism.choose(stage.cfg.run.deterministic)
-    with events.meeting(stage.out):
-        dist.start(timeout_s=watchdog.longest_s(stage.cfg.run))
-    return watchdog.Heart(
+    with events.rendezvous_failures(stage.out):
+        dist.start(timeout_s=watchdog.longest_timeout_s(stage.cfg.run))
+    return watchdog.Watchdog(
         stage.out,
         stage.cfg.run,
-        start=dist.share(watchdog.new_start()),
+        start=dist.broadcast_object(watchdog.new_start_id()),
         rank=dist.rank(),
         world=dist.world(),
     )
@@ -150,32 +150,32 @@ def distil(task: job.Job, beat: Callable[[str, int], None], *, whole: job.Job) -
     from unic_ds import blocks, dist
     from unic_ds.process import console
     from unic_ds.training import events, final_eval, rollback
-    from unic_ds.training.run_dir import record, resume
+    from unic_ds.training.run_dir import resume, write_run_files
     from unic_ds.training.setup import build
 
     events.raise_last(task.out)
-    with events.refusals(task.out):
+    with events.record_refusals(task.out):
         with entry_point.warnings_held():
             parts = build(task)
         beat("resuming", 0)
         first, last = resume(task, parts) + 1, parts.steps
-        lock = record(task, parts, whole)
+        lock = write_run_files(task, parts, whole)
     stops, run = job.stop_files(whole.out, whole.cfg.run.stop_file), task.cfg.run
     votes = dist.StepVotes(*stops, save_s=60 * run.save_minutes)
     step = None
     while step is None:
         try:
             step = learn(task, parts, first, votes=votes, beat=beat)
-        except rollback.Setback as setback:
+        except rollback.RollbackNeeded as setback:
             beat("resuming", setback.last)
-            rollback.plan(task, parts, setback)
+            rollback.plan_rollback(task, parts, setback)
             first = resume(task, parts) + 1
     parts.stream.close()
     if step == last:
         votes.close()
         beat("evaluating", step)
         with blocks.uncompiled(run.compile != "none"):
-            final_eval.finish(task, parts)
+            final_eval.export_and_evaluate(task, parts)
     else:
         console.say(f"stopped after step {step} of {last}; the same command goes on from there")
         if dist.rank() == 0:
@@ -198,7 +198,7 @@ def learn(
 
     run, last = task.cfg.run, parts.steps
     stop, step = min(run.stop_at or last, last), first - 1
-    book = run_log.Log(
+    book = run_log.RunLog(
         task.out,
         steps=last,
         first=first,
@@ -230,7 +230,7 @@ def learn(
                     lr=rate,
                     grad_norm=grad_norm(parts.engine),
                 )
-                rollback.heed(task, parts, step, verdict_PK)
+                rollback.check_skipped_steps(task, parts, step, verdict_PK)
             if saves:
                 beat("saving", step)
                 save(task, parts, step, loss=row["loss"])
@@ -285,7 +285,7 @@ def optimise(
             loss=cfg.loss,
             balance=parts.balance,
             distances=cfg.distances,
-            everyone=dist.gather_batch,
+            everyone=dist.all_gather_batch,
             ops=KERNELS[cfg.kernels],
         )
         guard.see(loss)

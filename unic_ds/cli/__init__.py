@@ -145,7 +145,7 @@ def fidelity(cfg: Config, asked: str, as_json: bool) -> int:
     )
     show([row | {"images": said} for row in found], as_json)
     for row in found:
-        quantisation.refuse_unlike(row["name"], asked, row)
+        quantisation.check_agreement(row["name"], asked, row)
     return 0
 
 
@@ -159,8 +159,8 @@ def judges(cfg: Config) -> tuple[Any, str]:
         where = str(demo.root() / demo.PARTS[0])
     if where:
         with redirect_stdout(sys.stderr):  # what a scan says is no part of a table or of JSON
-            return setup.few(cfg, data.scan(where)), where
-    return setup.noise, "noise, for there are no images; give --data.train"
+            return setup.sample_images(cfg, data.scan(where)), where
+    return setup.noise_images, "noise, for there are no images; give --data.train"
 
 
 def teachers_fetch(options: dict[str, str]) -> int:
@@ -204,7 +204,7 @@ def export(options: dict[str, str]) -> int:
         heads = heads_of(cfg, {name: row["width"] for name, row in teachers.items()})
         ladder = ladder_on(build_encoder(cfg.student), cfg.ladder, heads)
     with redirect_stdout(sys.stderr):  # a script reads the exported folder's path
-        images = final_eval.sample(data.scan(cfg.data.train), cfg, 8)
+        images = final_eval.sample_images(data.scan(cfg.data.train), cfg, 8)
     statistics = warm_start.read(found / checkpoint.STATISTICS)
     beside = {
         warm_start.LADDER: ladder.published(parts["ladder"]),
@@ -289,7 +289,7 @@ def plan(options: dict[str, str]) -> int:
     """What a run needs, and whether it fits."""
     from unic_ds.planning import search
 
-    own = take(options, *search.OWN)
+    own = take(options, *search.VERB_OPTIONS)
     take(options, "out", "resume")  # a training command is planned as it stands
     cfg = job.configure(take(options, "recipe").get("recipe", "quickstart"), options)
     return search.run(own, cfg)
@@ -308,7 +308,7 @@ def doctor(words: list[str], options: dict[str, str]) -> int:
         return postmortem.run(Path(words[0]), hashes="hash" in own, as_json="json" in own)
     from unic_ds.doctor import preflight as node
 
-    own = take(options, *node.OWN)
+    own = take(options, *node.VERB_OPTIONS)
     options.pop("local_rank", None)  # the deepspeed launcher adds it
     cfg = job.configure(take(options, "recipe").get("recipe", "quickstart"), options)
     return node.run(own, cfg)

@@ -12,7 +12,7 @@ from typing import Literal
 from unic_ds.config.data import Data
 from unic_ds.config.models import EIGHT_BITS, TEACHER_NAME, Ladder, Student, Teacher
 from unic_ds.config.objective import Balance, Distance, Drop, Loss, Standardise
-from unic_ds.config.option import check, check_most, knob
+from unic_ds.config.option import check, check_most, option
 from unic_ds.config.schedule import Eval, Optim, Run
 
 __all__ = [
@@ -44,23 +44,23 @@ STAGES, TEACHERS = 100, 100
 class Config:
     """Everything that decides what a run learns."""
 
-    recipe: str = knob("", "name of the recipe this came from", machinery=True)
-    seed: int = knob(0, "of order, augmentation, drops and initial weights", most=2**64 - 1)
-    precision: Literal["", "bf16", "fp32"] = knob(
+    recipe: str = option("", "name of the recipe this came from", machinery=True)
+    seed: int = option(0, "of order, augmentation, drops and initial weights", most=2**64 - 1)
+    precision: Literal["", "bf16", "fp32"] = option(
         "", "of the student; empty: what the ds_config says"
     )
-    kernels: Literal["fused", "reference"] = knob(
+    kernels: Literal["fused", "reference"] = option(
         "fused",
         "ladder, loss and statistics: by kernels (Triton on a GPU), or in plain torch to debug",
         machinery=True,
     )
-    teachers: tuple[Teacher, ...] = knob((), "comma-separated SOURCE or NAME=SOURCE")
-    stages: str = knob(
+    teachers: tuple[Teacher, ...] = option((), "comma-separated SOURCE or NAME=SOURCE")
+    stages: str = option(
         "",
         "earlier stages, each as what differs from this run, in OUT/stage1 and so on; separated by"
         " ; as in 'student.size=224 optim.epochs=200'; each starts from the student before it",
     )
-    cache: str = knob(
+    cache: str = option(
         "",
         "folder that `unic-ds cache` made: teachers in it are not run, and its views are shown",
         machinery=True,  # the path may move; a checkpoint knows what it held

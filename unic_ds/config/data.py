@@ -5,65 +5,65 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from unic_ds.config.option import check, check_most, knob
+from unic_ds.config.option import check, check_most, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Where the images are, how they are augmented and decoded."""
 
-    train: str = knob(
+    train: str = option(
         "",
         "images: a folder (class folders optional), a folder of .tar shards, a .txt list of paths,"
         " or several: a,b=0.5 shows half of b in an epoch",
         machinery=True,
     )
-    val: str = knob(
+    val: str = option(
         "", "images to evaluate on, named likewise; empty: val_share of train", machinery=True
     )
-    window: int = knob(8, "shards whose samples are shuffled together", most=1_000_000)
-    val_share: float = knob(0.0, "share of train held out, by a seeded hash of the sample's name")
-    augment: Literal["unic", "weak", "none"] = knob(
+    window: int = option(8, "shards whose samples are shuffled together", most=1_000_000)
+    val_share: float = option(0.0, "share of train held out, by a seeded hash of the sample's name")
+    augment: Literal["unic", "weak", "none"] = option(
         "unic", "draws: unic (all), weak (crop + flip), none (centre)"
     )
-    crop_min: float = knob(0.08, "smallest crop, as a share of the image's area")
-    ratio_max: float = knob(
+    crop_min: float = option(0.08, "smallest crop, as a share of the image's area")
+    ratio_max: float = option(
         4 / 3, "a crop's largest aspect ratio; the smallest is its inverse", most=1_000.0
     )
-    flip: float = knob(0.5, "chance of a horizontal flip")
-    jitter: float = knob(0.8, "chance of colour jitter")
-    brightness: float = knob(0.4, "jitter: factor in 1 -/+ this")
-    contrast: float = knob(0.4, "jitter: factor in 1 -/+ this")
-    saturation: float = knob(0.2, "jitter: factor in 1 -/+ this")
-    hue: float = knob(0.1, "jitter: turn of the colour circle in -/+ this")
-    grey: float = knob(0.2, "chance of turning grey")
-    blur: float = knob(0.2, "chance of Gaussian blur")
-    blur_min: float = knob(0.1, "smallest blur sigma, in student pixels")
-    blur_max: float = knob(5.0, "largest blur sigma, in student pixels", most=1_000.0)
-    solarise: float = knob(0.2, "chance of inverting what is brighter than half")
-    backend: Literal["auto", "dali", "torch"] = knob(
+    flip: float = option(0.5, "chance of a horizontal flip")
+    jitter: float = option(0.8, "chance of colour jitter")
+    brightness: float = option(0.4, "jitter: factor in 1 -/+ this")
+    contrast: float = option(0.4, "jitter: factor in 1 -/+ this")
+    saturation: float = option(0.2, "jitter: factor in 1 -/+ this")
+    hue: float = option(0.1, "jitter: turn of the colour circle in -/+ this")
+    grey: float = option(0.2, "chance of turning grey")
+    blur: float = option(0.2, "chance of Gaussian blur")
+    blur_min: float = option(0.1, "smallest blur sigma, in student pixels")
+    blur_max: float = option(5.0, "largest blur sigma, in student pixels", most=1_000.0)
+    solarise: float = option(0.2, "chance of inverting what is brighter than half")
+    backend: Literal["auto", "dali", "torch"] = option(
         "auto", "decoder: DALI, its torch twin, or what is there", machinery=True
     )
-    threads: int = knob(
+    threads: int = option(
         0, "decoding threads per rank; 0: the rank's share of the cores", machinery=True, most=4_096
     )
-    readers: int = knob(
+    readers: int = option(
         16,
         "files read at once per rank, images and stored features alike",
         machinery=True,
         most=1_024,
     )
-    prefetch: int = knob(2, "batches decoded ahead", machinery=True, most=1_024)
-    bad_limit: float = knob(
+    prefetch: int = option(2, "batches decoded ahead", machinery=True, most=1_024)
+    bad_limit: float = option(
         0.01, "stop when more than this share of the images cannot be read", machinery=True
     )
-    max_mb: float = knob(
+    max_mb: float = option(
         256.0,
         "a file of more bytes counts as unreadable, and is not read",
         machinery=True,
         most=100_000.0,
     )
-    max_megapixels: float = knob(
+    max_megapixels: float = option(
         50.0, "a larger image counts as unreadable (decompression bombs)", most=100_000.0
     )
 

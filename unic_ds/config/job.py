@@ -14,7 +14,7 @@ from unic_ds.config import Config, Teacher, data_spec, ds_config, extension, met
 from unic_ds.config.overrides import nearest, option_names, options_of, override_all
 from unic_ds.files.printable import printable
 
-DOOR = {
+JOB_OPTIONS = {
     "ds_config": "ds_configs/zero1.json, zero2, zero3 or zero3_offload, or your own (needed)",
     "recipe": f"{', '.join(recipes.RECIPES)}; a method on one, like quickstart+radio"
     f" ({', '.join(methods.METHODS)}); or a run's config.yaml [quickstart]",
@@ -60,7 +60,7 @@ def resolve(options: dict[str, str], ranks: int | None = None) -> Job:
     options = {
         k: v for k, v in options.items() if k != "local_rank"
     }  # the deepspeed launcher adds it
-    door = {k: options.pop(k) for k in list(options) if k in DOOR}
+    door = {k: options.pop(k) for k in list(options) if k in JOB_OPTIONS}
     if "ds_config" not in door:
         near = nearest("ds_config", list(options))
         raise ValueError(
@@ -122,7 +122,7 @@ def stage_options(text: str) -> dict[str, str]:
 
 def configure(recipe: str, options: dict[str, str]) -> Config:
     """The recipe's Config with the options applied; ValueError names the nearest of an unknown."""
-    known = [*DOOR, *option_names()]
+    known = [*JOB_OPTIONS, *option_names()]
     for name in options:
         if name.split(".")[0] not in {k.split(".")[0] for k in known}:
             raise ValueError(
@@ -226,7 +226,7 @@ def check_room(out: Path) -> None:
 def help_text(usage: str) -> str:
     """Every option with its default and meaning, for a terminal."""
     lines = [usage, "", "The job:"]
-    lines += [f"  --{name:<24} {text}" for name, text in DOOR.items()]
+    lines += [f"  --{name:<24} {text}" for name, text in JOB_OPTIONS.items()]
     lines += ["", "The science (dotted overrides of the recipe; defaults in brackets):"]
     section = ""
     for name, default, text in options_of():

@@ -8,7 +8,7 @@ from typing import Literal
 
 from unic_ds.config import loss_terms
 from unic_ds.config.objective import Loss
-from unic_ds.config.option import check, check_checkpoint, check_rungs, knob
+from unic_ds.config.option import check, check_checkpoint, check_rungs, option
 
 TEACHER_NAME = re.compile(r"[a-z][a-z0-9_]*")
 DIVIDED = "(images are divided by 255 before: divide a value of the scale 0 to 255 too)"
@@ -31,41 +31,41 @@ def check_scale(mean: tuple[float, ...], std: tuple[float, ...], at: str) -> Non
 class Teacher:
     """One frozen teacher: a row of a recipe's table."""
 
-    name: str = knob("", "word used in logs, state dicts and --teachers.NAME.key")
-    source: str = knob(
+    name: str = option("", "word used in logs, state dicts and --teachers.NAME.key")
+    source: str = option(
         "", "timm:NAME | open_clip:ARCH/TAG | file:PATH#arch=TIMM_NAME | python:MODULE:FUNCTION"
     )
-    size: int = knob(
+    size: int = option(
         0, "image side in pixels; 0: the size whose grid is the student's (CNN: its own config)"
     )
-    patch: int = knob(0, "pixels a patch token covers; 0: the source's own")
-    mean: tuple[float, ...] = knob(
+    patch: int = option(0, "pixels a patch token covers; 0: the source's own")
+    mean: tuple[float, ...] = option(
         (), "channel means of its preprocessing, in [0, 1]; empty: the source's own"
     )
-    std: tuple[float, ...] = knob(
+    std: tuple[float, ...] = option(
         (), "channel stds of its preprocessing, in (0, 1]; empty: the source's own"
     )
-    block: str = knob(
+    block: str = option(
         "output", "tokens are read here: output, middle (block), or after a 0-based block"
     )
-    weight: float = knob(1.0, "of its losses beside the other teachers'")
-    cls_loss: str = knob("", "distance of its CLS tokens, or none; empty: loss.cls")
-    patch_loss: str = knob("", "distance of its patch tokens, or none; empty: loss.patch")
-    rungs: str = knob("", "student blocks that learn it, as ladder.rungs; empty: ladder.rungs")
-    precision: Literal["bf16", "fp32", "int8", "fp8", "int8_dynamic", "fp8_dynamic"] = knob(
+    weight: float = option(1.0, "of its losses beside the other teachers'")
+    cls_loss: str = option("", "distance of its CLS tokens, or none; empty: loss.cls")
+    patch_loss: str = option("", "distance of its patch tokens, or none; empty: loss.patch")
+    rungs: str = option("", "student blocks that learn it, as ladder.rungs; empty: ladder.rungs")
+    precision: Literal["bf16", "fp32", "int8", "fp8", "int8_dynamic", "fp8_dynamic"] = option(
         "bf16",
         "of its forward; int8 and fp8 quantise the weights of its blocks' Linears, *_dynamic what"
         " they multiply too (docs/teachers.md)",
     )
-    placement: Literal["replicate", "shard", "offload"] = knob(
+    placement: Literal["replicate", "shard", "offload"] = option(
         "replicate",
         "its weights: whole on each rank, spread over a node's ranks, or so in their CPUs' memory",
         machinery=True,
     )
-    micro: int = knob(
+    micro: int = option(
         0, "images that it takes at once; 0: all of the student's micro batch", machinery=True
     )
-    channels_last: bool = knob(False, "NHWC memory format, faster for CNNs")
+    channels_last: bool = option(False, "NHWC memory format, faster for CNNs")
 
     def __post_init__(self) -> None:
         at = f"teachers.{self.name}"
@@ -115,22 +115,22 @@ class Teacher:
 class Student:
     """The encoder that is trained: any timm ViT."""
 
-    model: str = knob("vit_base_patch16_224", "timm name of a ViT")
-    size: int = knob(224, "image side in pixels")
-    registers: int = knob(-1, "register tokens; -1: the model's own")
-    drop_path: float = knob(0.1, "drop-path rate of the last block, linear from 0")
-    mean: tuple[float, ...] = knob(
+    model: str = option("vit_base_patch16_224", "timm name of a ViT")
+    size: int = option(224, "image side in pixels")
+    registers: int = option(-1, "register tokens; -1: the model's own")
+    drop_path: float = option(0.1, "drop-path rate of the last block, linear from 0")
+    mean: tuple[float, ...] = option(
         (0.485, 0.456, 0.406), "channel means of its preprocessing, in [0, 1]"
     )
-    std: tuple[float, ...] = knob(
+    std: tuple[float, ...] = option(
         (0.229, 0.224, 0.225), "channel stds of its preprocessing, in (0, 1]"
     )
-    init: str = knob(
+    init: str = option(
         "",
         "start from a model folder (a run's student/, import-unic's) or a .safetensors encoder",
         machinery=True,  # the path may move; a checkpoint knows the SHA-256 of what it held
     )
-    checkpoint: str = knob(
+    checkpoint: str = option(
         "none",
         "blocks that backward computes again instead of keeping what is inside: none, full, or"
         " every:K, each K-th",
@@ -151,23 +151,23 @@ class Student:
 class Ladder:
     """The projectors from student blocks to teachers; thrown away after training."""
 
-    rungs: str = knob(
+    rungs: str = option(
         "all",
         "blocks with projectors: all, half (every second), middle, last, or 0-based like 2,5,8,11",
     )
-    width: int = knob(0, "hidden width of a projector; 0: the student's width")
-    last_width: int = knob(0, "hidden width on the last block; 0: 4 x width")
-    prenorm: bool = knob(False, "LayerNorm before a projector")
-    midnorm: bool = knob(False, "LayerNorm between a projector's Linears")
-    combine: Literal["sum", "each"] = knob(
+    width: int = option(0, "hidden width of a projector; 0: the student's width")
+    last_width: int = option(0, "hidden width on the last block; 0: 4 x width")
+    prenorm: bool = option(False, "LayerNorm before a projector")
+    midnorm: bool = option(False, "LayerNorm between a projector's Linears")
+    combine: Literal["sum", "each"] = option(
         "sum", "sum the rungs and take one loss, or average a loss per rung"
     )
 
-    projector: Literal["mlp", "linear", "transformer"] = knob(
+    projector: Literal["mlp", "linear", "transformer"] = option(
         "mlp", "per rung: Linear-GELU-Linear, one Linear, or a transformer block on all tokens"
     )
 
-    recompute: Literal["none", "hidden", "all"] = knob(
+    recompute: Literal["none", "hidden", "all"] = option(
         "hidden",
         "what backward computes again instead of keeping it: nothing, GELU (free where its GEMM"
         " does it on the side), or the first Linears too (+16% of the ladder's work)",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 from unic_ds.config import loss_terms
-from unic_ds.config.option import check, check_most, knob
+from unic_ds.config.option import check, check_most, option
 
 
 class Distance(NamedTuple):
@@ -27,16 +27,16 @@ class Loss:
 
     TERMS: ClassVar = {"cls": loss_terms.TERMS, "patch": ("cosine", "smooth_l1", "mse")}
 
-    cls: str = knob(
+    cls: str = option(
         "0.5 cosine + 0.5 smooth_l1",
         "of CLS tokens: weighted cosine, smooth_l1, mse, contrastive; none: not learned",
     )
-    patch: str = knob(
+    patch: str = option(
         "0.5 cosine + 0.5 smooth_l1",
         "of patch tokens: weighted cosine, smooth_l1, mse; none: not learned",
     )
-    temperature: float = knob(0.07, "of the contrastive term")
-    divisor: Literal["expected", "kept"] = knob(
+    temperature: float = option(0.07, "of the contrastive term")
+    divisor: Literal["expected", "kept"] = option(
         "expected", "divide by the expected number of kept pairs, or count them per micro batch"
     )
 
@@ -59,10 +59,10 @@ class Loss:
 class Balance:
     """How much each teacher counts for each image."""
 
-    kind: Literal["dropping", "none", "fixed", "adaloss"] = knob(
+    kind: Literal["dropping", "none", "fixed", "adaloss"] = option(
         "dropping", "drop teachers by chance, all equal, by their weights, or by inverse loss"
     )
-    momentum: float = knob(0.99, "adaloss: what stays of the running losses at each step")
+    momentum: float = option(0.99, "adaloss: what stays of the running losses at each step")
 
     def __post_init__(self) -> None:
         check(0 <= self.momentum < 1, "balance.momentum", "in [0, 1)", self.momentum)
@@ -72,11 +72,11 @@ class Balance:
 class Drop:
     """Teacher dropping: which teachers an image learns from."""
 
-    rate: float = knob(0.5, "chance of dropping each teacher but an image's hardest")
-    unit: Literal["image", "step"] = knob(
+    rate: float = option(0.5, "chance of dropping each teacher but an image's hardest")
+    unit: Literal["image", "step"] = option(
         "image", "one mask per image, or one for the step (hardest: of a micro batch)"
     )
-    keep_hardest: bool = knob(True, "never drop the teacher with the largest loss")
+    keep_hardest: bool = option(True, "never drop the teacher with the largest loss")
 
     def __post_init__(self) -> None:
         check(0 <= self.rate <= 1, "drop.rate", "in [0, 1]", self.rate)
@@ -92,24 +92,24 @@ class Drop:
 class Standardise:
     """Standardisation of the targets, by running statistics or fitted ones (method: section 1)."""
 
-    on: bool = knob(True, "standardise teacher features")
-    kind: Literal["channel", "phi_s"] = knob(
+    on: bool = option(True, "standardise teacher features")
+    kind: Literal["channel", "phi_s"] = option(
         "channel",
         "channel: each by its own mean and std; phi_s: PHI-S, one rotation and one scale that give"
         " every channel variance 1 (needs fit_steps)",
     )
-    fit_steps: int = knob(
+    fit_steps: int = option(
         0,
         "fit the statistics to this many batches before training and keep them fixed; 0: running"
         " statistics",
         most=1_000_000,
     )
-    momentum_end: float = knob(0.001, "last value of the cosine from 1")
-    std_floor: float = knob(
+    momentum_end: float = option(0.001, "last value of the cosine from 1")
+    std_floor: float = option(
         0.1, "smallest std, as a share of the teacher's median channel std; 0: off (kind channel)"
     )
-    target_clamp: float = knob(10.0, "largest absolute target; 0: off")
-    freeze_after: int = knob(0, "fix the statistics after this step; 0: never")
+    target_clamp: float = option(10.0, "largest absolute target; 0: off")
+    freeze_after: int = option(0, "fix the statistics after this step; 0: never")
 
     def __post_init__(self) -> None:
         check_most(self, "standardise.")

@@ -12,7 +12,7 @@ WIDEST = 2**63 - 1
 """The largest whole number of any option: 64 bits."""
 
 
-def knob(default: Any, text: str, *, machinery: bool = False, most: float | None = None) -> Any:
+def option(default: Any, text: str, *, machinery: bool = False, most: float | None = None) -> Any:
     """A field with its help line and its largest value, which lies far above what anybody needs.
 
     `machinery` marks what may differ when a run is resumed.

@@ -80,14 +80,14 @@ def default_name(source: str) -> str:
     return name if TEACHER_NAME.fullmatch(name) else f"t_{name}"
 
 
-SAID = {"cache": "teachers.cache"}
+OPTION_ALIASES = {"cache": "teachers.cache"}
 """Fields whose option has another name."""
 
 
 def override(config: Any, path: str, text: str, *, prefix: str = "") -> Any:
     """`config` with the field at the dotted `path` set from `text`; unknown names are an error."""
-    if not prefix and path in SAID.values():
-        path = next(field for field, said in SAID.items() if said == path)
+    if not prefix and path in OPTION_ALIASES.values():
+        path = next(field for field, said in OPTION_ALIASES.items() if said == path)
     head, _, rest = path.partition(".")
     name = prefix + head
     hints = get_type_hints(type(config))
@@ -157,7 +157,7 @@ def options_of(config: Any = None, prefix: str = "") -> list[tuple[str, Any, str
         if is_dataclass(value):
             rows += options_of(value, f"{prefix}{f.name}.")
         else:
-            name = SAID.get(prefix + f.name, prefix + f.name)
+            name = OPTION_ALIASES.get(prefix + f.name, prefix + f.name)
             rows.append((name, value, f.metadata["help"]))
     return rows
 

@@ -41,7 +41,7 @@ from unic_ds.data.augmentation import draw
 from unic_ds.data.reader import Reader
 from unic_ds.data.shards import Shards
 from unic_ds.data.source import MAX_MB, Mixture
-from unic_ds.data.string_table import Names
+from unic_ds.data.string_table import StringTable
 from unic_ds.process import console
 
 MANY = 1_281_167  # images of ImageNet-1k, whose index is measured
@@ -279,7 +279,7 @@ def before_decoding(source: Source, batch: int) -> float:
 def index() -> dict[str, float]:
     """What MANY images in shards cost to hold, and to begin an epoch of."""
     tracemalloc.start()
-    names = Names.of(f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(MANY))
+    names = StringTable.of(f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(MANY))
     shard_N = np.arange(MANY, dtype=np.int32) // 5000
     tars = tuple(f"{s:06d}.tar" for s in range(shard_N[-1] + 1))
     offset_N, size_N = np.arange(MANY), np.full(MANY, 100_000)

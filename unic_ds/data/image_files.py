@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from unic_ds.data.source import FLAT, Source, say_unlabelled
-from unic_ds.data.string_table import Names
+from unic_ds.data.string_table import StringTable
 from unic_ds.files import open_regular
 from unic_ds.files.printable import printable
 from unic_ds.process import console
@@ -145,7 +145,7 @@ def labelled(root: Path, names: Sequence[str], tops: Sequence[str]) -> Source:
     label_N = np.array([number[top] for top in tops], dtype=np.int32)
     if classes:
         say_unlabelled(root, label_N)
-    return Source(root, Names.of(names), classes, label_N)
+    return Source(root, StringTable.of(names), classes, label_N)
 
 
 def first_folder(name: str) -> str:

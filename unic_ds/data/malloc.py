@@ -20,13 +20,13 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def few_heaps() -> None:
+def limit_arenas() -> None:
     """Have threads share heaps from now on; nothing where the C library is not glibc."""
     if hasattr(_libc(), "malloc_trim"):
         _libc().mallopt(M_ARENA_MAX, HEAPS)
 
 
-def give_back() -> None:
+def trim() -> None:
     """Return freed memory to the system; nothing where the C library is not glibc."""
     if hasattr(_libc(), "malloc_trim"):
         _libc().malloc_trim(0)

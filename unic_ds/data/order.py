@@ -46,7 +46,7 @@ def per_epoch(runs: Runs) -> int:
 
 def words(seed: int, name: str, epoch: int, n: int) -> NDArray[np.uint32]:
     """A chance word for each of `n` things: sorted by it they are shuffled."""
-    return rng.words(seed, name, 4, epoch, np.arange(-(-n // 4))).reshape(-1)[:n]
+    return rng.random_bits(seed, name, 4, epoch, np.arange(-(-n // 4))).reshape(-1)[:n]
 
 
 @lru_cache(maxsize=2)

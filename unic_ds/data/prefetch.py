@@ -114,7 +114,7 @@ def decoder(
     return made
 
 
-class Feed:
+class Prefetcher:
     """The batches of a plan in its order; iterate from one thread, then close."""
 
     def __init__(
@@ -128,7 +128,7 @@ class Feed:
         device: torch.device,
         beside: Beside | None = None,
     ):
-        malloc.few_heaps()
+        malloc.limit_arenas()
         self.waited_s = 0.0
         self._beside = beside
         self._reader, self._cfg, self._seed = reader, reader.cfg, seed
@@ -147,7 +147,7 @@ class Feed:
         )
         self._thread.start()
 
-    def __iter__(self) -> Feed:
+    def __iter__(self) -> Prefetcher:
         return self
 
     def __next__(self) -> Batch:
@@ -172,7 +172,7 @@ class Feed:
         for made in filter(None, (self._decoder, self._alone)):
             made.close()
         self._alone = None
-        malloc.give_back()
+        malloc.trim()
 
     def _read_ahead(self, plan: Iterator[Slots]) -> None:
         """The reading thread: plan -> queue, then None, or the exception that ended it."""

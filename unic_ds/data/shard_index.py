@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from unic_ds.config.data_spec import exists
 from unic_ds.data.labels import CLASSES, classified
 from unic_ds.data.members import Member, members_of, merged
-from unic_ds.data.string_table import Names
+from unic_ds.data.string_table import StringTable
 from unic_ds.data.tar_headers import BLOCK
 from unic_ds.files import open_regular, replacing
 from unic_ds.files.printable import printable
@@ -111,7 +111,7 @@ def tables_of(
 
 
 def _block(names: Iterable[str]) -> NDArray[np.uint8]:
-    return np.frombuffer(Names.of(names).joined(), dtype=np.uint8)
+    return np.frombuffer(StringTable.of(names).joined(), dtype=np.uint8)
 
 
 def stamp_of(tar: Path) -> Stamp:
@@ -217,7 +217,7 @@ def _array(data: bytes) -> NDArray[Any]:
 def notes_of(tables: Tables) -> list[str]:
     """Notes on the shards, printed at every start."""
     block = tables.get("notes", np.empty(0, np.uint8))[: NOTES << 10]
-    return list(islice(Names.cut(block.tobytes()), NOTES))
+    return list(islice(StringTable.cut(block.tobytes()), NOTES))
 
 
 def fault_of(tables: Tables) -> str:
@@ -236,7 +236,7 @@ def fault_of(tables: Tables) -> str:
     shards, classes = _entries(blocks["shards"]), _entries(blocks["classes"])
     if shards != sizes["S"] or classes > sizes["N"] + SPARE:
         return f"there are {shards} shards of {sizes['S']} sizes and {classes} classes"
-    names = list(Names.cut(blocks["shards"].tobytes()))
+    names = list(StringTable.cut(blocks["shards"].tobytes()))
     if len(set(names)) != shards or any("/" in x or x in ("", ".", "..") for x in names):
         return "the name of a shard is there twice, or is none of a file"
     return _wrong_place(tables, classes)
@@ -269,7 +269,7 @@ def _wrong_place(tables: Tables, classes: int) -> str:
 
 def compare(tables: Tables, folder: Path, tars: Sequence[Path], *, file: Path) -> None:
     """ValueError that names the first shard which is not as its index has it."""
-    known = {name: s for s, name in enumerate(Names.cut(tables["shards"].tobytes()))}
+    known = {name: s for s, name in enumerate(StringTable.cut(tables["shards"].tobytes()))}
     remedy = f"; delete {str(file)!r} if the shards are as they should be, it is built again"
     there = {tar.name: tar for tar in tars}
     for name in sorted(known.keys() - there.keys()):

@@ -23,7 +23,7 @@ from unic_ds.data.image_files import SUFFIXES, is_hidden
 from unic_ds.data.labels import CLASSES, class_names
 from unic_ds.data.order import Run, Runs
 from unic_ds.data.source import MAX_MB, Source, refuse_large
-from unic_ds.data.string_table import Names
+from unic_ds.data.string_table import StringTable
 from unic_ds.files import open_regular
 from unic_ds.files.home import home
 from unic_ds.files.printable import printable
@@ -167,7 +167,7 @@ def of_shards(where: Path, tars: Sequence[Path]) -> Shards:
         file = shard_index.keep(shard_index.build(tars, known), *places)
     tables = shard_index.load(file, tars)
     shard_index.compare(tables, folder, tars, file=file)
-    classes = tuple(Names.cut(tables["classes"].tobytes()))
+    classes = tuple(StringTable.cut(tables["classes"].tobytes()))
     notes = shard_index.notes_of(tables)
     if known != list(classes[: len(known)]) and not any(CLASSES in note for note in notes):
         notes.append(f"{CLASSES} is not what the index has; to use it, delete {str(file)!r}")
@@ -177,10 +177,10 @@ def of_shards(where: Path, tars: Sequence[Path]) -> Shards:
         raise ValueError(f"no {', '.join(SUFFIXES)} in the shards of {str(where)!r}")
     return Shards(
         folder,
-        Names.cut(tables["names"].tobytes()),
+        StringTable.cut(tables["names"].tobytes()),
         classes,
         tables["label_N"],
-        tuple(Names.cut(tables["shards"].tobytes())),
+        tuple(StringTable.cut(tables["shards"].tobytes())),
         tables["shard_N"],
         tables["offset_N"],
         tables["size_N"],
@@ -194,7 +194,7 @@ def index_places(where: Path, tars: Sequence[Path]) -> tuple[Path, Path]:
     elif len(tars) == 1:
         place, owner = where.with_suffix(".tar.index.npz"), where
     else:  # some shards of a folder
-        names = Names.of([tar.name for tar in tars]).joined()
+        names = StringTable.of([tar.name for tar in tars]).joined()
         place = where.with_name(f"unic_ds-index-{hashlib.sha256(names).hexdigest()[:12]}.npz")
         owner = place
     name = hashlib.sha256(os.fsencode(owner.resolve())).hexdigest()

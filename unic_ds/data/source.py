@@ -20,7 +20,7 @@ from unic_ds import rng
 from unic_ds.config import Data
 from unic_ds.data import order
 from unic_ds.data.order import Run, Runs
-from unic_ds.data.string_table import Names, together
+from unic_ds.data.string_table import StringTable, together
 from unic_ds.files import open_regular
 from unic_ds.files.printable import printable
 from unic_ds.process import console
@@ -43,7 +43,7 @@ class Source:
     """
 
     folder: Path
-    names: Names
+    names: StringTable
     classes: tuple[str, ...]
     label_N: NDArray[np.int32]
 
@@ -171,7 +171,7 @@ def split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     if share == 0:
         return source, source.subset([])
     names = (source.names.encoded(i).decode("latin-1") for i in range(len(source)))
-    at_N = np.fromiter((rng.number(seed, f"split/{name}") for name in names), dtype=np.float64)
+    at_N = np.fromiter((rng.seed_for(seed, f"split/{name}") for name in names), dtype=np.float64)
     held_N = at_N < share * 2.0**63
     for side, empty in (("training", held_N.all()), ("validation", not held_N.any())):
         if empty:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from unic_ds.config import Data
 from unic_ds.data import malloc, order
-from unic_ds.data.prefetch import Batch, Beside, Feed, Slots
+from unic_ds.data.prefetch import Batch, Beside, Prefetcher, Slots
 from unic_ds.data.reader import Reader
 from unic_ds.data.source import Source
 
@@ -63,7 +63,7 @@ class Stream:
         self._seed, self._sizes, self._device = seed, tuple(dict.fromkeys(sizes)), device
         self._batch_size, self._micro, self._rank, self._world = batch_size, micro, rank, world
         self._views = views or Views(seed)
-        self._feed: Feed | None = None
+        self._feed: Prefetcher | None = None
         self._step = 0
         self._left_out: order.Spans = ()
         self._waited_s = 0.0
@@ -104,7 +104,7 @@ class Stream:
 
     def __next__(self) -> Batch:
         if self._feed is None:
-            self._feed = Feed(
+            self._feed = Prefetcher(
                 self._reader,
                 self._plan(self._step),
                 seed=self._views.seed,
@@ -117,7 +117,7 @@ class Stream:
         self._since_epoch += self._micro * self._world
         if self._since_epoch >= order.per_epoch(self._runs):
             self._since_epoch = 0
-            malloc.give_back()
+            malloc.trim()
         return batch
 
     def close(self) -> None:
@@ -162,7 +162,9 @@ def drawn(
         for part in parts
     )
     sides = tuple(dict.fromkeys(sizes))
-    feed = Feed(Reader(source, cfg), slots, seed=seed, sizes=sides, batch=batch, device=device)
+    feed = Prefetcher(
+        Reader(source, cfg), slots, seed=seed, sizes=sides, batch=batch, device=device
+    )
     try:
         for _, parts in cuts:
             yield [next(feed) for _ in parts]
@@ -187,7 +189,9 @@ def passes(
         for at in range(0, len(index_N), batch)
     )
     reader = Reader(source, replace(cfg, augment="none"))
-    feed = Feed(reader, plan, seed=0, sizes=tuple(dict.fromkeys(sizes)), batch=batch, device=device)
+    feed = Prefetcher(
+        reader, plan, seed=0, sizes=tuple(dict.fromkeys(sizes)), batch=batch, device=device
+    )
     try:
         yield from feed
     finally:

@@ -13,7 +13,7 @@ from unic_ds.files.printable import printable
 END = b"\0"  # no path has it
 
 
-class Names:
+class StringTable:
     """Strings by their place; a part (`of`, `taken`) looks like any other."""
 
     def __init__(self, block: bytes, start_M: NDArray[np.int64]):
@@ -23,7 +23,7 @@ class Names:
         self.block, self.start_M = block, start_M
 
     @classmethod
-    def of(cls, names: Iterable[str]) -> Names:
+    def of(cls, names: Iterable[str]) -> StringTable:
         """Names from strings as the file system gives them; ValueError for a zero byte in one."""
         encoded = [os.fsencode(name) for name in names]
         block = END.join([*encoded, b""])
@@ -33,7 +33,7 @@ class Names:
         return cls.cut(block)
 
     @classmethod
-    def cut(cls, block: bytes) -> Names:
+    def cut(cls, block: bytes) -> StringTable:
         """Names from their block."""
         end_N = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 0)
         return cls(block, np.concatenate([[0], end_N + 1]).astype(np.int64))
@@ -53,15 +53,15 @@ class Names:
             raise IndexError(index)
         return self.block[self.start_M[index] : self.start_M[index + 1] - 1]
 
-    def taken(self, index_M: ArrayLike) -> Names:
+    def taken(self, index_M: ArrayLike) -> StringTable:
         """The names at those places."""
-        return Names.cut(b"".join(self.encoded(int(i)) + END for i in np.asarray(index_M)))
+        return StringTable.cut(b"".join(self.encoded(int(i)) + END for i in np.asarray(index_M)))
 
     def joined(self) -> bytes:
         """Each name followed by a zero byte."""
         return self.block[self.start_M[0] : self.start_M[-1]]
 
 
-def together(parts: Sequence[Names]) -> Names:
+def together(parts: Sequence[StringTable]) -> StringTable:
     """The names of all parts, in order."""
-    return Names.cut(b"".join(part.joined() for part in parts))
+    return StringTable.cut(b"".join(part.joined() for part in parts))

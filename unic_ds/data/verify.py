@@ -16,7 +16,7 @@ from unic_ds.config import Data
 from unic_ds.data import shard_index, shards
 from unic_ds.data.members import Member, members_of
 from unic_ds.data.reader import measure
-from unic_ds.data.string_table import Names
+from unic_ds.data.string_table import StringTable
 from unic_ds.files import open_regular
 from unic_ds.files.printable import printable
 from unic_ds.process import console
@@ -39,8 +39,8 @@ def verify(out: Path) -> str:
             f"{str(out)!r} was not packed by unic-ds, so there are no checksums to compare; pack it"
             " into a new folder"
         )
-    named = list(Names.cut(tables["shards"].tobytes()))
-    names = Names.cut(tables["names"].tobytes())
+    named = list(StringTable.cut(tables["shards"].tobytes()))
+    names = StringTable.cut(tables["names"].tobytes())
     with ThreadPoolExecutor(dist.cores()) as pool:
         check = partial(_faults, out, tables, named, names)
         done = console.track(pool.map(check, range(len(named))), len(named), "verifying")
@@ -55,7 +55,7 @@ def verify(out: Path) -> str:
     return f"{out} is whole: {len(names)} images in {len(named)} shards, {size:.1f} MB"
 
 
-def _faults(out: Path, tables: Tables, named: list[str], names: Names, s: int) -> list[str]:
+def _faults(out: Path, tables: Tables, named: list[str], names: StringTable, s: int) -> list[str]:
     """What is wrong with shard `s`."""
     tar = out / named[s]
     if not tar.exists():
@@ -71,7 +71,7 @@ def _faults(out: Path, tables: Tables, named: list[str], names: Names, s: int) -
     except (OSError, ValueError) as error:
         return [f"{tar.name}: {printable(error)}"]
     rows = np.flatnonzero(tables["shard_N"] == s).tolist()
-    classes = list(Names.cut(tables["classes"].tobytes()))
+    classes = list(StringTable.cut(tables["classes"].tobytes()))
     if len(members) != len(rows):
         return [f"{tar.name}: {len(members)} images, {len(rows)} in the index"]
     faults = []

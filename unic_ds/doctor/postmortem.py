@@ -18,7 +18,7 @@ from unic_ds.files import open_regular
 from unic_ds.files.documents import json_lines, parse_line
 from unic_ds.files.printable import printable
 from unic_ds.training import checkpoint, events, heartbeat, run_log
-from unic_ds.training.heartbeat import Pulse
+from unic_ds.training.heartbeat import Heartbeat
 
 AGAIN = "start the same command again"
 BAD = ("failed", "hung", "killed")
@@ -141,17 +141,17 @@ def state_of(out: Path, steps: int, told: Told) -> tuple[str, str]:
 NOT_BEGUN = "not begun", "It has not come to a first log line."
 
 
-def last_start(out: Path) -> list[Pulse]:
+def last_start(out: Path) -> list[Heartbeat]:
     """The pulses of the last start that did not end cleanly, in rank order."""
     rows = heartbeat.read_all(out)
     newest = max(rows, key=lambda row: row.time, default=None)
     return [row for row in rows if newest and row.start == newest.start]
 
 
-def alive(out: Path, row: Pulse) -> bool:
+def alive(out: Path, row: Heartbeat) -> bool:
     """Whether a rank lives: its process is there, or, on another machine, it beats."""
     if heartbeat.near(row):
-        return not heartbeat.gone(row)
+        return not heartbeat.has_exited(row)
     if row.rank or row.error:  # one of them tells for all
         return False
     time.sleep(WATCHED_S)

@@ -21,7 +21,7 @@ from unic_ds.config import Config, ds_config
 from unic_ds.planning import gpus, search
 
 OK, WARNING, FAILS = "ok", "warning", "fails"
-OWN = ("ds_config", "out", "json")
+VERB_OPTIONS = ("ds_config", "out", "json")
 WRITTEN_MB, SLOW_MB_S = 64, 100
 SKEW_S = 5.0
 SHARED_GB = 1.0
@@ -97,9 +97,9 @@ def between_ranks(patient: Patient) -> list[Row]:
     except node.Unfit as error:  # no rank could wait for another
         return [*here(patient), failing("ranks", error)] if dist.rank() == 0 else []
     mine = list(here(patient)) if dist.local_rank() == 0 else []
-    rows = [row for part in dist.gather_objects(mine) for row in part]
+    rows = [row for part in dist.all_gather_objects(mine) for row in part]
     dist.barrier()
-    clocks = dist.gather_objects(time.time())
+    clocks = dist.all_gather_objects(time.time())
     spread = max(clocks) - min(clocks)
     late = "set the nodes' clocks by NTP: logs of several nodes cannot be compared"
     state = WARNING if spread > SKEW_S else OK
@@ -282,7 +282,7 @@ def images(name: str, patient: Patient) -> Row:
     text += f"; {len(val)} to evaluate on"
     if not setup.can_evaluate(source, val):
         return row_of(name, text, remedy=f"no evaluation: {table.NEEDS}", state=WARNING)
-    if problem := setup.unreadable(cfg, val):
+    if problem := setup.find_unreadable(cfg, val):
         raise ValueError(problem)
     return row_of(name, text)
 
@@ -324,9 +324,9 @@ def reduce() -> tuple[float, str]:
 
     place = dist.device()
     ones = torch.ones(REDUCED_MB << 18, device=place)
-    dist.total(ones)  # connects
+    dist.all_reduce_sum(ones)  # connects
     begun = time.monotonic()
-    smallest = float(dist.total(ones).min())
+    smallest = float(dist.all_reduce_sum(ones).min())
     seconds = time.monotonic() - begun
     if smallest != dist.world():
         raise RuntimeError(f"an all-reduce of {dist.world()} ranks gave {smallest}")

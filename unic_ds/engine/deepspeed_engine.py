@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from unic_ds import config, dist
 from unic_ds.config import ds_config
 from unic_ds.engine import optim
-from unic_ds.engine.ema import AveragedAdamW, in_place_of_weights
+from unic_ds.engine.ema import AveragedAdamW, swapped_in
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def create(make: Callable[[], Module], settings: dict[str, Any]) -> Module:
+def partitioned(make: Callable[[], Module], settings: dict[str, Any]) -> Module:
     """What `make` makes; under ZeRO-3 no rank ever holds all of it.
 
     Each parameter is partitioned at the end of its module's constructor, in the precision of the
@@ -51,14 +51,14 @@ def create(make: Callable[[], Module], settings: dict[str, Any]) -> Module:
         with Birth(config_dict_or_path=settings | {"zero_optimization": own}, tensor_overrides=[]):
             student = make()
         if F.linear is not linear:
-            confine(student, F.linear)
+            use_zero3_linear_in_student_only(student, F.linear)
     finally:
         F.linear = linear
     return student
 
 
 @contextmanager
-def whole(parameter: nn.Parameter) -> Iterator[bool]:
+def gathered(parameter: nn.Parameter) -> Iterator[bool]:
     """All of a parameter while the body runs, and whether what this rank writes there counts.
 
     Of one that ZeRO-3 has partitioned rank 0's values go to all; every rank must enter.
@@ -87,7 +87,7 @@ def build(student: nn.Module, cfg: config.Optim, settings: dict[str, Any]) -> An
         model=student, optimizer=optimizer, config=settings, dist_init_required=False
     )
     if F.linear is not linear:
-        confine(student, F.linear)
+        use_zero3_linear_in_student_only(student, F.linear)
         F.linear = linear
     optimizer.state.clear()  # under ZeRO-0 in bf16 DeepSpeed took a step of zero gradients
     mask_norm_on_device()
@@ -182,7 +182,7 @@ def adamw(groups: list[dict[str, Any]], cfg: config.Optim) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, **options)
 
 
-def confine(student: nn.Module, linear: Any) -> None:
+def use_zero3_linear_in_student_only(student: nn.Module, linear: Any) -> None:
     """Give the student's Linears, and nothing else of this process, the `linear` of ZeRO-3.
 
     DeepSpeed replaces `F.linear` for everybody by one that keeps no gathered weight. In bf16 it
@@ -221,7 +221,7 @@ def weights(engine: Any, prefix: str) -> dict[str, Tensor]:
     Their average where the run keeps one. Every rank must call it: weights are gathered one by one.
     """
     masters, found = whole_masters(engine.optimizer), {}
-    with in_place_of_weights(engine.basic_optimizer):
+    with swapped_in(engine.basic_optimizer):
         for name, parameter in engine.module.named_parameters():
             if name.startswith(prefix):
                 full = gather(parameter, masters)
@@ -255,7 +255,7 @@ def whole_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
     return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
 
 
-def order(engine: Any) -> list[str]:
+def param_order(engine: Any) -> list[str]:
     """Trained weights in the order that ZeRO-0 saves their state in, which it saves no names of."""
     if engine.zero_optimization_stage():
         return []
@@ -264,12 +264,12 @@ def order(engine: Any) -> list[str]:
     return [names[p] for group in engine.basic_optimizer.param_groups for p in group["params"]]
 
 
-def copies(engine: Any) -> int:
+def state_copies(engine: Any) -> int:
     """fp32 numbers that a checkpoint holds for each weight: itself, two moments, an average."""
     return 4 if isinstance(engine.basic_optimizer, AveragedAdamW) else 3
 
 
-def guard(engine: Any, skip: Callable[[Tensor | float], Tensor]) -> None:
+def set_found_inf(engine: Any, skip: Callable[[Tensor | float], Tensor]) -> None:
     """Let the optimiser ask before each of its steps whether to leave everything as it is.
 
     `skip` is told the gradient's norm over all ranks and says 1 or 0 on the device. DeepSpeed
@@ -279,7 +279,7 @@ def guard(engine: Any, skip: Callable[[Tensor | float], Tensor]) -> None:
 
     def ask(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        norm = own_norm(weights) if whole is inner else whole._global_grad_norm
+        norm = local_grad_norm(weights) if whole is inner else whole._global_grad_norm
         optimizer.found_inf = skip(norm).to(weights[0].device)  # type: ignore[attr-defined]
 
     # Where a part of the state is offloaded, DeepSpeed steps the rest by an AdamW of its own.
@@ -287,12 +287,12 @@ def guard(engine: Any, skip: Callable[[Tensor | float], Tensor]) -> None:
         optimizer.register_step_pre_hook(ask)
 
 
-def own_norm(weights: list[Tensor]) -> Tensor:
+def local_grad_norm(weights: list[Tensor]) -> Tensor:
     """The gradient's norm where DeepSpeed takes none: under ZeRO-0 in fp32."""
     return nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
 
 
-def release(engine: Any) -> None:
+def free_memory(engine: Any) -> None:
     """Free what training holds; the engine cannot be used again.
 
     ZeRO-3 makes autograd functions of the modules, which torch keeps for ever, so references to

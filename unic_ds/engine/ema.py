@@ -46,7 +46,7 @@ class AveragedAdamW(torch.optim.AdamW):
 
 @contextmanager
 @torch.no_grad()
-def in_place_of_weights(optimizer: Any) -> Iterator[None]:
+def swapped_in(optimizer: Any) -> Iterator[None]:
     """Exchange weights and averages while the body runs; nothing where no average is kept."""
 
     def exchange() -> None:

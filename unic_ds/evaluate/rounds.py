@@ -30,7 +30,7 @@ class Side(NamedTuple):
 
     def gather(self, columns: slice, owner: int) -> tuple[Tensor, ...]:
         """One model's features (N, C) and their labels (N) on rank `owner`, () on the others."""
-        share_WRC = dist.gather_to(self.share_RC[:, columns], owner)
+        share_WRC = dist.gather_to_rank(self.share_RC[:, columns], owner)
         if share_WRC is None:
             return ()
         labelled_N = self.label_N >= 0
@@ -72,7 +72,7 @@ def evaluate(
         for owner, name in enumerate(models):
             mine += tuple(x for side in (train, val) for x in side.gather(columns[name], owner))
         own = attempt(models[dist.rank()], mine, evaluators, device) if mine else ({}, "")
-        for rows, failure in dist.gather_objects(own):
+        for rows, failure in dist.all_gather_objects(own):
             if failure:
                 raise RuntimeError(failure)
             found |= rows
@@ -92,7 +92,7 @@ def attempt(
             f" x {width} features; lower --eval.max_train"
         )
     except (OSError, RuntimeError, ValueError) as error:
-        if not entry_point.ours(error):
+        if not entry_point.is_expected(error):
             raise
         return {}, str(error)
 

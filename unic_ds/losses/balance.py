@@ -90,7 +90,7 @@ class AdaLoss(Balancer):
 
     @torch.no_grad()
     def track(self, taken: Tensor | None = None) -> None:
-        loss_T, images_T = dist.gather(self.sums_2T).sum(0)
+        loss_T, images_T = dist.all_gather(self.sums_2T).sum(0)
         mean_T = (loss_T / images_T.clamp(min=1)).float()
         moved_T = self.momentum * self.running_T + (1 - self.momentum) * mean_T
         moved_T = torch.where(self.running_T > 0, moved_T, mean_T)

@@ -22,7 +22,7 @@ from unic_ds.ops import FUSED, Ops
 from unic_ds.tokens import KINDS, Target, Tokens
 from unic_kernels.distill_loss import Distilled
 
-Everyone = Callable[[Tensor], tuple[Tensor, int]]
+AllGather = Callable[[Tensor], tuple[Tensor, int]]
 """CLS targets of this rank -> those of all ranks in rank order, and where this rank's begin."""
 
 
@@ -55,7 +55,7 @@ class Row(NamedTuple):
         cls = {term: weight for term, weight in self.distance.cls.items() if term != "contrastive"}
         return cls or ({"cosine": 0.0} if self.distance.cls else {}), self.distance.patch
 
-    def contrast(self, temperature: float, everyone: Everyone) -> Tensor | None:
+    def contrast(self, temperature: float, everyone: AllGather) -> Tensor | None:
         """The contrastive share of the loss per image (B), where there is one."""
         if "contrastive" not in self.distance.cls:
             return None
@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
 
 def contrastive(
-    pred_BC: Tensor, target_BC: Tensor, temperature: float, everyone: Everyone
+    pred_BC: Tensor, target_BC: Tensor, temperature: float, everyone: AllGather
 ) -> Tensor:
     """InfoNCE per image: -log softmax over all images' targets of cos / temperature.
 
@@ -93,7 +93,7 @@ def distill_loss(
     loss: config.Loss,
     balance: Balancer,
     distances: Mapping[str, config.Distance] | None = None,
-    everyone: Everyone = alone,
+    everyone: AllGather = alone,
     ops: Ops = FUSED,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a micro batch and its metrics, detached on the device.

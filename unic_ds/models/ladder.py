@@ -73,7 +73,7 @@ class BlockProjector(nn.Module):
         return Tokens(y_BNC[:, 0], y_BNC[:, 1:])
 
 
-class Part(NamedTuple):
+class Region(NamedTuple):
     """Where a published weight lives: a region of one of the concatenated parameters."""
 
     parameter: str
@@ -100,15 +100,15 @@ class Rungs(nn.Module):
         self.project, self.outs = project, outs
         self.blocks = sorted(set().union(*hidden.values()))
         self.layout = [[own.get(block, 0) for own in hidden.values()] for block in self.blocks]
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, Region] = {}
         for block, widths in zip(self.blocks, self.layout, strict=True):
             self.register_parameter(f"fc1_weight_{block}", empty(sum(widths), width))
             self.register_parameter(f"fc1_bias_{block}", empty(sum(widths)))
             for teacher, rows in zip(hidden, regions(widths), strict=True):
                 if block in hidden[teacher]:
                     at = f"{teacher}.{block}.layers.0"
-                    self.parts[f"{at}.weight"] = Part(f"fc1_weight_{block}", (rows,))
-                    self.parts[f"{at}.bias"] = Part(f"fc1_bias_{block}", (rows,))
+                    self.parts[f"{at}.weight"] = Region(f"fc1_weight_{block}", (rows,))
+                    self.parts[f"{at}.bias"] = Region(f"fc1_bias_{block}", (rows,))
         for teacher, own in hidden.items():
             out, sizes = outs[teacher], [own[block] for block in sorted(own)]
             self.register_parameter(f"fc2_weight_{teacher}", empty(out, sum(sizes)))
@@ -116,8 +116,8 @@ class Rungs(nn.Module):
             places = zip(sorted(own), regions(sizes), regions([out] * len(sizes)), strict=True)
             for block, columns, rows in places:
                 at = f"{teacher}.{block}.layers.2"
-                self.parts[f"{at}.weight"] = Part(f"fc2_weight_{teacher}", (slice(None), columns))
-                self.parts[f"{at}.bias"] = Part(f"fc2_bias_{teacher}", (rows,))
+                self.parts[f"{at}.weight"] = Region(f"fc2_weight_{teacher}", (slice(None), columns))
+                self.parts[f"{at}.bias"] = Region(f"fc2_bias_{teacher}", (rows,))
 
     def forward(self, states: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Tokens [B, N, D] by block -> predictions [B, N, C] by teacher."""
@@ -269,13 +269,13 @@ class Ladder(nn.Module):
             found.setdefault(parameter, {})[name] = region
         return found
 
-    def places(self) -> dict[str, Part]:
+    def places(self) -> dict[str, Region]:
         """Published name -> place, of every weight that lives concatenated."""
         places = {}
         for kind, rungs in self.rungs.items():
             for name, (parameter, region) in rungs.parts.items():  # type: ignore[operator,union-attr]
                 teacher, rest = name.split(".", 1)
-                place = Part(f"rungs.{kind}.{parameter}", region)
+                place = Region(f"rungs.{kind}.{parameter}", region)
                 places[f"heads.{teacher}.{kind}.{rest}"] = place
         return places
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 
-class Unfilled(TorchFunctionMode):
+class NoInit(TorchFunctionMode):
     """The meta device, where initial values are not worth the second that they would take."""
 
     FILLS = frozenset(

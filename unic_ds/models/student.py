@@ -18,7 +18,7 @@ from unic_ds.blocks import compile_each
 from unic_ds.config import overrides
 from unic_ds.files.printable import printable
 from unic_ds.models.ladder import Head, Ladder
-from unic_ds.models.meta import Unfilled
+from unic_ds.models.meta import NoInit
 from unic_ds.ops import FUSED, Ops
 from unic_ds.tokens import Normalise, Tokens, split_prefix
 
@@ -227,7 +227,7 @@ def refusal(cfg: config.Student, encoder: Any, wrong: Exception | None) -> str:
 
 def outline(make: Callable[[], Any]) -> Any:
     """Build a model by `make` on the meta device."""
-    with torch.device("meta"), Unfilled():
+    with torch.device("meta"), NoInit():
         return make()
 
 
@@ -319,7 +319,7 @@ def initialise(weights: Mapping[str, Tensor], seed: int) -> None:
     for name, parameter in weights.items():
         if parameter.is_meta:
             continue
-        generator = torch.Generator().manual_seed(rng.number(seed, name))
+        generator = torch.Generator().manual_seed(rng.seed_for(seed, name))
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.ndim > 1:

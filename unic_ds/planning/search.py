@@ -19,7 +19,7 @@ CHECKPOINTS = ("none", "every:2", "full")
 SHOWN = 8  # of what a search finds
 PACE = ("GB", "img/s", "MFU", "days", "bound")  # columns behind those of what was chosen
 FEW, MANY = 8, 64  # micro batches that a search traces: peaks grow faster where they are large
-OWN = ("gpus", "gpu", "ds_config", "images", "efficiency", "search", "json")
+VERB_OPTIONS = ("gpus", "gpu", "ds_config", "images", "efficiency", "search", "json")
 
 
 def run(own: dict[str, str], cfg: Config) -> int:

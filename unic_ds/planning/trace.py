@@ -22,7 +22,7 @@ from unic_ds import config
 from unic_ds.losses import balance
 from unic_ds.losses.distill import distill_loss
 from unic_ds.models.ladder import heads_of
-from unic_ds.models.meta import Unfilled
+from unic_ds.models.meta import NoInit
 from unic_ds.models.student import Student, grid_of
 from unic_ds.ops import KERNELS
 from unic_ds.planning.counters import Meter, Work, flop_counter
@@ -108,7 +108,7 @@ class Forward(NamedTuple):
 @cache
 def outlined(row: config.Teacher, grid: int) -> Teacher:
     """A teacher on the meta device, which gave tokens of two images; ValueError where it cannot."""
-    with Unfilled():
+    with NoInit():
         source = sources.outline(row, grid=grid)
     return Teacher(row, source, grid=grid, device=torch.device("meta"))
 
@@ -276,7 +276,7 @@ def student_of(cfg: config.Config, images: int, bf16: bool) -> Step:
 
 def outline(cfg: config.Config, widths: dict[str, int]) -> Student:
     """A run's student on the meta device."""
-    with torch.device("meta"), Unfilled():
+    with torch.device("meta"), NoInit():
         return Student(
             cfg.student,
             cfg.ladder,

@@ -90,8 +90,8 @@ def report(error: BaseException) -> int:
     """
     interrupt.reported.set()
     cause = interrupt.cause(error)
-    code, text = told(cause)
-    if speaks(error):
+    code, text = exit_message(cause)
+    if reports(error):
         interrupt.pause()  # the launcher may end this rank for the failure of another
         write(text)
         return code
@@ -99,18 +99,18 @@ def report(error: BaseException) -> int:
         return code  # every rank gets the signal, and rank 0 says so
     interrupt.stop()
     time.sleep(WAIT_S)  # the launcher ends the job when the first rank leaves: let it be that one
-    if ours(cause) or SPEAKS in vars(error):
+    if is_expected(cause) or SPEAKS in vars(error):
         text = f"unic_ds: rank {os.environ['RANK']}: {summary(cause)}"
     write(text)
     return code
 
 
-def told(error: BaseException) -> tuple[int, str]:
+def exit_message(error: BaseException) -> tuple[int, str]:
     """(exit code, text) of an exception that ends a program."""
     if isinstance(error, KeyboardInterrupt):
         number = getattr(error, "number", signal.SIGINT)
         return 128 + number, f"unic_ds: {error if str(error) else 'ended by SIGINT'}"
-    if ours(error):
+    if is_expected(error):
         return 2 if isinstance(error, ValueError) else 1, f"unic_ds: error: {error}"
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     return code or 1, "".join(traceback.format_exception(error)).rstrip("\n")
@@ -118,12 +118,12 @@ def told(error: BaseException) -> tuple[int, str]:
 
 def summary(error: BaseException) -> str:
     """One printable line about an exception."""
-    if ours(error) or isinstance(error, interrupt.Interrupted):
+    if is_expected(error) or isinstance(error, interrupt.Interrupted):
         return printable(error)
     return printable(" ".join("".join(traceback.format_exception_only(error)).split()))
 
 
-def ours(error: BaseException) -> bool:
+def is_expected(error: BaseException) -> bool:
     """True where our own code raised it for the user to read.
 
     A RuntimeError that C code raised below a line of ours is torch's, and wants its traceback.
@@ -157,7 +157,7 @@ def warnings_held() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if ours(error):
+        if is_expected(error):
             held.clear()
         raise
     finally:
@@ -166,12 +166,12 @@ def warnings_held() -> Iterator[None]:
             write(text)
 
 
-def mute(error: BaseException, *, unless: bool) -> None:
+def choose_reporter(error: BaseException, *, unless: bool) -> None:
     """Decide whether this rank reports an exception in full, where the ranks have agreed on one."""
     vars(error)[SPEAKS] = unless
 
 
-def speaks(error: BaseException) -> bool:
+def reports(error: BaseException) -> bool:
     """True on the rank that reports an exception in full."""
     return vars(error).get(SPEAKS, os.environ.get("RANK", "0") == "0")
 

@@ -94,7 +94,7 @@ def agreement(ours: Tokens, exact: Tokens) -> dict[str, float]:
     return {name: round(value, 5) for name, value in found.items()}
 
 
-def refuse_unlike(name: str, precision: str, found: dict[str, float]) -> None:
+def check_agreement(name: str, precision: str, found: dict[str, float]) -> None:
     """RuntimeError where a quantised teacher says something else than it did in bf16."""
     for kind in ("cls", "patch"):
         if kind in found and not found[kind] >= LEAST:

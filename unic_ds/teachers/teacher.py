@@ -54,7 +54,7 @@ class Teacher(nn.Module):
         self.hashes = weight_files.module_hashes(self.tower) if changes and of_python else {}
         if row.placement != "replicate":
             offload = row.placement == "offload"
-            dist.spread(self.tower, self.tower.blocks(), offload=offload)
+            dist.shard_over_node(self.tower, self.tower.blocks(), offload=offload)
         self.width, self.own_grid = probe.measure(row, self.size, self.on_own_grid, device=device)
         self.fidelity = self.quantise(device, sample) if row.quantised else {}
         self.patch = source.patch or self.size // self.own_grid

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unic_ds import config, dist
-from unic_ds.blocks import compile_each, repeated
+from unic_ds.blocks import compile_each, repeated_blocks
 from unic_ds.ops import FUSED, Ops
 from unic_ds.process import console
 from unic_ds.teachers import quantisation, sources, weight_files
@@ -21,13 +21,13 @@ from unic_ds.teachers.standardise import Standardiser
 from unic_ds.teachers.teacher import Teacher, load
 from unic_ds.tokens import Target, Tokens
 
-Stored = Mapping[str, Tokens] | None
+CachedTeacher = Mapping[str, Tokens] | None
 """Tokens of teachers that are not run, on the CPU."""
 ANEW = "or start a new run in another --out, from weights alone by --student.init if you like"
 KINDS: dict[str, type[Standardiser]] = {"channel": Standardiser, "phi_s": PhiS}
 
 
-class Teachers:
+class TeacherSet:
     """Frozen teachers and their running statistics; only the statistics belong in a checkpoint.
 
     All ranks construct it together: the first of a node reads the weights, the others find them
@@ -59,10 +59,10 @@ class Teachers:
             quantisation.check_device(row, device)
         self.teachers = {}
         for row in online:
-            with dist.in_turn():
+            with dist.local_main_first():
                 source = sources.read(row, grid)
             teacher = Teacher(row, source, grid=grid, device=device, sample=sample)
-            quantisation.refuse_unlike(row.name, row.precision, teacher.fidelity)
+            quantisation.check_agreement(row.name, row.precision, teacher.fidelity)
             self.teachers[row.name] = teacher
         self.widths = {  # channels of each teacher, in config order
             row.name: int(self.stored[row.name]["width"])
@@ -83,7 +83,7 @@ class Teachers:
         return tuple(sorted({teacher.size for teacher in self.teachers.values()}))
 
     def __call__(
-        self, images: dict[int, Tensor], stored: Stored = None, *, observe: bool = True
+        self, images: dict[int, Tensor], stored: CachedTeacher = None, *, observe: bool = True
     ) -> dict[str, Target]:
         """Targets of uint8 images [B, 3, H, H], keyed by side H in pixels.
 
@@ -97,7 +97,7 @@ class Teachers:
                 self.norms[name].observe(tokens)
         return targets
 
-    def raw(self, images: dict[int, Tensor], stored: Stored = None) -> dict[str, Tokens]:
+    def raw(self, images: dict[int, Tensor], stored: CachedTeacher = None) -> dict[str, Tokens]:
         """Tokens as the teachers give them, each in its own precision, on the student's grid."""
         found = {
             name: Tokens(*(x.to(self.device, non_blocking=True) for x in tokens))
@@ -109,7 +109,7 @@ class Teachers:
     def compile(self) -> None:
         """Run the teachers' blocks through torch.compile, saying of which there are none."""
         for name, teacher in self.teachers.items():
-            blocks = repeated(teacher.tower)
+            blocks = repeated_blocks(teacher.tower)
             compile_each(blocks)
             if not blocks:
                 console.say(f"teacher {name} is not compiled: it has no row of equal blocks")
@@ -122,9 +122,11 @@ class Teachers:
                 self.norms[name].observe(tokens)
         for name, moments_PS2C in self.gather().items():
             with blaming(name):
-                self.norms[name].fit(moments_PS2C, dist.total)
+                self.norms[name].fit(moments_PS2C, dist.all_reduce_sum)
         # One rank's for all: eigenvectors of the same matrix may differ between two machines.
-        self.load_state_dict(dist.share({k: v.cpu() for k, v in self.state_dict().items()}))
+        self.load_state_dict(
+            dist.broadcast_object({k: v.cpu() for k, v in self.state_dict().items()})
+        )
 
     def track(self, momentum: float, taken: Tensor | None = None) -> None:
         """Move running statistics by the optimiser step that ended: one collective, no host sync.
@@ -138,7 +140,7 @@ class Teachers:
     def gather(self) -> dict[str, Tensor]:
         """What each rank has observed of each teacher, [P, 3, 2, C]: one collective."""
         shares = {name: norm.moments() for name, norm in self.norms.items()}
-        flat_P = dist.gather(torch.cat([share.flatten() for share in shares.values()]))
+        flat_P = dist.all_gather(torch.cat([share.flatten() for share in shares.values()]))
         parts = flat_P.split([share.numel() for share in shares.values()], 1)
         return {
             name: part_P.unflatten(1, shares[name].shape)

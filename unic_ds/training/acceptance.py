@@ -18,7 +18,7 @@ from unic_ds import config, data, dist
 from unic_ds.config import data_spec, job
 from unic_ds.data import shards
 from unic_ds.losses import balance
-from unic_ds.models.meta import Unfilled
+from unic_ds.models.meta import NoInit
 from unic_ds.models.student import build_encoder, grid_of
 from unic_ds.planning import trace
 from unic_ds.process import console
@@ -108,7 +108,7 @@ def width_of(row: config.Teacher, grid: int) -> int:
     if not row.source.startswith("python:"):
         teacher = trace.outlined(wide, grid)
     else:
-        with Unfilled():
+        with NoInit():
             source = sources.outline(wide, grid=grid)
         teacher = Teacher(wide, source, grid=grid, device=dist.device())
     if row.quantised:
@@ -128,7 +128,7 @@ def accept_student(cfg: config.Config, widths: dict[str, int]) -> None:
 
 def accept_successor(before: config.Config, after: config.Config) -> None:
     """ValueError where a stage cannot start from the student of the stage before it."""
-    with torch.device("meta"), Unfilled():
+    with torch.device("meta"), NoInit():
         given, want = (build_encoder(cfg.student).state_dict() for cfg in (before, after))
     if given.keys() >= {"pos_embed"} <= want.keys():  # which is resized
         given["pos_embed"] = want["pos_embed"]
@@ -143,7 +143,7 @@ def accept_files(stage: job.Job) -> None:
     """ValueError for images, a feature cache or initial weights that the run cannot use."""
     cfg = stage.cfg
     if stage.init and Path(stage.init).expanduser().exists():  # a stage's is still to be made
-        with torch.device("meta"), Unfilled():
+        with torch.device("meta"), NoInit():
             encoder = build_encoder(cfg.student)
         warm_start.start_encoder(stage.init, encoder)
     given = filter(None, (cfg.data.train, cfg.data.val))
@@ -154,7 +154,9 @@ def accept_files(stage: job.Job) -> None:
     train, val = setup.find_images(cfg)
     setup.check_validation(cfg, train, val)
     if cfg.cache:
-        FeatureCache(cfg.cache, cfg.teachers, setup.draws_of(cfg, train), samples=len(train))
+        FeatureCache(
+            cfg.cache, cfg.teachers, setup.augmentation_key(cfg, train), samples=len(train)
+        )
 
 
 def listed(path: Path) -> bool:

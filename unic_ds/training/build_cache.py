@@ -18,8 +18,8 @@ from unic_ds import config, data, dist, files
 from unic_ds.models.student import grid_of
 from unic_ds.process import console
 from unic_ds.teachers import cache
-from unic_ds.teachers.teacher_set import Teachers
-from unic_ds.training.setup import draws_of, few, find_images
+from unic_ds.teachers.teacher_set import TeacherSet
+from unic_ds.training.setup import augmentation_key, find_images, sample_images
 
 ASK_OVER = 100e9  # bytes
 
@@ -32,12 +32,12 @@ def store(cfg: config.Config, out: Path, *, views: int, dtype: str, yes: bool, b
     """
     dist.start()
     train, _ = find_images(cfg)
-    teachers = Teachers(
+    teachers = TeacherSet(
         apart(cfg.teachers),
         grid=grid_of(cfg.student),
         standardise=cfg.standardise,
         device=dist.device(),
-        sample=few(cfg, train),
+        sample=sample_images(cfg, train),
     )
     manifest = dist.on_rank_0(lambda: describe(cfg, train, teachers, views, dtype))
     layout = cache.layout_of(out, manifest)
@@ -80,7 +80,7 @@ def apart(rows: tuple[config.Teacher, ...]) -> tuple[config.Teacher, ...]:
 
 
 def describe(
-    cfg: config.Config, train: Any, teachers: Teachers, views: int, dtype: str
+    cfg: config.Config, train: Any, teachers: TeacherSet, views: int, dtype: str
 ) -> dict[str, Any]:
     """The manifest of a cache that is not whole yet."""
     grid = grid_of(cfg.student)
@@ -94,13 +94,15 @@ def describe(
         "samples": len(train),
         "tokens": grid * grid,
         "chunk": cache.CHUNK,
-        "draws": draws_of(cfg, train),
+        "draws": augmentation_key(cfg, train),
         "teachers": {row.name: facts[row.name] | cache.own_facts(row) for row in cfg.teachers},
     }
     return json.loads(json.dumps(manifest))  # as it will be read
 
 
-def spoken(plan: Iterator[list[data.Batch]], teachers: Teachers) -> Iterator[list[dict[str, Any]]]:
+def spoken(
+    plan: Iterator[list[data.Batch]], teachers: TeacherSet
+) -> Iterator[list[dict[str, Any]]]:
     """The teachers' tokens of every file's batches."""
     for batches in plan:
         yield [teachers.raw(batch.images) for batch in batches]

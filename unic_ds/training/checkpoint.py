@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from unic_ds import config, dist
-from unic_ds.engine.deepspeed_engine import copies, order
+from unic_ds.engine.deepspeed_engine import param_order, state_copies
 from unic_ds.engine.reshard import load_anew
 from unic_ds.files import read_text, tensor_files, write_whole
 from unic_ds.files.printable import printable
@@ -52,10 +52,10 @@ def save(
     """
     final = folder / f"step_{step:07d}"
     part, begun = folder / f".saving_{final.name}", time.monotonic()
-    claim(part, needed_bytes(engine))
+    create_partial(part, needed_bytes(engine))
     try:
         engine.save_checkpoint(
-            str(part), tag=SHARDS, save_latest=False, client_state={"order": order(engine)}
+            str(part), tag=SHARDS, save_latest=False, client_state={"order": param_order(engine)}
         )
         if dist.rank() == 0:
             tensor_files.save(statistics, part / STATISTICS)
@@ -67,10 +67,10 @@ def save(
     problem = unread(hashes)
     if dist.rank() == 0:
         problem = problem or publish(part, final, hashes)
-    if problem := dist.share(problem):
+    if problem := dist.broadcast_object(problem):
         raise OSError(f"cannot save {final.name} ({problem}); {newest_name(folder)}")
     if dist.rank() == 0:
-        forget(folder, final, keep)
+        remove_old(folder, final, keep)
     dist.barrier()
     size = sum(file["bytes"] for file in hashes.values()) / 1e6
     console.say(f"saved {final.name} in {time.monotonic() - begun:.1f} s ({size:.0f} MB)")
@@ -82,7 +82,7 @@ def publish(part: Path, final: Path, hashes: dict[str, Any]) -> str:
     try:
         write_whole(part / MANIFEST, json.dumps(hashes, indent=1))
         if final.exists():
-            discard(final)
+            remove(final)
         part.rename(final)
         write_whole(final.parent / "latest", final.name)
     except OSError as error:
@@ -99,10 +99,10 @@ def needed_bytes(engine: Any) -> int:
     count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     whole = count if dist.rank() == 0 else 0
     share = count // dist.world() if engine.zero_optimization_stage() else whole
-    return 4 * whole + 4 * copies(engine) * share + (1 << 20)
+    return 4 * whole + 4 * state_copies(engine) * share + (1 << 20)
 
 
-def claim(part: Path, size: int) -> None:
+def create_partial(part: Path, size: int) -> None:
     """Make `part` anew and prove that every rank's `size` bytes fit there; OSError on all if not.
 
     DeepSpeed's save has barriers inside, where one rank's full disk would leave the others waiting;
@@ -119,7 +119,7 @@ def claim(part: Path, size: int) -> None:
             room = reserve(file.fileno(), size)
     except OSError as error:
         problem = f"rank {dist.rank()}: {error.strerror}"
-    problems, sizes, rooms = zip(*dist.gather_objects((problem, size, room)), strict=True)
+    problems, sizes, rooms = zip(*dist.all_gather_objects((problem, size, room)), strict=True)
     with suppress(OSError):
         probe.unlink()
     first = next(filter(None, problems), "")
@@ -180,7 +180,7 @@ def fingerprints(folder: Path, *, written: bool = False) -> dict[str, dict[str, 
     mine = {}
     for file in files[dist.rank() :: dist.world()]:
         mine[str(file.relative_to(folder))] = fingerprint(file, written=written)
-    return {k: v for part in dist.gather_objects(mine) for k, v in part.items()}
+    return {k: v for part in dist.all_gather_objects(mine) for k, v in part.items()}
 
 
 def fingerprint(file: Path, *, written: bool) -> dict[str, Any]:
@@ -234,12 +234,12 @@ def find(folder: Path, resume: str) -> Path | None:
     `resume` is auto, or the path of a checkpoint or run folder to start from as long as `folder`
     has none of its own; ValueError where nothing there is whole.
     """
-    own = dist.share(steps_in(folder))
+    own = dist.broadcast_object(steps_in(folder))
     given = None if own or resume in ("auto", "never") else Path(resume)
     candidates = own
     if given:
         inside = steps_in(given / "checkpoints")
-        candidates = dist.share([given] if (given / MANIFEST).is_file() else inside)
+        candidates = dist.broadcast_object([given] if (given / MANIFEST).is_file() else inside)
     problem = ""
     for candidate in reversed(candidates):
         problem = verify(candidate)
@@ -300,7 +300,7 @@ def in_contents(facts: dict[str, Any], content_of: Mapping[str, str]) -> dict[st
     return facts | {"teachers": teachers, "init": init}
 
 
-def forget(folder: Path, newest: Path, keep: config.Run) -> None:
+def remove_old(folder: Path, newest: Path, keep: config.Run) -> None:
     """Remove the checkpoints up to `newest` that `keep` does not want, and what interrupted saves
     left.
 
@@ -315,10 +315,10 @@ def forget(folder: Path, newest: Path, keep: config.Run) -> None:
         shutil.rmtree(rest, ignore_errors=True)
     for old in set(steps) - kept:
         with suppress(OSError):
-            discard(old)
+            remove(old)
 
 
-def discard(step: Path) -> None:
+def remove(step: Path) -> None:
     """Remove a checkpoint; were we killed, nothing half removed would have its name."""
     gone = step.with_name(f".saving_old_{step.name}")  # `forget` removes what a kill leaves of it
     shutil.rmtree(gone, ignore_errors=True)

@@ -14,7 +14,7 @@ from typing import Any
 from unic_ds import dist
 from unic_ds.process import console, entry_point, node
 from unic_ds.training import run_log
-from unic_ds.training.step_guard import Trouble
+from unic_ds.training.step_guard import SkippedStep
 
 FILE = "events.jsonl"
 LAUNCH = "TORCHELASTIC_RUN_ID"
@@ -49,7 +49,7 @@ def failed(out: Path, error: str, *, step: int, phase: str, **facts: Any) -> Non
 
 
 @contextmanager
-def meeting(out: Path) -> Iterator[None]:
+def rendezvous_failures(out: Path) -> Iterator[None]:
     """Record, on rank 0, why the ranks cannot train together.
 
     torchrun's next try would have the same nodes; a Slurm job is requeued without those at fault.
@@ -78,7 +78,7 @@ def end(out: Path, event: str, says: str, **facts: Any) -> None:
 
 
 @contextmanager
-def refusals(out: Path) -> Iterator[None]:
+def record_refusals(out: Path) -> Iterator[None]:
     """Make a line of a user's mistake that the ranks find, where torchrun would try it again."""
     try:
         yield
@@ -102,7 +102,7 @@ def tries() -> int | None:
     return int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
 
-def tell_skipped(out: Path, troubles: Iterable[Trouble], stream: Any) -> None:
+def write_skipped_steps(out: Path, troubles: Iterable[SkippedStep], stream: Any) -> None:
     """A line for each step that was not taken, with the samples of the ranks that it was due to.
 
     They are those of all ranks where it was due to none alone.

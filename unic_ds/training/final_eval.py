@@ -25,15 +25,15 @@ from unic_ds.training.setup import can_evaluate
 from unic_ds.weights import export, warm_start
 
 
-def finish(task: job.Job, parts: Any) -> None:
+def export_and_evaluate(task: job.Job, parts: Any) -> None:
     """Write `student/`, then `results.json`, `results.png` and the table; every rank calls it.
 
     RuntimeError, on every rank, if the evaluation fails: `student/` is there then, and no
     `results.json`.
     """
-    publish(task, parts)
+    export_student(task, parts)
     dist.barrier()
-    let_go(parts)
+    free_training_memory(parts)
     student, on = task.out / "student", task.cfg.eval.on
     rows: rounds.Rows = {}
     if on and can_evaluate(parts.train, parts.val):
@@ -49,7 +49,7 @@ def evaluate(task: job.Job, parts: Any, student: Path) -> rounds.Rows:
     try:
         return measure(task, parts)
     except (OSError, RuntimeError, ValueError) as error:
-        if not entry_point.ours(error):
+        if not entry_point.is_expected(error):
             raise
         raise RuntimeError(
             f"the student is in {str(student)!r}, but it could not be evaluated; mend this and"
@@ -57,7 +57,7 @@ def evaluate(task: job.Job, parts: Any, student: Path) -> rounds.Rows:
         ) from error
 
 
-def publish(task: job.Job, parts: Any) -> None:
+def export_student(task: job.Job, parts: Any) -> None:
     """Write `student/`: rank 0 does, of weights that all ranks give."""
     state, own = (deepspeed_engine.weights(parts.engine, part) for part in ("encoder.", "ladder."))
     if dist.rank() != 0:
@@ -66,20 +66,20 @@ def publish(task: job.Job, parts: Any) -> None:
         export.LADDER: parts.engine.module.ladder.published(own),
         export.STATISTICS: parts.teachers.state_dict(),
     }
-    images, out = sample(parts.train, task.cfg, 8), task.out / "student"
+    images, out = sample_images(parts.train, task.cfg, 8), task.out / "student"
     path = export.export(state, task.cfg, images, out, teachers=parts.manifest, beside=beside)
     console.say(f"exported encoder: {path}")
 
 
-def let_go(parts: Any) -> None:
+def free_training_memory(parts: Any) -> None:
     """Free what training held: every rank is about to hold the whole encoder, twice."""
-    deepspeed_engine.release(parts.engine)
+    deepspeed_engine.free_memory(parts.engine)
     parts.engine = None
     gc.collect()  # DeepSpeed's objects know each other
     torch.cuda.empty_cache()  # DALI takes memory beside torch's; nothing where there is no GPU
 
 
-def sample(source: Any, cfg: config.Config, count: int) -> Tensor:
+def sample_images(source: Any, cfg: config.Config, count: int) -> Tensor:
     """A few real images at the student's size, uint8 B3HW."""
     indices = np.arange(min(count, len(source)))
     size = cfg.student.size
@@ -141,7 +141,7 @@ def side_of(
     encode: Callable[[dict[int, Tensor]], Tensor],
 ) -> rounds.Side:
     """Features and labels of a seeded choice of `limit` images, shared by ranks."""
-    words_N = rng.words(task.cfg.seed, "probe", 1, np.arange(len(source)))[:, 0]
+    words_N = rng.random_bits(task.cfg.seed, "probe", 1, np.arange(len(source)))[:, 0]
     order_N = np.argsort(words_N, kind="stable")
     chosen_N = np.sort(order_N[source.label_N[order_N] >= 0][:limit])
     mine_R = chosen_N[rounds.dealt(len(chosen_N))]
@@ -162,5 +162,5 @@ def side_of(
             yield batch
 
     share_RC = features.extract(encode, noted())
-    label_WR = dist.gather(torch.from_numpy(np.concatenate(labels)))
+    label_WR = dist.all_gather(torch.from_numpy(np.concatenate(labels)))
     return rounds.Side(share_RC, rounds.in_order(label_WR, len(chosen_N)))

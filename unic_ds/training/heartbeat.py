@@ -23,7 +23,7 @@ SIZE = 2048  # bytes of a record, whatever it says
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pulse:
+class Heartbeat:
     """What one rank last said of itself."""
 
     start: str  # which start of the run this belongs to
@@ -47,15 +47,20 @@ class Pulse:
         return f"rank {self.rank} ({self.host}, pid {self.pid})"
 
 
-def own(start: str, rank: int) -> Pulse:
+def own(start: str, rank: int) -> Heartbeat:
     """This process's first."""
     pid = os.getpid()
-    return Pulse(
-        start=start, rank=rank, host=socket.gethostname(), realm=realm(), pid=pid, born=born(pid)
+    return Heartbeat(
+        start=start,
+        rank=rank,
+        host=socket.gethostname(),
+        realm=pid_namespace(),
+        pid=pid,
+        born=start_ticks(pid),
     )
 
 
-def realm() -> str:
+def pid_namespace() -> str:
     """Names the machine since its boot, and what processes can be seen from here."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -63,7 +68,7 @@ def realm() -> str:
     return ""
 
 
-def born(pid: int) -> str:
+def start_ticks(pid: int) -> str:
     """When a process that is still alive began, in ticks since boot; empty where there is none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -72,14 +77,14 @@ def born(pid: int) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
-def near(pulse: Pulse) -> bool:
+def near(pulse: Heartbeat) -> bool:
     """Whether that rank's process could be seen from here."""
-    return bool(pulse.realm) and pulse.realm == realm()
+    return bool(pulse.realm) and pulse.realm == pid_namespace()
 
 
-def gone(pulse: Pulse) -> bool:
+def has_exited(pulse: Heartbeat) -> bool:
     """Whether that rank's process is known to be no more."""
-    return near(pulse) and born(pulse.pid) != pulse.born
+    return near(pulse) and start_ticks(pulse.pid) != pulse.born
 
 
 def file_of(out: Path, rank: int) -> Path:
@@ -87,7 +92,7 @@ def file_of(out: Path, rank: int) -> Path:
     return out / FOLDER / f"rank_{rank:05d}.json"
 
 
-def write(out: Path, pulse: Pulse) -> None:
+def write(out: Path, pulse: Heartbeat) -> None:
     """Say it, over what was said before."""
     said = record(pulse)
     while len(said) >= SIZE and pulse.error:  # letters beyond ASCII take up to twelve bytes
@@ -102,21 +107,21 @@ def write(out: Path, pulse: Pulse) -> None:
         os.close(file)
 
 
-def record(pulse: Pulse) -> str:
+def record(pulse: Heartbeat) -> str:
     """A pulse as text, and when it was said."""
     return json.dumps(asdict(pulse) | {"time": round(time.time(), 3)})
 
 
-def read(file: Path) -> Pulse | None:
+def read(file: Path) -> Heartbeat | None:
     """What a file says; None where there is none, half of one, or something else."""
     try:
-        found = Pulse(**json.loads(read_limited(file, 32 * SIZE)))
+        found = Heartbeat(**json.loads(read_limited(file, 32 * SIZE)))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     return found if is_whole(found) else None
 
 
-def is_whole(pulse: Pulse) -> bool:
+def is_whole(pulse: Heartbeat) -> bool:
     """Return true where every field is of its type, and `start` may be part of a file's name."""
     kinds = {"str": (str,), "int": (int,), "float": (int, float)}
     values = [(getattr(pulse, f.name), kinds[str(f.type)]) for f in fields(pulse)]
@@ -129,7 +134,7 @@ def files(out: Path) -> list[Path]:
     return sorted((out / FOLDER).glob("rank_*.json"))
 
 
-def read_all(out: Path) -> list[Pulse]:
+def read_all(out: Path) -> list[Heartbeat]:
     """Every pulse of a run folder, of whichever start."""
     found = map(read, files(out))
     return [pulse for pulse in found if pulse]

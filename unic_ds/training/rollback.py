@@ -21,7 +21,7 @@ from unic_ds.training import checkpoint, events
 FILE = "rollbacks.json"
 
 
-class Setback(Exception):
+class RollbackNeeded(Exception):
     """Optimiser steps `first` to `last` were all skipped."""
 
     def __init__(self, first: int, last: int):
@@ -29,21 +29,21 @@ class Setback(Exception):
         self.first, self.last = first, last
 
 
-def left_out(rollbacks: list[dict[str, Any]]) -> order.Spans:
+def skipped_spans(rollbacks: list[dict[str, Any]]) -> order.Spans:
     """Which steps of the order are not read."""
     return order.joined((first, last) for first, last in (row["left_out"] for row in rollbacks))
 
 
-def settle(out: Path) -> list[dict[str, Any]]:
+def prune_abandoned(out: Path) -> list[dict[str, Any]]:
     """The run's roll-backs, the same on all ranks; checkpoints that they gave up are removed."""
     rows = dist.on_rank_0(lambda: read(out / FILE))
     if rows and dist.rank() == 0:
         saved = checkpoint.steps_in(out / "checkpoints")
-        gone = [folder for folder in saved if given_up(folder, rows)]
+        gone = [folder for folder in saved if is_abandoned(folder, rows)]
         if rest := [folder for folder in saved if folder not in gone]:
             write_whole(out / "checkpoints" / "latest", rest[-1].name)
         for folder in gone:
-            checkpoint.discard(folder)
+            checkpoint.remove(folder)
     dist.barrier()
     return rows
 
@@ -53,7 +53,7 @@ def read(file: Path) -> list[dict[str, Any]]:
     return json.loads(file.read_text()) if file.is_file() else []
 
 
-def given_up(folder: Path, rows: list[dict[str, Any]]) -> bool:
+def is_abandoned(folder: Path, rows: list[dict[str, Any]]) -> bool:
     """Whether a checkpoint comes after one that a roll-back went to, yet knows nothing of it.
 
     Of a damaged one that is not known, and not needed: it is not resumed from.
@@ -70,15 +70,17 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def heed(task: job.Job, parts: Any, step: int, verdict_PK: list[list[float]]) -> None:
+def check_skipped_steps(
+    task: job.Job, parts: Any, step: int, verdict_PK: list[list[float]]
+) -> None:
     """Tell which of the steps up to `step` were skipped; Setback where too many were in a row."""
     if troubles := parts.guard.hear(verdict_PK, step):
-        events.tell_skipped(task.out, troubles, parts.stream)
+        events.write_skipped_steps(task.out, troubles, parts.stream)
     if parts.guard.streak >= task.cfg.run.rollback_after:
-        raise Setback(step - parts.guard.streak + 1, step)
+        raise RollbackNeeded(step - parts.guard.streak + 1, step)
 
 
-def plan(task: job.Job, parts: Any, setback: Setback) -> None:
+def plan_rollback(task: job.Job, parts: Any, setback: RollbackNeeded) -> None:
     """Write down where the run goes back to and what it leaves out; `resume` then does it.
 
     Left out is what the skipped steps read; where it went back to the same checkpoint before,
@@ -87,7 +89,7 @@ def plan(task: job.Job, parts: Any, setback: Setback) -> None:
     """
     done, most = parts.rollbacks, task.cfg.run.max_rollbacks
     steps = [step_of(p) for p in checkpoint.steps_in(task.out / "checkpoints")]
-    to = dist.share(max((step for step in steps if step < setback.first), default=None))
+    to = dist.broadcast_object(max((step for step in steps if step < setback.first), default=None))
     if to is None or len(done) >= most:
         says = report(task.out, setback, "" if to is None else f"{len(done)}")
         events.end(task.out, "stopped", says, first=setback.first, last=setback.last)
@@ -102,7 +104,7 @@ def plan(task: job.Job, parts: Any, setback: Setback) -> None:
     dist.barrier()
 
 
-def report(out: Path, setback: Setback, times: str) -> str:
+def report(out: Path, setback: RollbackNeeded, times: str) -> str:
     """Why a run stops for good, and what to do."""
     but = (
         f"it went back {times} times already (--run.max_rollbacks)"

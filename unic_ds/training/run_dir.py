@@ -26,7 +26,7 @@ LEASE_S = 120.0
 """So long a file server may keep the lock of a node that is lost."""
 
 
-def record(task: job.Job, parts: Parts, whole: job.Job) -> IO[str]:
+def write_run_files(task: job.Job, parts: Parts, whole: job.Job) -> IO[str]:
     """Write what the run is: config.yaml, teachers.json, ds_config.json; the folder's lock.
 
     `whole` is the run that `task` is a stage of. The results of a shorter run are set aside first.
@@ -42,13 +42,13 @@ def record(task: job.Job, parts: Parts, whole: job.Job) -> IO[str]:
     if dist.rank() != 0:
         return lock
     try:
-        free = hold(lock, 0.0)
+        free = acquire_lock(lock, 0.0)
         if not free and events.tries() is not None:
             console.say(
                 f"another job, or a lost node, holds the lock of {str(task.out)!r};"
                 f" waiting up to {LEASE_S:.0f} s for it"
             )
-            free = hold(lock, LEASE_S)
+            free = acquire_lock(lock, LEASE_S)
         if not free:
             raise ValueError(
                 f"another job trains in {str(task.out)!r}; end it, or choose another --out"
@@ -107,7 +107,7 @@ def unused(path: Path) -> Path:
     return next(free for free in chain([path], numbered) if not free.exists())
 
 
-def hold(lock: IO[str], wait_s: float) -> bool:
+def acquire_lock(lock: IO[str], wait_s: float) -> bool:
     """Take a lock, for which another's is waited that long; OSError where there are no locks."""
     end = time.monotonic() + wait_s
     while True:
@@ -120,7 +120,7 @@ def hold(lock: IO[str], wait_s: float) -> bool:
         time.sleep(min(1.0, wait_s))
 
 
-def identity(task: job.Job, parts: Parts) -> dict[str, Any]:
+def checkpoint_identity(task: job.Job, parts: Parts) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes it."""
     from unic_ds import dist
     from unic_ds.teachers.weight_files import known_by
@@ -139,7 +139,7 @@ def identity(task: job.Job, parts: Parts) -> dict[str, Any]:
     }
 
 
-def contents(parts: Parts) -> dict[str, str]:
+def checkpoint_contents(parts: Parts) -> dict[str, str]:
     """Hash of each weight file of a run -> that of its tensors."""
     rows = (*parts.manifest.values(), *(parts.init or {}).values())
     return {row["sha256"]: row["content"] for row in rows if row.get("content")}
@@ -154,7 +154,7 @@ def save(task: job.Job, parts: Parts, step: int, *, loss: float) -> None:
         parts.engine,
         task.out / "checkpoints",
         step,
-        facts=identity(task, parts)
+        facts=checkpoint_identity(task, parts)
         | {"samples": step * task.cfg.optim.batch_size, "seed": task.cfg.seed, "loss": loss}
         | {"summaries": {name: row["cls"] for name, row in parts.manifest.items()}}
         | {"rollbacks": parts.rollbacks},
@@ -171,15 +171,15 @@ def resume(task: job.Job, parts: Parts) -> int:
     from unic_ds.process import console
     from unic_ds.training import checkpoint, rollback
 
-    parts.rollbacks, parts.extension = rollback.settle(task.out), {}
+    parts.rollbacks, parts.extension = rollback.prune_abandoned(task.out), {}
     found = checkpoint.find(task.out / "checkpoints", task.resume)
     step = 0
     if found:
-        expected = identity(task, parts)
+        expected = checkpoint_identity(task, parts)
         if task.cfg.run.extend:
             expected |= extend(task, parts, found)
         facts, statistics = checkpoint.load(
-            parts.engine, found, expected, content_of=contents(parts)
+            parts.engine, found, expected, content_of=checkpoint_contents(parts)
         )
         refuse_other_summaries(str(found), facts.get("summaries", {}), parts.manifest)
         for prefix, part in ((BALANCE, parts.balance), (GUARD, parts.guard)):
@@ -193,7 +193,7 @@ def resume(task: job.Job, parts: Parts) -> int:
             console.say(EXTENDED.format(**parts.extension))
     elif task.cfg.standardise.fitted:
         fit_statistics(task, parts)
-    parts.stream.seek(step, rollback.left_out(parts.rollbacks))
+    parts.stream.seek(step, rollback.skipped_spans(parts.rollbacks))
     return step
 
 

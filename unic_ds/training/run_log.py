@@ -24,7 +24,7 @@ from unic_ds.files.documents import json_lines
 from unic_ds.planning.gpus import peak_tflops
 
 
-class Log:
+class RunLog:
     """A run's log on every rank; only rank 0 writes."""
 
     def __init__(
@@ -102,7 +102,7 @@ class Log:
         share = (waited_s - self.logged_wait) / max(seconds, 1e-9)
         still = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         line = self.share([*still.values(), share, float(bad)], verdict_K)
-        lines = dist.gather(line).tolist()  # the one host read
+        lines = dist.all_gather(line).tolist()  # the one host read
         names = [*self.names, *still, "data_wait_share"]
         sums, counts, verdict_PK = joined(lines, len(names) + 1)
         pairs = zip(names, sums, counts, strict=False)

@@ -48,7 +48,7 @@ def build(task: job.Job) -> Parts:
     from unic_ds.losses import balance
     from unic_ds.process import console
     from unic_ds.teachers.cache import FeatureCache
-    from unic_ds.training.step_guard import Guard
+    from unic_ds.training.step_guard import StepGuard
 
     cfg, device = task.cfg, dist.device()
     train, val = find_images(cfg)
@@ -57,7 +57,9 @@ def build(task: job.Job) -> Parts:
     check_validation(cfg, train, val)
     cache = None
     if cfg.cache:
-        cache = FeatureCache(cfg.cache, cfg.teachers, draws_of(cfg, train), samples=len(train))
+        cache = FeatureCache(
+            cfg.cache, cfg.teachers, augmentation_key(cfg, train), samples=len(train)
+        )
     teachers, manifest = find_teachers(cfg, train, cache)
     student, init = start_student(task, teachers)
     flops = count_flops(cfg, teachers, device)
@@ -66,8 +68,8 @@ def build(task: job.Job) -> Parts:
     cost = f"{flops / 1e9:.1f} GFLOP an image for the whole step"
     console.say(f"student {cfg.student.model}, {cfg.student.size} px; {cost}")
     made = deepspeed_engine.build(student, cfg.optim, task.settings)
-    guard = Guard(cfg.run.spike, everyone=dist.gather, device=device)
-    deepspeed_engine.guard(made, guard.skip)
+    guard = StepGuard(cfg.run.spike, everyone=dist.all_gather, device=device)
+    deepspeed_engine.set_found_inf(made, guard.skip)
     return Parts(
         train=train,
         val=val,
@@ -90,16 +92,16 @@ def find_teachers(cfg: config.Config, train: Any, cache: Any) -> tuple[Any, dict
     from unic_ds.models.student import grid_of
     from unic_ds.ops import KERNELS
     from unic_ds.process import console
-    from unic_ds.teachers.teacher_set import Teachers
+    from unic_ds.teachers.teacher_set import TeacherSet
 
-    teachers = Teachers(
+    teachers = TeacherSet(
         cfg.teachers,
         grid=grid_of(cfg.student),
         standardise=cfg.standardise,
         device=dist.device(),
         ops=KERNELS[cfg.kernels],
         cache=cache,
-        sample=few(cfg, train),
+        sample=sample_images(cfg, train),
     )
     manifest = dist.on_rank_0(teachers.manifest)
     for name, facts in manifest.items():
@@ -130,9 +132,9 @@ def start_student(task: job.Job, teachers: Any) -> tuple[Any, dict[str, dict[str
         seed=cfg.seed,
         ops=KERNELS[cfg.kernels],
         compiled=cfg.run.compiles("student"),
-        whole=deepspeed_engine.whole,
+        whole=deepspeed_engine.gathered,
     )
-    student = deepspeed_engine.create(make, task.settings).to(dist.device())
+    student = deepspeed_engine.partitioned(make, task.settings).to(dist.device())
     return student, warm_start.start(task.init, student, teachers) if task.init else None
 
 
@@ -140,11 +142,11 @@ def find_images(cfg: config.Config) -> tuple[Any, Any]:
     """Training and validation images (None where there are none), the same on every rank."""
     from unic_ds import data, dist
 
-    with dist.in_turn():  # the first builds an index where there is none
+    with dist.local_main_first():  # the first builds an index where there is none
         train, val = scan(cfg)
     if cfg.data.val_share:
         train, val = data.split(train, cfg.data.val_share, cfg.seed)
-    agree(train.fingerprint())
+    assert_same_on_all_ranks(train.fingerprint())
     return train, val
 
 
@@ -178,11 +180,11 @@ def check_validation(cfg: config.Config, train: Any, val: Any) -> None:
     if not can_evaluate(train, val):
         console.say(f"no evaluation: {table.NEEDS}")
         return
-    if problem := dist.share(unreadable(cfg, val) if dist.rank() == 0 else ""):
+    if problem := dist.broadcast_object(find_unreadable(cfg, val) if dist.rank() == 0 else ""):
         raise ValueError(problem)
 
 
-def unreadable(cfg: config.Config, val: Any) -> str:
+def find_unreadable(cfg: config.Config, val: Any) -> str:
     """A sentence if a few labelled validation images tell that the evaluation would fail, or ""."""
     import numpy as np
     import torch
@@ -205,10 +207,10 @@ def unreadable(cfg: config.Config, val: Any) -> str:
     try:
         shown = [i for batch in batches for i in batch.index_B.tolist()]
     except ValueError as error:  # none can be read
-        if not entry_point.ours(error):
+        if not entry_point.is_expected(error):
             raise
     bad = [name for i, name in enumerate(tried.names) if i not in shown]
-    if not too_many(len(bad), len(tried), limit=cfg.data.bad_limit, total=len(labelled_N)):
+    if not exceeds_bad_limit(len(bad), len(tried), limit=cfg.data.bad_limit, total=len(labelled_N)):
         return ""
     named = ", ".join(printable(name, 80) for name in bad)
     return (
@@ -218,7 +220,7 @@ def unreadable(cfg: config.Config, val: Any) -> str:
     )
 
 
-def too_many(bad: int, tried: int, *, limit: float, total: int) -> bool:
+def exceeds_bad_limit(bad: int, tried: int, *, limit: float, total: int) -> bool:
     """True if a `limit` for the share of bad images among `total` is passed, or all tried are bad.
 
     Passed for certain, or, by the binomial distribution, all but certainly.
@@ -230,7 +232,7 @@ def too_many(bad: int, tried: int, *, limit: float, total: int) -> bool:
     return bad == tried or bad > allowed or (total > tried and bad > 1 and chance < CHANCE)
 
 
-def few(cfg: config.Config, source: Any) -> Callable[[int], Any]:
+def sample_images(cfg: config.Config, source: Any) -> Callable[[int], Any]:
     """A few of its images, from all over, at a side in pixels: uint8 B3HW on the CPU."""
     import numpy as np
     import torch
@@ -253,7 +255,7 @@ def few(cfg: config.Config, source: Any) -> Callable[[int], Any]:
     return at
 
 
-def noise(size: int) -> Any:
+def noise_images(size: int) -> Any:
     """As many images of noise."""
     import torch
 
@@ -261,7 +263,7 @@ def noise(size: int) -> Any:
     return torch.randint(0, 256, (FEW, 3, size, size), dtype=torch.uint8, generator=made)
 
 
-def draws_of(cfg: config.Config, train: Any) -> dict[str, Any]:
+def augmentation_key(cfg: config.Config, train: Any) -> dict[str, Any]:
     """What the images and their augmentation depend on, but the seed."""
     from unic_ds.models.student import grid_of
 
@@ -308,11 +310,11 @@ def open_stream(
     )
 
 
-def agree(fingerprint: str) -> None:
+def assert_same_on_all_ranks(fingerprint: str) -> None:
     """RuntimeError unless every rank found the same images: their order is a function of them."""
     from unic_ds import dist
 
-    if len(set(dist.gather_objects(fingerprint))) > 1:
+    if len(set(dist.all_gather_objects(fingerprint))) > 1:
         raise RuntimeError("the ranks see different images; wait until the folder is complete")
 
 

@@ -27,7 +27,7 @@ blame; 0 is a step that was taken.
 WHY = {LOSS: "loss", SPIKE: "spike", GRADIENT: "gradient"}
 
 
-class Trouble(NamedTuple):
+class SkippedStep(NamedTuple):
     """A step that was not taken: why, and by whose loss; no ranks where it was nobody's alone."""
 
     step: int
@@ -47,7 +47,7 @@ def scores(loss_N: Tensor, window_W: Tensor) -> Tensor:
     return torch.where(enough, score_N, -math.inf)
 
 
-class Guard:
+class StepGuard:
     """Judges every optimiser step by what all ranks know, without a host read."""
 
     def __init__(self, spike: float, *, everyone: Callable[[Tensor], Tensor], device: torch.device):
@@ -101,7 +101,7 @@ class Guard:
         told_K, self._verdicts = torch.stack(self._verdicts), []
         return told_K
 
-    def hear(self, verdict_PK: Sequence[Sequence[float]], step: int) -> list[Trouble]:
+    def hear(self, verdict_PK: Sequence[Sequence[float]], step: int) -> list[SkippedStep]:
         """The steps among the K up to `step` that were not taken, by the verdicts of all ranks."""
         found = []
         first = step - len(verdict_PK[0]) + 1
@@ -110,7 +110,7 @@ class Guard:
             self.streak = self.streak + 1 if why else 0
             if why:
                 ranks = tuple(p for p, verdict in enumerate(verdict_P) if int(verdict) & OWN)
-                found.append(Trouble(at, next(WHY[bit] for bit in WHY if why & bit), ranks))
+                found.append(SkippedStep(at, next(WHY[bit] for bit in WHY if why & bit), ranks))
         return found
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from typing import Self
 from unic_ds.config import Run
 from unic_ds.process import entry_point, interrupt
 from unic_ds.training import events, heartbeat
-from unic_ds.training.heartbeat import Pulse
+from unic_ds.training.heartbeat import Heartbeat
 
 PATIENT = {"building": 4, "resuming": 4, "compiling": 4, "saving": 4, "evaluating": 12}
 """Times run.stall_timeout, in phases that have none inside; a probe is fitted in one line."""
@@ -36,17 +36,17 @@ OWN = Path(__file__).parent.parent
 AGAIN = "the run ends, and the same command goes on from its last checkpoint"
 
 
-def new_start() -> str:
+def new_start_id() -> str:
     """A name for one start of a run, which its ranks share."""
     return uuid.uuid4().hex[:12]
 
 
-def longest_s(run: Run) -> int:
+def longest_timeout_s(run: Run) -> int:
     """What a collective may wait before torch ends it: never less than we do."""
     return max(1800, int(run.stall_timeout * max(PATIENT.values())))
 
 
-class Heart:
+class Watchdog:
     """Called with a phase and a step, it remembers them; the rest happens beside the run.
 
     Entered, it beats until the run's end; a clean one leaves no trace of it.
@@ -58,7 +58,7 @@ class Heart:
         self.told = heartbeat.own(start, rank)
         self.at = ("building", 0)
         self.moves = 0
-        self.next: Pulse | None = None
+        self.next: Heartbeat | None = None
         self.quiet_s = 0.0  # since the next rank's pulse changed
         self.verdict = out / heartbeat.FOLDER / f"verdict_{start}.json"
         self.failed = out / heartbeat.FOLDER / f"failed_{start}"  # the rank that reports made it
@@ -88,13 +88,15 @@ class Heart:
             self.blame(cause)
         self.left.set()
         self.thread.join()
-        refused = isinstance(error, ValueError) and entry_point.ours(error) and not self.at[1]
+        refused = (
+            isinstance(error, ValueError) and entry_point.is_expected(error) and not self.at[1]
+        )
         if refused:
             self.first_to_fail()
         # A launcher ends the other ranks after one that was refused or failed, and reported it.
         followed = isinstance(error, KeyboardInterrupt) and self.failed.exists()
         if error and followed:
-            entry_point.mute(error, unless=False)
+            entry_point.choose_reporter(error, unless=False)
         if error is None or refused or followed:
             self.clear()
             return
@@ -103,7 +105,7 @@ class Heart:
     def fail(self, error: BaseException) -> None:
         """Leave a record of an exception, and settle which of the ranks reports it."""
         first = self.first_to_fail()
-        entry_point.mute(error, unless=first)
+        entry_point.choose_reporter(error, unless=first)
         says = entry_point.summary(interrupt.cause(error))
         with suppress(OSError):
             self.tell(0.0, error=says)
@@ -179,18 +181,20 @@ class Heart:
         self.quiet_s += ran_s
         if self.next is None or seen.beat != self.next.beat:
             self.next, self.quiet_s = seen, 0.0
-        if heartbeat.gone(seen) and file.exists():  # a rank that is done removes it before it goes
+        if (
+            heartbeat.has_exited(seen) and file.exists()
+        ):  # a rank that is done removes it before it goes
             self.end("rank lost", [heartbeat.read(file) or seen])
         elif self.run.hang_timeout and self.quiet_s > self.run.hang_timeout:
             self.end("rank silent", self.silent() or [seen])
 
-    def silent(self) -> list[Pulse]:
+    def silent(self) -> list[Heartbeat]:
         """Ranks whose pulse does not change for a few beats."""
         before = {row.rank: row.beat for row in self.others()}
         time.sleep(3 * self.every_s)
         return [row for row in self.others() if row.beat == before.get(row.rank)]
 
-    def others(self) -> list[Pulse]:
+    def others(self) -> list[Heartbeat]:
         """The pulses of this start, without our own."""
         found = heartbeat.read_all(self.out)
         return [row for row in found if row.start == self.told.start and row.rank != self.rank]
@@ -210,13 +214,15 @@ class Heart:
         """End the process where `error` is what a collective says when another rank is gone."""
         if not any(word in str(error).lower() for word in LOST):
             return
-        if missing := [row for row in self.others() if heartbeat.gone(row)]:
+        if missing := [row for row in self.others() if heartbeat.has_exited(row)]:
             self.end("rank lost", missing)
         if self.rank in (0, self.world - 1) and (missing := self.silent()):
             self.end("rank silent", missing)
         time.sleep(4 * self.every_s)  # another may know better: our thread then ends us here
 
-    def end(self, event: str, culprits: list[Pulse], rows: list[Pulse] | None = None) -> None:
+    def end(
+        self, event: str, culprits: list[Heartbeat], rows: list[Heartbeat] | None = None
+    ) -> None:
         """Report what is wrong, once a job, and end this process, as all the others will.
 
         A rank that failed with an exception has reported it already.
@@ -242,12 +248,12 @@ class Heart:
     def obey(self) -> None:
         """End this process where another has said that the run is over."""
         try:
-            culprits = [Pulse(**row) for row in json.loads(self.verdict.read_text())]
+            culprits = [Heartbeat(**row) for row in json.loads(self.verdict.read_text())]
         except (OSError, ValueError):
             return
         self.leave(culprits)
 
-    def leave(self, culprits: list[Pulse]) -> None:
+    def leave(self, culprits: list[Heartbeat]) -> None:
         """End the culprits among this machine's ranks, and this process at once."""
         with (
             suppress(OSError),
@@ -257,21 +263,23 @@ class Heart:
         others = [row for row in culprits if row.pid != os.getpid() and heartbeat.near(row)]
         send(signal.SIGCONT, others)  # a stopped one then reads the verdict, and leaves by itself
         last = time.monotonic() + 2 * self.every_s + 1
-        while time.monotonic() < last and not all(map(heartbeat.gone, others)):
+        while time.monotonic() < last and not all(map(heartbeat.has_exited, others)):
             time.sleep(0.05)
         send(signal.SIGKILL, others)
         os._exit(1)
 
 
-def send(number: signal.Signals, rows: list[Pulse]) -> None:
+def send(number: signal.Signals, rows: list[Heartbeat]) -> None:
     """Signal those of the ranks that are still there."""
     for row in rows:
-        if not heartbeat.gone(row):
+        if not heartbeat.has_exited(row):
             with suppress(OSError):
                 os.kill(row.pid, number)
 
 
-def sentence(event: str, culprits: list[Pulse], rows: list[Pulse], hang_timeout: float) -> str:
+def sentence(
+    event: str, culprits: list[Heartbeat], rows: list[Heartbeat], hang_timeout: float
+) -> str:
     """Who is wrong, and where; `rows` are all ranks that told, where nobody gets on."""
     first = culprits[0]
     more = f" and {len(culprits) - 1} more" if len(culprits) > 1 else ""

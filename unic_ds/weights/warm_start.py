@@ -26,14 +26,14 @@ from unic_ds.teachers import weight_files
 
 if TYPE_CHECKING:
     from unic_ds.models.student import Student
-    from unic_ds.teachers.teacher_set import Teachers
+    from unic_ds.teachers.teacher_set import TeacherSet
 
 WEIGHTS, LADDER = "model.safetensors", "ladder.safetensors"
 STATISTICS = "statistics.safetensors"
 NONE = "there are none"
 
 
-def start(path: str, student: Student, teachers: Teachers) -> dict[str, dict[str, str]]:
+def start(path: str, student: Student, teachers: TeacherSet) -> dict[str, dict[str, str]]:
     """Start `student` and the teachers' statistics from `path`; `weights.hashes` of each file.
 
     Every rank calls it. ValueError where the encoder's weights are missing, do not fit or are not
@@ -108,7 +108,7 @@ def start_encoder(path: str, encoder: Any) -> None:
         model = encoder.pretrained_cfg.get("architecture", "the student")
         raise ValueError(f"student.init {path!r} does not fit {model}: {wrong}")
     for name, value in own.items():
-        with deepspeed_engine.whole(value) as ours:
+        with deepspeed_engine.gathered(value) as ours:
             if ours:
                 value.copy_(changed.get(name, found[name]))
 
@@ -124,7 +124,7 @@ def start_ladder(path: Path | None, ladder: Any) -> str:
     if wrong := misfit(file, want):
         return wrong
     for name, regions in ladder.parts().items():
-        with deepspeed_engine.whole(own[name]) as ours:
+        with deepspeed_engine.gathered(own[name]) as ours:
             for published, at in regions.items() if ours else ():
                 own[name][at].copy_(file[published])
     return ""
