@@ -106,7 +106,8 @@ def decoder(
 
     `auto` is DALI wherever it can be imported, on CPU and GPU alike: one set of pixels.
     """
-    room = importlib.import_module(f"unic_ds.data.{'dali' if backend(cfg) == 'dali' else 'twin'}")
+    name = "dali_decoder" if backend(cfg) == "dali" else "torch_decoder"
+    room = importlib.import_module(f"unic_ds.data.{name}")
     colour = cfg.augment == "unic"
     made: Decoder = room.Decoder(
         sizes, batch=batch, depth=depth, threads=threads, colour=colour, device=device
