@@ -66,8 +66,9 @@ test-oldest:
 
 # Kernels in the interpreter, initial weights, every ZeRO stage on two ranks, a killed run's resume.
 sample-oldest: $(VENV)/.demo $(VENV)/.dev
-	$(PYTEST) -m "not slow and not soak and not gpu" tests/test_ladder_triton.py \
-	tests/test_losses_triton.py tests/test_requirements.py tests/test_train.py tests/test_student.py \
+	$(PYTEST) -m "not slow and not soak and not gpu" tests/kernels/test_ladder_triton.py \
+	tests/kernels/test_losses_triton.py tests/process/test_requirements.py \
+	tests/training/test_train.py tests/models/test_student.py \
 	-k "triton or requirements or main_command or kill_9 or zero_stage or initial_weights"
 
 test-long: $(VENV)/.demo $(VENV)/.dev
@@ -78,7 +79,7 @@ test-faults: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python -m pytest -m "fault and not soak"
 
 soak: $(VENV)/.demo $(VENV)/.dev
-	$(BIN)/python -m pytest -s tests/test_soak.py
+	$(BIN)/python -m pytest -s tests/training/test_soak.py
 
 test-gpu: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
@@ -87,7 +88,7 @@ test-all: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 first-hour: $(VENV)/.demo $(VENV)/.dev
-	$(BIN)/python tests/first_hour.py
+	$(BIN)/python tests/first_hour/first_hour.py
 
 bench-data: $(VENV)/.installed
 	$(BIN)/python -m unic_ds.data.bench
@@ -95,7 +96,7 @@ bench-data: $(VENV)/.installed
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@if command -v shellcheck; then shellcheck -x slurm/*.sh tests/*.sh .ci/run; fi
+	@if command -v shellcheck; then shellcheck -x slurm/*.sh tests/slurm/*.sh .ci/run; fi
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

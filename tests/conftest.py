@@ -9,6 +9,8 @@ from runs import FINISHED, PARTIAL, alone, launched, run
 
 from unic_ds import demo
 
+pytest.register_assert_rewrite("image_losses_accuracy", "moments_accuracy")
+
 FAULT = "fault"
 HEAD = "| fault | what the run does | proven |", "|---|---|---|"
 

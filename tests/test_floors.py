@@ -6,30 +6,11 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
 from importlib.metadata import packages_distributions
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted((ROOT / "unic_ds").rglob("*.py"))
-
-GROUND = ("files", "rng", "tokens", "blocks", "ops", "process", "demo", "config", "dist")
-"""Rooms that everything stands on; each may import those before it."""
-
-FLOORS: tuple[Collection[str], ...] = (
-    GROUND,
-    {"data", "teachers", "models", "losses", "engine", "evaluate"},
-    {"weights", "planning"},
-    {"training"},
-    {"train", "doctor"},
-    {"cli"},
-)
-"""From the ground up; a room is a package or file. Rooms of one floor do not import each other."""
-
-UPWARDS = {("planning", "training")}
-"""Imports that are still to be turned round: `plan` asks if a training command would be refused."""
+import structure
+from structure import FILES, ROOT, imports_of, name_of, rooms, tree_of
 
 OWNERS = {
     "torch.distributed": {"dist.py"},
@@ -42,46 +23,24 @@ HEAVY = {
     *("sklearn", "scipy", "matplotlib", "onnx", "safetensors", "PIL", "huggingface_hub"),
     "torchao",
 }
+NO_VERB = re.compile(r"(What|Whether|Where|How|Who|Which)\b")
 
 
-def name_of(file: Path) -> str:
-    return file.relative_to(ROOT / "unic_ds").as_posix()
+@pytest.mark.parametrize("name", structure.LIMITS)
+def test_the_structure_stays_within_its_limits(name: str) -> None:
+    assert structure.figures()[name] <= structure.LIMITS[name]
 
 
-def room_of(file: Path) -> str:
-    return name_of(file).split("/")[0].removesuffix(".py")
+def test_every_room_has_a_floor() -> None:
+    assert {room for floor in structure.FLOORS for room in floor} == set(rooms())
 
 
-def imported(file: Path) -> Iterator[str]:
-    """Dotted name of everything that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name_of(file)}:{node.lineno} imports relatively"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+def test_imports_point_down() -> None:
+    assert structure.upwards() == []
 
 
-def height(room: str) -> int:
-    floors = [i for i, floor in enumerate(FLOORS) if room in floor]
-    assert floors, f"unic_ds/{room} stands on no floor; add it to FLOORS"
-    return floors[0]
-
-
-def points_down(here: str, room: str) -> bool:
-    """True if `here` may import `room`."""
-    if here in GROUND and room in GROUND:
-        return GROUND.index(room) < GROUND.index(here)
-    return height(room) < height(here)
-
-
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_imports_point_down(file: Path) -> None:
-    here = room_of(file)
-    rooms = {name.split(".")[1] for name in imported(file) if name.startswith("unic_ds.")}
-    for room in rooms - {here, "__version__"}:
-        down = points_down(here, room) or (here, room) in UPWARDS
-        assert down, f"{name_of(file)} may not import {room}"
+def test_modules_import_each_other_in_no_circle() -> None:
+    assert structure.circles() == []
 
 
 @pytest.mark.parametrize("library, owners", OWNERS.items())
@@ -89,7 +48,7 @@ def test_its_owners_alone_import_it(library: str, owners: set[str]) -> None:
     users = {
         name_of(file)
         for file in FILES
-        if any(f"{name}.".startswith(f"{library}.") for name in imported(file))
+        if any(f"{found.name}.".startswith(f"{library}.") for found in imports_of(file))
     }
     assert users == owners
 
@@ -108,7 +67,19 @@ print(*sorted(sys.modules.keys() & {HEAVY!r}))
 
 def test_no_module_hides_one_of_the_standard_library() -> None:
     """The launcher puts unic_ds/ itself first on the path."""
-    assert {room_of(file) for file in FILES} & set(sys.stdlib_module_names) == set()
+    assert set(rooms()) & set(sys.stdlib_module_names) == set()
+
+
+@pytest.mark.parametrize("folder", ["unic_ds", "kernels", "tests"])
+def test_docstrings_begin_with_a_verb_or_a_noun(folder: str) -> None:
+    wrong = [
+        f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)
+        if NO_VERB.match(ast.get_docstring(node) or "")
+    ]
+    assert wrong == []
 
 
 def test_every_library_is_declared() -> None:
@@ -116,7 +87,7 @@ def test_every_library_is_declared() -> None:
     pinned = {plain(name) for name in re.findall(r"^([\w.-]+)==", read("constraints.txt"), re.M)}
     assert len(declared) > 15 and declared <= pinned
     demonstration = {plain(n) for n in re.findall(r"^([\w.-]+)==", read("demo-packages.txt"), re.M)}
-    names = {name.split(".")[0] for file in FILES for name in imported(file)}
+    names = {found.name.split(".")[0] for file in FILES for found in imports_of(file)}
     sources = packages_distributions()
     for name in names - set(sys.stdlib_module_names) - {"unic_ds", "unic_kernels"}:
         found = {plain(distribution) for distribution in sources[name]}
@@ -129,3 +100,4 @@ def plain(distribution: str) -> str:
 
 def read(name: str) -> str:
     return (ROOT / name).read_text()
+

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "tests" / "data"
+DATA = ROOT / "tests" / "vectors"
 LINE = re.compile(
     r"\S.*\S +(\d\.\de[+-]\d\d|inf)  (ok|OVER) \(tolerance 1e-0[45](; worst: \S.*)?\)"
 )
 
 
 def run(folder: Path) -> subprocess.CompletedProcess[str]:
-    script = str(ROOT / "tests" / "parity.py")
+    script = str(ROOT / "tests" / "support" / "parity.py")
     return subprocess.run(
         [sys.executable, script, str(folder)], cwd="/", capture_output=True, text=True, timeout=300
     )

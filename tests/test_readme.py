@@ -18,6 +18,10 @@ LAUNCHERS = {
     *("hostfile", "no_ssh", "node_rank", "master_addr", "master_port", "launcher"),
 }
 """Options of sbatch, of torchrun and of deepspeed, up to a hyphen."""
+NAMING_TESTS = [
+    *("README.md", "CONTRIBUTING.md", "kernels/README.md", "Makefile"),
+    *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
+]
 TEXT = (ROOT / "README.md").read_text()
 
 
@@ -40,6 +44,12 @@ def test_every_file_of_the_map_exists():
         assert (ROOT / "unic_ds" / name).is_file(), name
     for folder in re.findall(r"^(?:  )?(\w+)/", listed, re.M):
         assert (ROOT / folder).is_dir() or (ROOT / "unic_ds" / folder).is_dir(), folder
+
+
+@pytest.mark.parametrize("file", NAMING_TESTS)
+def test_every_path_under_tests_exists(file):
+    for name in re.findall(r"\btests/[\w/.*-]*\w", (ROOT / file).read_text()):
+        assert any(ROOT.glob(name)), name
 
 
 def test_the_command_of_your_own_run_is_understood(tmp_path):

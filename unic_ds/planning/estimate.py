@@ -1,7 +1,7 @@
 """Memory, communication and time of a run before it is queued: arithmetic on a traced step.
 
 Memory per GPU under ZeRO stage s of W ranks, P trained and F frozen weights of the student, b bytes
-a weight (2 in bf16, 4 in fp32), as DeepSpeed holds it (tests/test_plan.py measures it):
+a weight (2 in bf16, 4 in fp32), as DeepSpeed holds it (test_estimate.py measures it):
 
     weights     (P + F) b,  of W under s = 3
     masters     4 P,        of W under s >= 1; in fp32 under s = 0 the weights themselves
