@@ -100,4 +100,3 @@ def plain(distribution: str) -> str:
 
 def read(name: str) -> str:
     return (ROOT / name).read_text()
-

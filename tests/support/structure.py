@@ -9,6 +9,7 @@ import ast
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -70,13 +71,20 @@ def room_of(file: Path) -> str:
     return name_of(file).split("/")[0].removesuffix(".py").replace("__init__", "")
 
 
+@cache
 def tree_of(file: Path) -> ast.Module:
     """A file's syntax tree."""
     return ast.parse(file.read_text())
 
 
-def imports_of(file: Path) -> Iterator[Import]:
+@cache
+def imports_of(file: Path) -> tuple[Import, ...]:
     """All imports of a file, with the dotted name of what is imported."""
+    return tuple(walk_imports(file))
+
+
+def walk_imports(file: Path) -> Iterator[Import]:
+    """The imports of a file, in any order."""
     tree = tree_of(file)
     functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
     inside = {id(node) for function in functions for node in ast.walk(function)}
@@ -147,16 +155,13 @@ def bare_any() -> list[str]:
     found = []
     for file in FILES:
         for node in ast.walk(tree_of(file)):
-            types: list[ast.expr | None] = []
+            kind: ast.expr | None = None
             if isinstance(node, ast.FunctionDef):
-                types = [node.returns]
+                kind = node.returns
             elif isinstance(node, ast.arg | ast.AnnAssign):
-                types = [node.annotation]
-            found += [
-                f"{file.relative_to(ROOT)}:{kind.lineno}"
-                for kind in types
-                if isinstance(kind, ast.Name) and kind.id == "Any"
-            ]
+                kind = node.annotation
+            if isinstance(kind, ast.Name) and kind.id == "Any":
+                found.append(f"{file.relative_to(ROOT)}:{kind.lineno}")
     return found
 
 
@@ -170,6 +175,7 @@ def lines_of(function: str, file: str) -> int:
     raise AssertionError(f"unic_ds/{file} has no {function}")
 
 
+@cache
 def figures() -> dict[str, int]:
     """Each figure of `LIMITS`."""
     return {
