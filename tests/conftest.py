@@ -1,4 +1,4 @@
-"""What every test shares."""
+"""Fixtures and options that all tests share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEAD = "| fault | what the run does | proven |", "|---|---|---|"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where the table of faults is to be written beside being printed."""
+    """Add the option that names the file to write the table of faults to."""
     parser.addoption("--faults-table", type=Path, help="write the table of faults to this file")
 
 

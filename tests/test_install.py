@@ -50,7 +50,7 @@ def container(tmp_path) -> Path:
 
 
 def pip(*words: str, python: Path | None = None, cwd: Path | None = None):
-    """What pip did, without a network."""
+    """Result of a pip command without a network."""
     which = ["--python", str(python)] if python else []
     command = [sys.executable, "-m", "pip", *which, "--disable-pip-version-check", *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)

@@ -19,7 +19,7 @@ STAGES = "student.drop_path=0"
 
 
 def runs(folder, plan, ranks=1):
-    """What runs of one process print, one after another: (name of their folder, settings)."""
+    """Output of runs in one process, one after another: (name of their folder, settings)."""
     file = folder / "plan.json"
     file.write_text(json.dumps([tiny(folder, out, more) for out, more in plan]))
     return run(together(file, ranks))

@@ -1,4 +1,4 @@
-"""What DALI decoded stays where it is until torch has copied it."""
+"""DALI's output buffers are not reused before torch has copied them."""
 
 import threading
 import weakref

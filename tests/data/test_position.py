@@ -29,7 +29,7 @@ KINDS = ["folder", "shards", "mixture", "list"]
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Where each kind of source lies; the shards are other pictures, in several files."""
+    """Paths of each kind of source; the shards are other pictures, in several files."""
     root = tmp_path_factory.mktemp("places")
     images, more = folder(root / "images", COUNT), folder(root / "more", 70, classes=3)
     pack.pack(scan(more), root / "shards", pack.Settings(shard_mb=0.05), workers=2)
@@ -103,7 +103,7 @@ for step in range(10**6):
 
 @pytest.mark.parametrize("kind", ["shards", "mixture"])
 def test_after_kill_9_other_ranks_show_the_rest(kind, places):
-    """What a killed process has shown, and what three ranks show after it, is one run's."""
+    """Samples read before a kill, and by three ranks after it, are those of one run."""
     straight = shown(places[kind])
     here = str(Path(__file__).parent)
     path = os.pathsep.join([here, *sys.path, os.environ.get("PYTHONPATH", "")])

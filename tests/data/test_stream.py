@@ -73,7 +73,7 @@ def take(batches, count):
 
 
 def same(ours, theirs):
-    """Whether two batches hold the same samples and pixels."""
+    """True if two batches hold the same samples and pixels."""
     return (
         np.array_equal(ours.index_B, theirs.index_B)
         and np.array_equal(ours.position_B, theirs.position_B)

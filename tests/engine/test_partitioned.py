@@ -29,7 +29,7 @@ SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
 def measured(script: str, folder: Path, plan: list[Any], timeout: int = 900) -> list[Any]:
-    """What two ranks found out about each row of a plan."""
+    """Measurements of two ranks for each row of a plan."""
     file = folder / f"{script}.json"
     file.write_text(json.dumps(plan))
     command = launch(SUPPORT / f"{script}.py", file)

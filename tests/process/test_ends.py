@@ -1,4 +1,4 @@
-"""How a run ends that fails, is interrupted, or whose terminal is gone: real processes."""
+"""Ends of real processes: a failure, an interruption, a closed terminal."""
 
 import json
 import os

@@ -41,7 +41,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
 
 
 def said(script: str, *words: str, code: int | None = 2, **env: str) -> str:
-    """What a script of slurm/ prints; no file comes of it but in the folder of `TMPDIR`."""
+    """Output of a script of slurm/; it writes files below `TMPDIR` alone."""
     before = made()
     done = subprocess.run(
         ["bash", f"slurm/{script}", *words],

@@ -86,7 +86,7 @@ class Lab:
         )
 
     def run(self, *command: str, **more: str) -> str:
-        """What a command printed on the controller's host."""
+        """Output of a command on the controller's host."""
         process = self.start("ctl", *command, **more)
         printed, _ = process.communicate(timeout=60)
         assert process.returncode == 0, printed
@@ -201,7 +201,7 @@ def test_a_job_that_cannot_run_is_refused_before_it_trains(lab, tmp_path):
 
 
 def wrong(job: Batch) -> str:
-    """What was printed by a job that a mistake ended."""
+    """Output of a job that a mistake ended."""
     assert job.ended() == "FAILED" and job.facts()["ExitCode"] == "2:0", job.printed()
     return job.printed()
 
@@ -223,7 +223,7 @@ def test_a_job_trains_to_its_end(whole):
 
 @dataclass(frozen=True)
 class Leg:
-    """What came of a job between its start and what stopped it."""
+    """One stretch of a job, from its start to what stopped it."""
 
     nodes: list[str]
     printed: str

@@ -40,7 +40,7 @@ class Steps:
         self.apply(optimizer, *given)
 
     def rows(self):
-        """What was counted, as plain values."""
+        """The counts as plain values."""
         return [row(reads) for reads in self.counted]
 
 

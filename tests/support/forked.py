@@ -97,7 +97,7 @@ class Ranks:
 
 
 def lead(command: Forked, env: dict[str, str], cwd: str, printed: str) -> None:
-    """What a launcher does: start the ranks, pass signals on, end the others when one fails."""
+    """Act as a launcher: start the ranks, pass signals on, end the others when one fails."""
     os.setsid()
     file = os.open(printed, os.O_WRONLY | os.O_APPEND)
     for out in (1, 2):

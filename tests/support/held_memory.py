@@ -1,4 +1,4 @@
-"""What ranks really hold under DeepSpeed, for test_estimate.py: `held_memory.py PLAN.json`.
+"""Measures the memory of ranks under DeepSpeed, for test_estimate.py: `held_memory.py PLAN.json`.
 
 For each row of the plan, a recipe's options and a ds_config, a student is built, stepped twice and
 measured: bytes of all tensors that are alive, by when they came, what autograd keeps, and bytes

@@ -1,4 +1,4 @@
-"""How much the trainer's loop costs beside a bare DeepSpeed loop: `loop_overhead.py OPTIONS`.
+"""Compares the trainer's loop with a bare DeepSpeed loop: `loop_overhead.py OPTIONS`.
 
 One launch trains two students on the same images and teachers, in turns of a few steps: one by the
 trainer's own loop, with guard, heartbeats, log and stop requests, the other by the loop of

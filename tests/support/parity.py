@@ -1,4 +1,4 @@
-"""Whether this code is the published method: `python tests/support/parity.py DIR`.
+"""Compares this code with the published method: `python tests/support/parity.py DIR`.
 
 DIR holds vectors, numbers that the authors' program gave for given inputs (method: section 7):
 `loss.npz`, `ladder.npz`, `standardise.npz`, `schedules.json`, and `published_format.pth` with
@@ -54,7 +54,7 @@ class Row(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether the error is within the tolerance; a NaN is not."""
+        """True if the error is within the tolerance; a NaN is not."""
         return self.error <= self.tolerance
 
     def __str__(self) -> str:
@@ -158,7 +158,7 @@ def check_loss(file: Path, ops: Ops = FUSED) -> Iterator[Row]:
 
 
 def gradient(leaf: Tensor) -> Tensor:
-    """What reached a leaf; nothing at all is a gradient of zeros."""
+    """Gradient of a leaf; zeros if it has none."""
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 

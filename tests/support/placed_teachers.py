@@ -51,14 +51,14 @@ def tokens_of(row: config.Teacher) -> tuple[teacher_set.TeacherSet, list[torch.T
 
 
 def local_bytes(made: teacher_set.TeacherSet) -> int:
-    """What this rank holds of the weights."""
+    """Bytes of the weights that this rank holds."""
     (teacher,) = made.teachers.values()
     own = (getattr(p, "_local_tensor", p) for p in teacher.tower.parameters())
     return sum(x.untyped_storage().nbytes() for x in own)
 
 
 def compare(row: config.Teacher) -> dict[str, object]:
-    """How a teacher in each placement differs from a whole one."""
+    """Largest differences between a teacher in each placement and a replicated one."""
     whole, exact = tokens_of(row)
     found: dict[str, object] = {"bytes": local_bytes(whole)}
     facts = whole.manifest()

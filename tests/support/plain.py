@@ -291,7 +291,7 @@ def specimen(
 
 
 def outputs(checkpoint: dict[str, Any], image_B3HW: Tensor) -> dict[str, np.ndarray]:
-    """What `published_format_io.npz` holds of these normalised images."""
+    """Expected outputs for these normalised images, as in `published_format_io.npz`."""
     model = {k.removeprefix("module."): v.double() for k, v in checkpoint["model"].items()}
     w = {k.removeprefix("encoder."): v for k, v in model.items()}
     weights = {k.removeprefix("lp."): v for k, v in model.items() if k.startswith("lp.")}

@@ -183,7 +183,7 @@ def saved(out):
 
 
 def statistics(checkpoint):
-    """What a checkpoint holds of the teachers; its file has the guard's memory of losses beside."""
+    """The teachers' statistics in a checkpoint, without the guard's loss window in the same file."""
     state = load_file(checkpoint / "statistics.safetensors")
     return {name: value for name, value in state.items() if not name.startswith("guard/")}
 

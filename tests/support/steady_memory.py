@@ -1,4 +1,4 @@
-"""What a run under ZeRO-3 holds after every eighth step: `steady_memory.py OUT [train's options]`.
+"""Records a ZeRO-3 run's memory after every eighth step: `steady_memory.py OUT [train's options]`.
 
 Steps are those of unic_ds/train.py, with teachers beside, and the student is asked without
 gradients in between, as an evaluation does.

@@ -192,7 +192,7 @@ ATTENDING = {
 
 
 class Operators(torch.utils._python_dispatch.TorchDispatchMode):
-    """Which operators ran, and how often."""
+    """Counts of the operators that ran."""
 
     def __init__(self):
         super().__init__()

@@ -34,7 +34,7 @@ IMAGES = 4
 
 
 class Member(NamedTuple):
-    """What a teacher of the zoo must turn out to be."""
+    """Expected properties of a teacher of the zoo."""
 
     arch: str
     size: int
@@ -126,7 +126,7 @@ def test_each_is_what_it_is_and_all_end_on_the_student_s_grid(zoo, batch):
 
 
 def own_tokens(zoo, batch, name):
-    """What the teacher's own library gives: (summary or None, patch tokens or map)."""
+    """Output of the teacher's own library: (summary or None, patch tokens or map)."""
     teacher, member = zoo.teachers[name], MEMBERS[name]
     image_B3HW = teacher.normalise(batch[member.size], torch.float32)
     with torch.no_grad():

@@ -35,7 +35,7 @@ def test_steps_under_zero3_hold_no_more_than_the_first(tmp_path):
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_steps_leave_no_tensors_to_the_collector(tmp_path, stage):
-    """Which waits for a log line: on a GPU such tensors would fill its memory until then."""
+    """Collection waits for a log line: on a GPU such tensors would fill its memory until then."""
     words = options(
         tmp_path / "run",
         stage,

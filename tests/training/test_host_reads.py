@@ -131,7 +131,7 @@ def arguments(folder: Path, name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
-    """What was counted in steps 2, 3 and 4 of each run, made in a process of their own."""
+    """Counts of steps 2, 3 and 4 of each run, made in a process of their own."""
     folder = tmp_path_factory.mktemp("counted")
     (folder / "plan.json").write_text(json.dumps([arguments(folder, name) for name in RUNS]))
     run(together(folder / "plan.json", 1, "counted_runs.py"))

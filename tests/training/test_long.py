@@ -1,4 +1,4 @@
-"""What takes minutes: the quickstart as it is, over seeds, and recovery of several ranks."""
+"""Tests that take minutes: the unchanged quickstart, over seeds, and recovery of several ranks."""
 
 import json
 

@@ -31,7 +31,7 @@ SCIENCE = SMALL | {
 
 
 class Spread(NamedTuple):
-    """How a run's batch is spread."""
+    """Division of a run's batch over ranks, micro batches and accumulation."""
 
     ranks: int
     stage: int
@@ -46,7 +46,7 @@ class Spread(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a run ended with."""
+    """A run's end state."""
 
     losses: list[float]
     rows: dict[int, dict]
@@ -97,7 +97,7 @@ def answers(folder: Path, spreads: list[Spread]) -> dict[Spread, Answer]:
 
 
 def answer(out: Path) -> Answer:
-    """What a run left in its folder."""
+    """End state that a run's folder holds."""
     rows = curve(out)
     assert list(rows) == list(range(1, STEPS + 1))
     (weights,) = json.loads((out / "weights.json").read_text())

@@ -34,7 +34,7 @@ pytestmark = DEMONSTRATION
 
 
 def judged(one: step_guard.StepGuard, loss: float, norm: float = 1.0) -> bool:
-    """Whether a step of one micro batch is taken."""
+    """True if a step of one micro batch is taken."""
     one.see(torch.tensor(loss))
     skip = one.skip(torch.tensor(norm))
     taken = bool(one.close())
@@ -362,7 +362,7 @@ def test_a_run_with_nothing_to_go_back_to_stops(folders, tmp_path):
 
 
 def test_a_damaged_checkpoint_does_not_stop_a_run_that_went_back(tmp_path):
-    """What a kill while it was removed, or a disk, left of its facts is no reason to fail."""
+    """Facts that a kill during removal, or a disk, damaged are no reason to fail."""
     (tmp_path / "rollbacks.json").write_text(json.dumps([{"at": 7, "to": 4, "left_out": [5, 7]}]))
     for step, facts in ((4, '{"rollbacks": []}'), (5, '{"rollbacks": []}'), (6, "{"), (7, None)):
         folder = tmp_path / "checkpoints" / f"step_{step:07d}"

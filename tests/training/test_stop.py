@@ -38,7 +38,7 @@ def ranks_of(out: Path) -> list[int]:
 
 
 def stopped_by(ask, out: Path) -> str:
-    """What a run printed that `ask` stopped after two steps."""
+    """Output of a run that `ask` stopped after two steps."""
     before, process = reached(out), start(launched(out, **MORE))
     while reached(out) < before + 2:
         assert process.poll() is None, process.communicate()[0][-3000:]

@@ -26,7 +26,7 @@ PLAN = [
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two ranks measured for each row of the plan, on a device with streams."""
+    """Measurements of two ranks for each row of the plan, on a device with streams."""
     file = tmp_path_factory.mktemp("waits") / "plan.json"
     rows = [(str(ROOT / "ds_configs" / f"{stage}.json"), *rest) for stage, *rest in PLAN]
     file.write_text(json.dumps(rows))

@@ -43,7 +43,7 @@ AWAKE = {"PYTHONPATH": f"{SUPPORT}:{os.environ.get('PYTHONPATH', '')}"}
 
 
 class End(NamedTuple):
-    """How a start ended whose rank was harmed."""
+    """End of a start in which one rank was stopped or killed."""
 
     printed: str
     code: int

@@ -1,4 +1,4 @@
-"""What a run starts from: encoder, ladder and statistics of a folder, or an encoder's file."""
+"""Initial weights: encoder, ladder and statistics of a folder, or an encoder's file."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same(part: Any, file: Path) -> bool:
-    """Whether a part of a run holds what the file does."""
+    """True if a part of a run has the file's tensors."""
     want = load_file(file)
     state = part.published() if isinstance(part, Ladder) else part.state_dict()
     return state.keys() == want.keys() and all(torch.equal(state[k], want[k]) for k in want)
