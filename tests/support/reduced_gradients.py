@@ -1,4 +1,4 @@
-"""Measures two ranks' reduced gradients under the shipped ds_configs: `reduced_gradients.py PLAN.json`.
+"""Measures the gradients that two ranks reduce, per ds_config: `reduced_gradients.py PLAN.json`.
 
 A weight per layer, whose gradient is what it is multiplied by, so that every sum is known. The
 plan is a list of ds_config files; for each: the types in use, and the gradient that AdamW saw.

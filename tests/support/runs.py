@@ -183,7 +183,7 @@ def saved(out):
 
 
 def statistics(checkpoint):
-    """The teachers' statistics in a checkpoint, without the guard's loss window in the same file."""
+    """The teachers' statistics in a checkpoint, without the guard's loss window."""
     state = load_file(checkpoint / "statistics.safetensors")
     return {name: value for name, value in state.items() if not name.startswith("guard/")}
 
