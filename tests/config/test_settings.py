@@ -175,7 +175,7 @@ def test_a_config_names_no_folder_and_long_names_are_sentences(tmp_path):
     plain = to_dict(cfg) | {"data": to_dict(Data(train="images"))}
     (tmp_path / "mine.yaml").write_text(json.dumps(plain))
     script = (
-        "import sys; from unic_ds import cli, job\n"
+        "import sys; from unic_ds import cli; from unic_ds.config import job\n"
         "for words in sys.argv[1:]:\n"
         "    options = dict(pair.split('=') for pair in words.split('|'))\n"
         "    try: print(job.resolve(options).out)\n"

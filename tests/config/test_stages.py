@@ -4,20 +4,20 @@ import pytest
 from runs import DEMONSTRATION, curve, kill_on_the_way, run, two, verb
 from safetensors.torch import load_file
 
-from unic_ds import demo
 from unic_ds.config import job, recipes
 
-DS = {"ds_config": "ds_configs/zero2.json"}
-NEEDS = pytest.mark.skipif(
-    bool(demo.missing_packages()), reason="the quickstart's packages are not installed"
-)
+GIVEN = {
+    "ds_config": "ds_configs/zero2.json",
+    "teachers": "narrow=python:small_teacher:narrow",
+    "data.train": "docs",
+}
+"""The quickstart's recipe, without its teachers and images."""
 
 
 def resolved(tmp_path, **more):
-    return job.resolve(DS | {"out": str(tmp_path / "run")} | more)
+    return job.resolve(GIVEN | {"out": str(tmp_path / "run")} | more)
 
 
-@NEEDS
 def test_a_stage_is_the_last_one_with_its_own_settings(tmp_path):
     stages = "student.size=32 optim.epochs=9;student.size=64 loss.cls='1 cosine'"
     last = resolved(tmp_path, stages=stages, **{"optim.lr": "0.5"})
@@ -35,7 +35,6 @@ def test_a_stage_is_the_last_one_with_its_own_settings(tmp_path):
     ]
 
 
-@NEEDS
 @pytest.mark.parametrize(
     ("stages", "sentence"),
     [
@@ -50,7 +49,6 @@ def test_a_stage_that_cannot_be_is_refused_at_the_door(monkeypatch, tmp_path, st
         resolved(tmp_path, stages=stages)
 
 
-@NEEDS
 def test_a_checkpoint_s_path_does_not_fit_stages(tmp_path):
     with pytest.raises(ValueError, match="is of one stage; add --stages ''"):
         resolved(tmp_path, stages="seed=1", resume=str(tmp_path))

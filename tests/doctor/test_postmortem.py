@@ -8,13 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from runs import DEMONSTRATION
 
 from unic_ds import cli
 from unic_ds.doctor import postmortem
 from unic_ds.process import entry_point
-
-pytestmark = DEMONSTRATION
 
 BEATING = """
 import os, signal, sys, time

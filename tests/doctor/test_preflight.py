@@ -13,8 +13,6 @@ from unic_ds import cli
 from unic_ds.config import recipes
 from unic_ds.doctor import preflight
 
-pytestmark = DEMONSTRATION
-
 CHECKS = {*preflight.CHECKS, "all-reduce"}
 
 
@@ -29,6 +27,7 @@ def checks_of(printed: str) -> dict[str, dict]:
     return {row["check"]: row for row in json.loads(printed.splitlines()[-1])["checks"]}
 
 
+@DEMONSTRATION
 @pytest.mark.slow
 def test_this_machine_could_run_the_quickstart(tmp_path, capsys):
     assert cli.verb(["doctor", "--json", "--precision", "fp32", "--out", str(tmp_path / "r")]) == 0
@@ -41,6 +40,7 @@ def test_this_machine_could_run_the_quickstart(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@DEMONSTRATION
 @pytest.mark.slow
 @pytest.mark.dist
 def test_what_is_missing_makes_it_fail_with_a_remedy_on_the_ranks_of_a_launcher(tmp_path):
@@ -61,6 +61,7 @@ def test_what_is_missing_makes_it_fail_with_a_remedy_on_the_ranks_of_a_launcher(
     assert "gloo, 2 ranks" in rows["all-reduce"]["result"]
 
 
+@DEMONSTRATION
 @pytest.mark.slow
 @pytest.mark.skipif(
     bool(subprocess.run(["unshare", "--mount", "true"], stderr=subprocess.DEVNULL).returncode),
@@ -122,6 +123,7 @@ def test_a_node_whose_cuda_does_not_come_up_fails(tmp_path, monkeypatch):
     assert (row.state, row.result) == ("ok", "none: a run on the CPU")
 
 
+@DEMONSTRATION
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA comes up here")

@@ -17,7 +17,8 @@ from unic_ds.process import node
 
 MEETS = """
 import json, time
-from unic_ds import dist, node
+from unic_ds import dist
+from unic_ds.process import node
 begun = time.monotonic()
 try:
     dist.start()
@@ -196,7 +197,8 @@ def test_a_rank_stays_on_the_cores_beside_its_gpu():
 TOGETHER = """
 import torch
 from torch.distributed import distributed_c10d as c10d
-from unic_ds import dist, engine
+from unic_ds import dist
+from unic_ds.engine import deepspeed_engine
 
 def wrong():
     raise ValueError("no such thing")
@@ -215,7 +217,7 @@ linear = torch.nn.Linear(8, 8)
 settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
 settings |= {"bf16": {"enabled": True}}
 optimizer = torch.optim.AdamW(linear.parameters())
-engine.load_deepspeed().initialize(
+deepspeed_engine.load_deepspeed().initialize(
     model=linear, optimizer=optimizer, config=settings, dist_init_required=False
 )
 dist.spread(torch.nn.Linear(4, 4), [], offload=False)

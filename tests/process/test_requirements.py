@@ -58,7 +58,7 @@ def test_a_container_s_build_of_a_floor_is_new_enough(tmp_path):
     env = installed(
         tmp_path, {"torch": "2.11.0a0+git1234.nv26.3", "torchvision": "0.26.0a0+nv26.3"}
     )
-    code = "from unic_ds import requirements; requirements.check()"
+    code = "from unic_ds.process import requirements; requirements.check()"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
     )

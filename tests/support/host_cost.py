@@ -20,20 +20,19 @@ import deepspeed
 import open_clip
 import timm
 import torch
+from ds_settings import ds_settings
 from torch import Tensor, nn
 
 from unic_ds.planning.counters import Meter
 
 NARROW: dict[str, Any] = {"embed_dim": 96, "num_heads": 4, "img_size": 28, "num_classes": 0}
-SETTINGS: dict[str, Any] = {
-    "train_micro_batch_size_per_gpu": 1,
-    "bf16": {"enabled": True, "check_grad_overflow": False},
-    "communication_data_type": "fp32",
-    "data_types": {"grad_accum_dtype": "fp32"},
-    "zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
-    "zero_force_ds_cpu_optimizer": False,
-    "steps_per_print": 1_000_000_000,
-}
+SETTINGS = ds_settings(
+    1,
+    {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
+    bf16={"enabled": True, "check_grad_overflow": False},
+    communication_data_type="fp32",
+    data_types={"grad_accum_dtype": "fp32"},
+)
 ROUNDS = 10
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

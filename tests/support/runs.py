@@ -37,10 +37,7 @@ FINISHED = {"optim__steps": 4, "run__save_every": 2}
 PARTIAL = {"optim__steps": 6, "run__save_every": 2, "eval__on": "false"}
 """The run that the fixture `stopped` stops after four steps."""
 
-TINY = {
-    "ds_config": "ds_configs/zero2.json",
-    "recipe": "unic_b",
-    "precision": "fp32",
+TINY_MODELS = {
     "teachers": "narrow=python:small_teacher:narrow,wide=python:small_teacher:wide",
     "student.model": "test_vit",
     "student.size": 32,
@@ -48,6 +45,12 @@ TINY = {
     "ladder.rungs": "2,5",
     "ladder.width": 96,
     "optim.batch_size": 8,
+}
+"""Teachers that cost nothing to load, and a student that learns from them in seconds."""
+TINY = TINY_MODELS | {
+    "ds_config": "ds_configs/zero2.json",
+    "recipe": "unic_b",
+    "precision": "fp32",
     "optim.warmup_epochs": 0,
     "optim.steps": 3,
     "data.threads": 1,
@@ -55,7 +58,7 @@ TINY = {
     "run.log_every": 1,
     "run.save_every": 2,
 }
-"""A run of seconds with teachers that cost nothing, evaluated where there are images for it."""
+"""A run of seconds, evaluated where there are images for it."""
 
 LOST = {
     f"teachers__{name}__{key}": None
@@ -134,7 +137,7 @@ def two(out, **more):
 
 def verb(*words):
     """`unic-ds VERB ...` in one process."""
-    return Forked(1, [str(ROOT / "unic_ds" / "cli.py"), *map(str, words)])
+    return Forked(1, [str(ROOT / "unic_ds" / "cli" / "__main__.py"), *map(str, words)])
 
 
 def together(plan, ranks=2, script="many_runs.py"):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ds_settings import ds_settings
 
 from unic_ds import config, dist
 from unic_ds.engine import deepspeed_engine
@@ -55,14 +56,8 @@ def peak(found: dict[str, Any]):
 
 def settings(*, bf16: bool) -> dict[str, Any]:
     """A ds_config of ZeRO-3."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "train_batch_size": dist.world(),
-        "bf16": {"enabled": bf16},
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1_000_000_000,
-    }
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    return ds_settings(1, zero, train_batch_size=dist.world(), bf16={"enabled": bf16})
 
 
 def whole_bytes(student: Student) -> int:

@@ -18,7 +18,6 @@ import timm
 import torch
 from runs import (
     AS_SHIPPED,
-    DEMONSTRATION,
     SMALL,
     TEACHERS,
     alone,
@@ -36,15 +35,13 @@ from unic_ds.teachers import cache
 from unic_ds.teachers.teacher_set import TeacherSet
 from unic_ds.tokens import Tokens
 
-pytestmark = DEMONSTRATION
-
 IMAGES = 40
 COMMON = {k: v for k, v in SMALL.items() if k.startswith(("student.size", "teachers."))}
 COMMON |= dict.fromkeys(TEACHERS, "bf16")
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
+def images(demonstration, tmp_path_factory):
     """A few of the demonstration's photographs, in two class folders."""
     folder = tmp_path_factory.mktemp("few") / "images"
     classes = sorted(path for path in (demo.root() / "images").iterdir() if path.is_dir())

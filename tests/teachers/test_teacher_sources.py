@@ -503,7 +503,7 @@ def test_checkpoints_of_before_go_on_where_the_summary_is_what_it_was():
 OFFLINE = """
 import json, sys, torch
 from unic_ds import config
-from unic_ds.teachers import weights
+from unic_ds.teachers import weight_files
 from unic_ds.teachers.teacher import load
 found = {}
 for source in sys.argv[1:]:
@@ -515,7 +515,7 @@ for source in sys.argv[1:]:
         continue
     ramp = torch.arange(3 * teacher.size**2).remainder(251).to(torch.uint8)
     tokens = teacher(ramp.view(1, 3, teacher.size, teacher.size))
-    found[source] = [teacher.size, tokens.cls_BC[0, :8].tolist(), weights.fetch(row)]
+    found[source] = [teacher.size, tokens.cls_BC[0, :8].tolist(), weight_files.fetch(row)]
 print(json.dumps(found))
 """
 
@@ -637,12 +637,12 @@ def test_missing_weights_stop_the_pool_before_anything_is_read(pair, tmp_path):
 RANKS = """
 import sys, torch
 from unic_ds import config, dist
-from unic_ds.teachers import pool
+from unic_ds.teachers import teacher_set
 dist.start()
 path, arch, images, out = sys.argv[1:]
 row = config.Teacher(name="t", source=f"file:{path}#arch={arch}", precision="fp32")
 cfg = config.Standardise()
-teachers = pool.Teachers((row,), grid=4, standardise=cfg, device=torch.device("cpu"))
+teachers = teacher_set.Teachers((row,), grid=4, standardise=cfg, device=torch.device("cpu"))
 mine = torch.load(images, weights_only=True).chunk(dist.world())[dist.rank()]
 for micro in mine.chunk(2):
     teachers({64: micro})

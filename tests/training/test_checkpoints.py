@@ -11,23 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from runs import curve, run, start, together
+from ds_settings import ds_settings
+from runs import TINY_MODELS, curve, run, start, together
 
 from unic_ds import config
 from unic_ds.engine import reshard
 from unic_ds.training import checkpoint
 
 STEPS = 6
-RUN = {
-    "teachers": "narrow=python:small_teacher:narrow,wide=python:small_teacher:wide",
+RUN = TINY_MODELS | {
     "teachers.narrow.precision": "fp32",
     "teachers.wide.precision": "fp32",
-    "student.model": "test_vit",
-    "student.size": 32,
-    "student.drop_path": 0.1,
-    "ladder.rungs": "2,5",
-    "ladder.width": 96,
-    "optim.batch_size": 8,
     "optim.lr": "1e-3",
     "optim.lr_scaling": "none",
     "optim.warmup_epochs": "0.02",
@@ -49,13 +43,7 @@ def words(folder, name, stage, **more):
     zero = {"stage": stage, "stage3_param_persistence_threshold": 1000}
     if "offload" in name:
         zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    settings = {
-        "train_micro_batch_size_per_gpu": 8,
-        "bf16": {"enabled": "bf16" in name},
-        "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1_000_000_000,
-    }
+    settings = ds_settings(8, zero, bf16={"enabled": "bf16" in name})
     file = folder / f"{name}.json"
     file.write_text(json.dumps(settings))
     pairs = RUN | (HALF if "bf16" in name else {}) | {"ds_config": file, "out": folder / name}

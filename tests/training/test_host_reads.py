@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ds_settings import ds_settings
 from host_reads import HostReads
-from runs import DEMONSTRATION, QUICK, ROOT, SMALL, run, together
-
-pytestmark = DEMONSTRATION
+from runs import QUICK, ROOT, SMALL, run, together
 
 HERE = {"here": Path(__file__).parent}
 X, S, TWO = torch.tensor([1.0, 2.0, 0.0]), torch.tensor(2.0), torch.tensor(2)
@@ -113,14 +112,9 @@ def arguments(folder: Path, name: str) -> list[str]:
     """The command line of a run of five steps with a student in bf16, as recipes are."""
     stage, micro, batch = RUNS[name]
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    settings = {
-        "train_micro_batch_size_per_gpu": micro,
-        "bf16": {"enabled": True} | ({"check_grad_overflow": False} if stage in (1, 2) else {}),
-        "communication_data_type": "fp32",
-        "zero_optimization": zero | {"overlap_comm": True, "contiguous_gradients": True},
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1_000_000_000,
-    }
+    zero |= {"overlap_comm": True, "contiguous_gradients": True}
+    bf16 = {"enabled": True} | ({"check_grad_overflow": False} if stage in (1, 2) else {})
+    settings = ds_settings(micro, zero, bf16=bf16, communication_data_type="fp32")
     (folder / f"{name}.json").write_text(json.dumps(settings))
     more = {"ds_config": folder / f"{name}.json", "out": folder / name}
     more |= {"optim.batch_size": batch, "optim.steps": 6, "run.stop_at": 5}
@@ -130,7 +124,7 @@ def arguments(folder: Path, name: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory):
+def counted(demonstration, tmp_path_factory):
     """Counts of steps 2, 3 and 4 of each run, made in a process of their own."""
     folder = tmp_path_factory.mktemp("counted")
     (folder / "plan.json").write_text(json.dumps([arguments(folder, name) for name in RUNS]))
@@ -143,7 +137,9 @@ def counted(tmp_path_factory):
 def test_a_whole_step_reads_nothing_and_a_log_line_once(counted, name):
     for step, row in counted[name].items():
         assert row["operators"]["mm"] > 50  # it did see a step
-        assert row["ours"] == ({"log.py:write: tolist": 1} if step == LOGGED else {}), step
+        assert row["ours"] == (
+            {"training/run_log.py:write: tolist": 1} if step == LOGGED else {}
+        ), step
         assert row["backward"] == row["elsewhere"] == {}, step
 
 

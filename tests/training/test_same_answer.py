@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from ds_settings import ds_settings
 from runs import DEMONSTRATION, SMALL, curve, kill_group, start, statistics, together
 
 pytestmark = DEMONSTRATION
@@ -58,13 +59,8 @@ def arguments(folder: Path, spread: Spread) -> list[str]:
     """The command line of a run, its ds_config written to `folder`."""
     name = "_".join(map(str, spread))
     zero = {"stage": spread.stage, "stage3_param_persistence_threshold": 0}
-    settings = {
-        "train_micro_batch_size_per_gpu": spread.micro,
-        "bf16": {"enabled": spread.precision == "bf16"},
-        "zero_optimization": zero | {"overlap_comm": True, "contiguous_gradients": True},
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1_000_000_000,
-    }
+    zero |= {"overlap_comm": True, "contiguous_gradients": True}
+    settings = ds_settings(spread.micro, zero, bf16={"enabled": spread.precision == "bf16"})
     calm = {}
     if spread.precision == "bf16":
         settings["communication_data_type"] = "fp32"

@@ -10,13 +10,11 @@ from runs import DEMONSTRATION, curve, kill_on_the_way, launched, reached, run, 
 
 from unic_ds import dist
 
-pytestmark = DEMONSTRATION
-
 MORE = {"optim__steps": "24", "run__save_every": "100", "eval__on": "false"}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(demonstration, tmp_path_factory):
     """A run that nobody stopped."""
     out = tmp_path_factory.mktemp("whole") / "run"
     run(two(out, **MORE))
@@ -66,6 +64,7 @@ def test_a_stop_file_or_a_signal_to_one_rank_saves_and_ends_the_run(whole, tmp_p
     assert curve(out) == curve(whole)
 
 
+@DEMONSTRATION
 @pytest.mark.dist
 @pytest.mark.slow
 def test_saves_by_the_clock_do_not_move_the_curve(tmp_path):
