@@ -21,8 +21,12 @@ def quickstart_rows(out, *more):
 def test_the_quickstart_teaches_its_student(tmp_path):
     slow = demo.precision() == "fp32"  # a CPU that takes twice as long learns a third of it
     rows = quickstart_rows(tmp_path / "run", *(("--optim.epochs", "1") if slow else ()))
-    assert rows["student after"]["knn"] > rows["student before"]["knn"]
-    assert rows["student after"]["linear"] > 0
+    before, after = rows["student before"], rows["student after"]
+    if slow:
+        assert after["knn"] > before["knn"]
+    else:  # README's promise
+        assert after["knn"] >= max(before["knn"] + 10, rows["pixels"]["knn"] + 4)
+        assert after["linear"] > before["linear"]
 
 
 @pytest.mark.soak
