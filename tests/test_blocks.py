@@ -22,7 +22,9 @@ from unic_ds.models.ladder import Head
 from unic_ds.models.student import Student
 
 IMAGES = demo.root() / demo.PARTS[0]
-TINY = config.Student(model="vit_tiny_patch16_224", size=32, drop_path=0.3, checkpoint="every:2")
+TINY = config.Student(
+    model="vit_tiny_patch16_224", size=32, drop_path=0.3, activation_checkpointing="every:2"
+)
 
 
 def losses(*, compiled: bool) -> tuple[list[float], list[int]]:

@@ -4,6 +4,7 @@ import pytest
 
 from unic_ds.config import Config, Data, Optim, Teacher, overrides
 from unic_ds.config.overrides import override_all
+from unic_ds.config.teacher_source import TeacherSource
 
 
 def test_values_follow_the_annotation_not_their_looks():
@@ -136,3 +137,41 @@ def test_steps_and_warm_up_come_from_epochs():
     cfg = Optim(batch_size=64, epochs=2, warmup_epochs=0.5)
     assert (cfg.step_count(1000), cfg.warmup_steps(1000)) == (31, 8)
     assert Optim(steps=3, warmup_epochs=10).warmup_steps(10_000) == 3
+
+
+def test_old_names_of_options_are_still_read():
+    """On the command line, in a stage, in a file; the new name stands in what is written."""
+    old = {"student.checkpoint": "every:2", "ladder.recompute": "all"}
+    cfg = override_all(Config(), old)
+    assert cfg.student.activation_checkpointing == "every:2"
+    assert cfg.ladder.activation_checkpointing == "all"
+    plain = overrides.to_dict(cfg)
+    assert overrides.from_dict({"student": {"checkpoint": "every:2"}}).student == cfg.student
+    assert "checkpoint" not in plain["student"] and "recompute" not in plain["ladder"]
+    twice = {"student.activation_checkpointing": "full", "student.checkpoint": "full"}
+    with pytest.raises(ValueError, match=r"--student.checkpoint is given twice, as"):
+        override_all(cfg, twice)
+
+
+def test_options_that_are_right_only_together_are_built_once():
+    cfg = override_all(Config(), {"standardise.kind": "phi_s", "standardise.fit_steps": "5"})
+    assert (cfg.standardise.kind, cfg.standardise.fit_steps) == ("phi_s", 5)
+    with pytest.raises(ValueError, match=r"standardise.fit_steps must be positive"):
+        override_all(Config(), {"standardise.kind": "phi_s"})
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "model", "name"),
+    [
+        ("timm:vit_base_patch14_dinov2.lvd142m", "timm", "vit_base_patch14_dinov2.lvd142m", ""),
+        ("open_clip:ViT-H-14-quickgelu/metaclip_fullcc", "open_clip", "ViT-H-14-quickgelu", ""),
+        ("file:/a/My-Net.pth#arch=vit_base_patch16_224", "file", "vit_base_patch16_224", "my_net"),
+        ("python:my.module:build", "python", "", "build"),
+        ("mine:something/else", "mine", "", "something"),
+    ],
+)
+def test_a_teacher_s_source_is_parsed_into_its_parts(text, kind, model, name):
+    source = TeacherSource.parse(text)
+    assert (source.text, source.kind, source.model) == (text, kind, model)
+    assert source.default_name == name or not name
+    assert source.without_folders == text.replace("/a/", "")

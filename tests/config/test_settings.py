@@ -115,7 +115,10 @@ JSON = [
     (ZERO3 + '"reduce_bucket_size": 1e15}}', "reduce_bucket_size' must be a whole number"),
     (ZERO3 + '"overlapp_comm": true}}', "(did you mean overlap_comm?)"),
     (ZERO3 + '"leaf_module": {"classes": ["os.x"]}}}', "it would import what the file names"),
-    (ZERO3 + '"offload_param": {"device": "nvme", "nvme_path": "%s"}}}', "a folder of its own"),
+    (
+        ZERO3 + '"offload_param": {"device": "nvme", "nvme_path": "%s"}}}',
+        "of an empty or new folder",
+    ),
     (SMALL + '"compile": {"backend": "os.system"}}', "'compile' is not taken; use --run.compile"),
     (SMALL + '"wandb": {"enabled": true, "team": "x"}}', "'wandb' is not taken"),
     (SMALL + '"tensorboard": {"enabled": true, "output_path": "/"}}', "is not taken"),

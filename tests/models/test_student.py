@@ -291,7 +291,7 @@ def test_a_transformer_projector_sees_all_tokens_together():
 def test_recomputed_blocks_give_the_same_gradients(which, count):
     image, grads = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), []
     path_BK = torch.rand(2, len(Student(TINY, config.Ladder(), HEADS, seed=0).paths))
-    for cfg in (TINY, replace(TINY, checkpoint=which)):
+    for cfg in (TINY, replace(TINY, activation_checkpointing=which)):
         student = Student(cfg, config.Ladder(rungs="half"), HEADS, seed=0)
         sum(
             x.square().sum() for tokens in student(image, path_BK).values() for x in tokens
@@ -305,4 +305,4 @@ def test_recomputed_blocks_give_the_same_gradients(which, count):
 
 def test_what_to_recompute_is_checked():
     with pytest.raises(ValueError, match="must be none, full or every:K"):
-        replace(TINY, checkpoint="every:0")
+        replace(TINY, activation_checkpointing="every:0")

@@ -9,7 +9,7 @@ from runs import DEMONSTRATION, ROOT, SUPPORT, launch, run
 
 from unic_ds.config import ds_config, overrides, recipes
 from unic_ds.planning import estimate
-from unic_ds.planning.trace import AGAIN, AGAIN_ZERO3, trace
+from unic_ds.planning.trace import RECOMPUTED, RECOMPUTED_ZERO3, trace
 
 pytestmark = [DEMONSTRATION, pytest.mark.slow, pytest.mark.dist]
 
@@ -23,12 +23,18 @@ CONFIGS = [
 ] + [
     (PATCHES | {"optim.ema": "0.99"}, 2, True, 4),
     (PATCHES | {"optim.ema": "0.99"}, 3, True, 4),
-    (PATCHES | {"ladder.recompute": "none"}, 1, True, 4),
-    (PATCHES | {"ladder.recompute": "all", "student.model": "vit_small_patch16_224"}, 2, True, 4),
+    (PATCHES | {"ladder.activation_checkpointing": "none"}, 1, True, 4),
+    (
+        PATCHES
+        | {"ladder.activation_checkpointing": "all", "student.model": "vit_small_patch16_224"},
+        2,
+        True,
+        4,
+    ),
     (PATCHES | {"ladder.projector": "linear", "ladder.rungs": "last"}, 2, False, 8),
     (PATCHES | {"kernels": "reference"}, 3, True, 2),
-    (PATCHES | {"student.checkpoint": "full"}, 2, True, 4),
-    (PATCHES | {"student.checkpoint": "every:3"}, 3, True, 4),
+    (PATCHES | {"student.activation_checkpointing": "full"}, 2, True, 4),
+    (PATCHES | {"student.activation_checkpointing": "every:3"}, 3, True, 4),
 ]
 
 
@@ -84,9 +90,9 @@ def test_memory_and_flops_are_those_of_a_real_run(measured, number):
     assert real["forward_flops"] == pytest.approx(forward, rel=0.02)
     step = forward + traced.flops["backward"]
     if stage == 3:
-        step += traced.flops[AGAIN_ZERO3] - traced.flops[AGAIN]
+        step += traced.flops[RECOMPUTED_ZERO3] - traced.flops[RECOMPUTED]
     assert real["step_flops"] == pytest.approx(step, rel=0.02)
-    sent = estimate.traffic(merged, traced, 2, merged["gradient_accumulation_steps"])
+    sent = estimate.traffic(merged, traced, 2, merged.accumulation)
     # recomputed blocks gather a few weights a third time
     assert real["sent"] == pytest.approx(sum(sent), rel=0.05)
     # what is measured after the last step has the room that training had

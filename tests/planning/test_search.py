@@ -151,7 +151,7 @@ def test_small_micro_batches_wait_for_the_host(capfd):
 
 def test_blocks_that_are_recomputed_are_queued_again(capfd):
     (plain, _), (again, _) = (
-        seconds(capfd, "--student.checkpoint", which) for which in ("none", "full")
+        seconds(capfd, "--student.activation_checkpointing", which) for which in ("none", "full")
     )
     assert plain["host_seconds"]["recomputation"] == 0 == plain["seconds"]["recomputation"]
     forward = again["host_seconds"]["student forward"]
@@ -250,8 +250,8 @@ def test_the_hosts_costs_can_be_measured():
 def test_the_micro_batch_is_the_largest_that_divides_a_ranks_share(batch, world, micro):
     cfg = config.Config(optim=replace(config.Optim(), batch_size=batch))
     merged = ds_config.merge({"train_micro_batch_size_per_gpu": 32}, cfg, world)
-    assert merged["train_micro_batch_size_per_gpu"] == micro
-    assert merged["gradient_accumulation_steps"] * micro * world == batch
+    assert merged.micro_batch == micro
+    assert merged.accumulation * micro * world == batch
 
 
 def test_the_peak_of_a_device_is_known_by_its_name():

@@ -137,7 +137,7 @@ def test_help_lists_every_option_with_its_default():
         ),
         (
             ["--ds_config", ZERO2, "--recipe", "unic_b", "--teachers", "timmm:x"],
-            "must be timm:, open_clip:",
+            "kind must be one of timm:, open_clip:",
         ),
         (["--ds_config", ZERO2, "--out", __file__], "is a file; give a folder"),
         (["--ds_config", ZERO2, "--resume", "yes"], "neither auto, never nor a run folder"),
@@ -163,12 +163,12 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(args, sentence, tmp_path):
     [
         (
             '{"train_micro_batch_size_per_gpu": 1, "optimizer": {}}',
-            "sets 'optimizer', which the run owns",
+            "sets 'optimizer', which an option of the run decides",
         ),
         ('{"train_micro_batch_size_per_gpu": 1, "train_batch_size": 4}', "use --optim.batch_size"),
         ('{"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1}', "use --optim.clip"),
         ('{"train_micro_batch_size_per_gpu": 1, "fp16": {"enabled": true}}', "asks for fp16"),
-        ('{"checkpoint": {"writer": {"type": "python"}}}', "return before they are whole"),
+        ('{"checkpoint": {"writer": {"type": "python"}}}', "return before they are complete"),
         ('{"datastates_ckpt": {}}', "asks for checkpoints by 'datastates_ckpt'"),
         (
             '{"train_micro_batch_size_per_gpu": "auto"}',

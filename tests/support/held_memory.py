@@ -91,7 +91,7 @@ def stepped(options: dict[str, str], file: dict[str, Any], start: int) -> dict[s
     """Figures of a student's first two steps; `start` bytes were there before."""
     cfg = overrides.override_all(recipes.get("quickstart"), options)
     settings = ds_config.merge(file, cfg, dist.world())
-    micro = settings["train_micro_batch_size_per_gpu"]
+    micro = settings.micro_batch
     heads: dict[str, Head] = heads_of(cfg, WIDTHS)
     student = Student(cfg.student, cfg.ladder, heads, seed=0, ops=KERNELS[cfg.kernels])
     made = deepspeed_engine.build(student, cfg.optim, settings)

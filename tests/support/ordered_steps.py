@@ -42,9 +42,9 @@ def take(row: list[Any], device: OrderedDevice) -> dict[str, Any]:
     """Take the steps of one row of the plan."""
     file, micro, zero, waits = row
     cfg = config.Config(optim=config.Optim(batch_size=2 * micro))
-    settings = ds_config.read(file) | {"train_micro_batch_size_per_gpu": 1}
-    settings["zero_optimization"] |= {"reduce_bucket_size": 2 * WIDTH * (WIDTH + 1)} | zero
-    settings = ds_config.merge(settings, cfg, dist.world())
+    given = ds_config.read(file) | {"train_micro_batch_size_per_gpu": 1}
+    given["zero_optimization"] |= {"reduce_bucket_size": 2 * WIDTH * (WIDTH + 1)} | zero
+    settings = ds_config.merge(given, cfg, dist.world())
     keep = deepspeed_engine.wait_on_device
     if waits != "ours":
         deepspeed_engine.wait_on_device = lambda *_: None

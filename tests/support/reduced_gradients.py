@@ -41,10 +41,10 @@ def kinds(optimizer: Any) -> list[str]:
 def seen(file: str, accumulation: int) -> dict[str, Any]:
     """One file's row."""
     cfg = config.Config(optim=config.Optim(batch_size=2 * accumulation))
-    settings = ds_config.read(file) | {"train_micro_batch_size_per_gpu": 1}
-    settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
-    settings = ds_config.merge(settings, cfg, dist.world())
-    assert settings["gradient_accumulation_steps"] == accumulation
+    made_of = ds_config.read(file) | {"train_micro_batch_size_per_gpu": 1}
+    made_of["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
+    settings = ds_config.merge(made_of, cfg, dist.world())
+    assert settings.accumulation == accumulation
     made = deepspeed_engine.build(deepspeed_engine.partitioned(Line, settings), cfg.optim, settings)
     optim.apply(made.optimizer, 1e-3)
     for given in GIVEN[dist.rank()][:accumulation]:

@@ -17,6 +17,7 @@ import torch
 from ds_settings import ds_settings
 
 from unic_ds import config, dist
+from unic_ds.config.ds_config import DeepSpeedSettings
 from unic_ds.engine import deepspeed_engine
 from unic_ds.models.ladder import Head
 from unic_ds.models.student import Student
@@ -54,10 +55,11 @@ def peak(found: dict[str, Any]):
     found["kept"] = max(dist.all_gather_objects(resident() - start))
 
 
-def settings(*, bf16: bool) -> dict[str, Any]:
+def settings(*, bf16: bool) -> DeepSpeedSettings:
     """A ds_config of ZeRO-3."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    return ds_settings(1, zero, train_batch_size=dist.world(), bf16={"enabled": bf16})
+    made = ds_settings(1, zero, train_batch_size=dist.world(), bf16={"enabled": bf16})
+    return DeepSpeedSettings.parse(made)
 
 
 def whole_bytes(student: Student) -> int:

@@ -15,7 +15,7 @@ from unic_ds import config
 from unic_ds.config import ds_config, recipes
 from unic_ds.config.overrides import override_all
 from unic_ds.planning import estimate
-from unic_ds.planning.trace import run_of, trace
+from unic_ds.planning.trace import teacher_cost, trace
 from unic_ds.teachers import quantisation
 
 pytestmark = [DEMONSTRATION, pytest.mark.slow, pytest.mark.dist]
@@ -63,7 +63,9 @@ def test_spread_teachers_say_the_same_and_hold_their_share(launch):
             assert sum(shares) == pytest.approx(whole, rel=0.01)  # a scalar counts twice
             assert max(shares) == pytest.approx(whole / 2, rel=0.1)
         if not row["source"].startswith("python"):
-            assert run_of(config.Teacher(**row), 4, 2).nbytes == pytest.approx(whole, rel=0.01)
+            assert teacher_cost(config.Teacher(**row), 4, 2).nbytes == pytest.approx(
+                whole, rel=0.01
+            )
 
 
 def test_a_run_with_spread_teachers_is_the_same_run(launch):
@@ -100,7 +102,7 @@ def test_the_planner_gives_each_gpu_its_share(placement, share):
         | {f"teachers.{n}.placement": placement for n in ("effnet", "dinov2")},
     )
     settings = ds_config.merge(ds_config.read(ROOT / "ds_configs" / "zero2.json"), cfg, 16)
-    traced = trace(cfg, settings["train_micro_batch_size_per_gpu"], bf16=True)
+    traced = trace(cfg, settings.micro_batch, bf16=True)
     whole = sum(nbytes for _, nbytes in traced.teachers.values())
     held = estimate.memory(settings, cfg, traced, 16, node=8)
     assert held["teachers"] == pytest.approx(share * whole / 1e9)

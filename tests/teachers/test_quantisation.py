@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from unic_ds import cli, config
 from unic_ds.config import overrides, recipes
-from unic_ds.planning.trace import run_of
+from unic_ds.planning.trace import teacher_cost
 from unic_ds.process import entry_point
 from unic_ds.teachers import adapters, quantisation, sources, teacher_set
 from unic_ds.teachers.teacher import Teacher, load
@@ -138,7 +138,7 @@ def test_what_cannot_be_is_refused_before_weights_are_read(vit, folder):
     with pytest.raises(ValueError, match="have no Linears to quantise"):
         load(cnn, grid=GRID, device=CPU)
     with pytest.raises(ValueError, match="have no Linears to quantise"):
-        run_of(cnn, GRID, 1)
+        teacher_cost(cnn, GRID, 1)
 
 
 def check(capfd, *options):
@@ -245,12 +245,12 @@ def real_bytes(module):
 def test_the_planner_knows_what_a_teacher_holds(vit, kind):
     row = replace(vit, precision=kind)
     teacher = load(row, grid=GRID, device=CPU)
-    assert run_of(row, GRID, 2).nbytes == pytest.approx(real_bytes(teacher.tower), rel=0.01)
+    assert teacher_cost(row, GRID, 2).nbytes == pytest.approx(real_bytes(teacher.tower), rel=0.01)
 
 
 def test_the_planner_knows_of_images_taken_apart(vit):
-    runs = {micro: run_of(replace(vit, micro=micro), GRID, 8) for micro in (0, 2, 8)}
-    alone = run_of(vit, GRID, 2)
+    runs = {micro: teacher_cost(replace(vit, micro=micro), GRID, 8) for micro in (0, 2, 8)}
+    alone = teacher_cost(vit, GRID, 2)
     assert runs[8] == runs[0] and runs[2].flops == runs[0].flops
     assert alone.peak <= runs[2].peak < 0.4 * runs[0].peak
 

@@ -42,7 +42,7 @@ def test_steps_leave_no_tensors_to_the_collector(tmp_path, stage):
         optim__steps=20,
         optim__batch_size=4,
         student__model="test_vit",
-        student__checkpoint="full",
+        student__activation_checkpointing="full",
         data__backend="torch",
     )
     run([sys.executable, str(SUPPORT / "step_garbage.py"), str(tmp_path / "rows"), *words])

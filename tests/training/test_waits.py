@@ -97,7 +97,7 @@ def test_a_precision_on_the_command_line_keeps_the_check_off(stage: int, precisi
     """DeepSpeed's check of gradients reads the device; the file's switch lies beside `enabled`."""
     settings = ds_config.read(str(ROOT / "ds_configs" / f"zero{stage}.json"))
     merged = ds_config.merge(settings, config.Config(precision=precision), world=1)
-    assert merged["bf16"] == {"enabled": True, "check_grad_overflow": False}
+    assert merged.raw["bf16"] == {"enabled": True, "check_grad_overflow": False}
 
 
 SCRIPT = str(SUPPORT / "sync_step.py")

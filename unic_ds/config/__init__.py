@@ -1,6 +1,6 @@
-"""The science of a run as frozen values that cannot be wrong.
+"""The options of a run, as frozen dataclasses that validate themselves.
 
-Stdlib only: options are checked before torch is imported, so a typo answers at once.
+Stdlib only: options are checked before torch is imported, so a typo is reported at once.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from unic_ds.config import stages as stages_of
 from unic_ds.config.data import Data
 from unic_ds.config.models import EIGHT_BITS, TEACHER_NAME, Ladder, Student, Teacher
 from unic_ds.config.objective import Balance, Distance, Drop, Loss, Standardise
 from unic_ds.config.option import check, check_most, option
+from unic_ds.config.plugins import check_names
 from unic_ds.config.schedule import Eval, Optim, Run
+from unic_ds.config.stages import Stage
 
 __all__ = [
     "EIGHT_BITS",
@@ -33,37 +36,51 @@ __all__ = [
     "Student",
     "Teacher",
     "check",
-    "knob",
+    "option",
 ]
 
 RECIPE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
-STAGES, TEACHERS = 100, 100
+TEACHERS = 100
+"""The most teachers of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides what a run learns."""
+    """All options of a run: those that decide its result, and its machinery."""
 
     recipe: str = option("", "name of the recipe this came from", machinery=True)
-    seed: int = option(0, "of order, augmentation, drops and initial weights", most=2**64 - 1)
+    seed: int = option(
+        0,
+        "seed of the sample order, augmentation, teacher dropping, drop path and initial weights",
+        most=2**64 - 1,
+    )
     precision: Literal["", "bf16", "fp32"] = option(
-        "", "of the student; empty: what the ds_config says"
+        "", "precision of the student; empty: bf16 if the ds_config enables it, else fp32"
     )
     kernels: Literal["fused", "reference"] = option(
         "fused",
-        "ladder, loss and statistics: by kernels (Triton on a GPU), or in plain torch to debug",
+        "ladder, loss and statistics by fused kernels (Triton on a GPU), or by reference code in"
+        " plain torch, to debug",
         machinery=True,
     )
     teachers: tuple[Teacher, ...] = option((), "comma-separated SOURCE or NAME=SOURCE")
     stages: str = option(
         "",
-        "earlier stages, each as what differs from this run, in OUT/stage1 and so on; separated by"
-        " ; as in 'student.size=224 optim.epochs=200'; each starts from the student before it",
+        "earlier training stages, separated by ';', each as the options in which it differs, as in"
+        " 'student.size=224 optim.epochs=200'; stage N trains in OUT/stageN and starts from the"
+        " student of the stage before it",
     )
     cache: str = option(
         "",
-        "folder that `unic-ds cache` made: teachers in it are not run, and its views are shown",
-        machinery=True,  # the path may move; a checkpoint knows what it held
+        "feature cache, a folder made by `unic-ds cache`: the teachers stored in it are not run,"
+        " and the run trains on its views",
+        machinery=True,  # the path may move; a checkpoint has its hash
+    )
+    plugins: tuple[str, ...] = option(
+        (),
+        "Python modules to import first, comma-separated: they may register recipes, methods,"
+        " teacher sources, loss terms, balancers and evaluators",
+        machinery=True,
     )
     data: Data = Data()
     student: Student = Student()
@@ -81,34 +98,32 @@ class Config:
         check(bool(named), "recipe", "a name of letters, digits, _, +, - and .", self.recipe)
         check_most(self, "")
         check(self.seed >= 0, "seed", ">= 0", self.seed)
-        stages, teachers = self.stages.count(";") + 1, len(self.teachers)
-        check(stages <= STAGES, "stages", f"at most {STAGES}", stages)
+        stages_of.parse(self.stages)
+        teachers = len(self.teachers)
         check(teachers <= TEACHERS, "teachers", f"at most {TEACHERS}", teachers)
         names = [t.name for t in self.teachers]
-        check(
-            len(set(names)) == len(names),
-            "teachers' names",
-            "different (write NAME=SOURCE)",
-            ",".join(names),
-        )
-        where = self.data.val or self.data.val_share
-        check(
-            not (self.data.val and self.data.val_share),
-            "data.val and data.val_share",
-            "not both set",
-            where,
-        )
+        distinct = len(set(names)) == len(names)
+        check(distinct, "teachers' names", "different (write NAME=SOURCE)", ",".join(names))
+        both = bool(self.data.val and self.data.val_share)
+        check(not both, "data.val and data.val_share", "not both set", self.data.val)
+        if not self.plugins:  # else the registries know, once they are loaded
+            check_names(self)
         for row in self.teachers:
             check(any(self.distance(row)), f"teachers.{row.name}'s losses", "not both none", "none")
             weighs = row.weight == 1 or self.balance.kind != "none"
-            check(weighs, f"teachers.{row.name}.weight", "1 where balance.kind is none", row.weight)
+            check(weighs, f"teachers.{row.name}.weight", "1 if balance.kind is none", row.weight)
 
     def distance(self, row: Teacher) -> Distance:
-        """What that teacher is judged by."""
+        """Loss terms of one teacher."""
         cls, patch = row.cls_loss or self.loss.cls, row.patch_loss or self.loss.patch
         return replace(self.loss, cls=cls, patch=patch).distance
 
     @property
+    def earlier_stages(self) -> tuple[Stage, ...]:
+        """The stages that `--stages` gives, parsed."""
+        return stages_of.parse(self.stages)
+
+    @property
     def distances(self) -> dict[str, Distance]:
-        """What each teacher is judged by."""
+        """Loss terms of each teacher, by name."""
         return {row.name: self.distance(row) for row in self.teachers}

@@ -1,4 +1,4 @@
-"""Where the images are, how they are augmented and decoded."""
+"""Options of the images: where they are, how they are augmented and decoded."""
 
 from __future__ import annotations
 
@@ -7,64 +7,90 @@ from typing import Literal
 
 from unic_ds.config.option import check, check_most, option
 
+IMAGENET = 1_281_167
+"""Training images of ImageNet-1K."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the images are, how they are augmented and decoded."""
+    """Images, augmentation and decoding."""
 
     train: str = option(
         "",
-        "images: a folder (class folders optional), a folder of .tar shards, a .txt list of paths,"
-        " or several: a,b=0.5 shows half of b in an epoch",
+        "training images: a folder (class folders optional), a folder of .tar shards, a .txt list"
+        " of paths, or a mixture: a,b=0.5 uses half of b in each epoch",
         machinery=True,
     )
     val: str = option(
-        "", "images to evaluate on, named likewise; empty: val_share of train", machinery=True
+        "",
+        "validation images, in the same forms; empty: data.val_share of the training images",
+        machinery=True,
     )
-    window: int = option(8, "shards whose samples are shuffled together", most=1_000_000)
-    val_share: float = option(0.0, "share of train held out, by a seeded hash of the sample's name")
+    window: int = option(8, "number of shards whose samples are shuffled together", most=1_000_000)
+    val_share: float = option(
+        0.0,
+        "fraction of the training images held out for validation, by a seeded hash of their names",
+    )
     augment: Literal["unic", "weak", "none"] = option(
-        "unic", "draws: unic (all), weak (crop + flip), none (centre)"
+        "unic",
+        "augmentation: unic: crop, flip, colour jitter, grey, blur, solarise; weak: crop and flip;"
+        " none: centre crop",
     )
-    crop_min: float = option(0.08, "smallest crop, as a share of the image's area")
+    crop_min: float = option(
+        0.08, "smallest random resized crop, as a fraction of the image's area"
+    )
     ratio_max: float = option(
-        4 / 3, "a crop's largest aspect ratio; the smallest is its inverse", most=1_000.0
+        4 / 3, "largest aspect ratio of a crop; the smallest is its inverse", most=1_000.0
     )
-    flip: float = option(0.5, "chance of a horizontal flip")
-    jitter: float = option(0.8, "chance of colour jitter")
-    brightness: float = option(0.4, "jitter: factor in 1 -/+ this")
-    contrast: float = option(0.4, "jitter: factor in 1 -/+ this")
-    saturation: float = option(0.2, "jitter: factor in 1 -/+ this")
-    hue: float = option(0.1, "jitter: turn of the colour circle in -/+ this")
-    grey: float = option(0.2, "chance of turning grey")
-    blur: float = option(0.2, "chance of Gaussian blur")
-    blur_min: float = option(0.1, "smallest blur sigma, in student pixels")
-    blur_max: float = option(5.0, "largest blur sigma, in student pixels", most=1_000.0)
-    solarise: float = option(0.2, "chance of inverting what is brighter than half")
+    flip: float = option(0.5, "probability of a horizontal flip")
+    jitter: float = option(0.8, "probability of colour jitter")
+    brightness: float = option(0.4, "colour jitter: brightness factor in 1 -/+ this")
+    contrast: float = option(0.4, "colour jitter: contrast factor in 1 -/+ this")
+    saturation: float = option(0.2, "colour jitter: saturation factor in 1 -/+ this")
+    hue: float = option(
+        0.1, "colour jitter: hue shift in -/+ this, as a fraction of the colour circle"
+    )
+    grey: float = option(0.2, "probability of conversion to grey")
+    blur: float = option(0.2, "probability of Gaussian blur")
+    blur_min: float = option(0.1, "smallest sigma of the blur, in pixels of the student's image")
+    blur_max: float = option(
+        5.0, "largest sigma of the blur, in pixels of the student's image", most=1_000.0
+    )
+    solarise: float = option(
+        0.2, "probability of solarisation: pixels brighter than half are inverted"
+    )
     backend: Literal["auto", "dali", "torch"] = option(
-        "auto", "decoder: DALI, its torch twin, or what is there", machinery=True
+        "auto",
+        "image decoder: DALI; torch: the same on the CPU without DALI; auto: DALI if it is"
+        " installed",
+        machinery=True,
     )
     threads: int = option(
-        0, "decoding threads per rank; 0: the rank's share of the cores", machinery=True, most=4_096
+        0,
+        "decoding threads per rank; 0: the node's CPU cores divided by its ranks",
+        machinery=True,
+        most=4_096,
     )
     readers: int = option(
         16,
-        "files read at once per rank, images and stored features alike",
+        "files that a rank reads concurrently, of images and of a feature cache",
         machinery=True,
         most=1_024,
     )
-    prefetch: int = option(2, "batches decoded ahead", machinery=True, most=1_024)
+    prefetch: int = option(2, "batches to decode ahead", machinery=True, most=1_024)
     bad_limit: float = option(
-        0.01, "stop when more than this share of the images cannot be read", machinery=True
+        0.01, "abort if more than this fraction of the images cannot be read", machinery=True
     )
     max_mb: float = option(
         256.0,
-        "a file of more bytes counts as unreadable, and is not read",
+        "largest image file in MB; a larger one is not read and counts as unreadable",
         machinery=True,
         most=100_000.0,
     )
     max_megapixels: float = option(
-        50.0, "a larger image counts as unreadable (decompression bombs)", most=100_000.0
+        50.0,
+        "largest image in megapixels; a larger one counts as unreadable (decompression bombs)",
+        most=100_000.0,
     )
 
     def __post_init__(self) -> None:

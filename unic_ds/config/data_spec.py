@@ -1,4 +1,4 @@
-"""What `--data.train` and `--data.val` name: one source of images, or several with weights."""
+"""Parses `--data.train` and `--data.val`: one source of images, or a mixture with weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from glob import iglob
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 KINDS = "a folder of images or .tar shards, a .tar, or a .txt with one path a line"
 
@@ -23,23 +24,30 @@ URL = re.compile(r"(file|pipe|s3|gs|hf|https?|ftp|hdfs|[a-z][a-z0-9+.-]*(?=://))
 BRACES = re.compile(r"\{(?:(-?\d{1,18})\.\.(-?\d{1,18})|([^{}]*,[^{}]*))\}")
 
 
-def parts(named: str) -> list[tuple[Path, float]]:
-    """(path, weight) of each source; ValueError if there is none or a weight is wrong.
+class WeightedPath(NamedTuple):
+    """One source of a mixture."""
 
-    Several stand with commas between, each with `=WEIGHT` after it if an epoch shows it more or
-    less than once. A path that is there is taken as it is, commas and all. A path may be a pattern
-    (`expanded`).
+    path: Path
+    weight: float  # how often an epoch uses each of its images, on average
+
+
+def parts(named: str) -> list[WeightedPath]:
+    """Parse the sources of a mixture; ValueError if there is none or a weight is wrong.
+
+    Sources are separated by commas; `PATH=WEIGHT` uses each image of a source WEIGHT times in an
+    epoch, on average. A path that exists is taken as it is, even with commas. A path may be a
+    pattern (`expanded`).
     """
     if not named:
         raise ValueError(f"no images are named; set --data.train to {KINDS}")
     if exists(named):
-        return [(Path(named), 1.0)]
+        return [WeightedPath(Path(named), 1.0)]
     _refuse_url(named)
     return [_weighed(_local(part)) for part in _split(named)]
 
 
 def check(named: str, option: str) -> None:
-    """ValueError for what can be told without opening anything: nothing there, or not a source."""
+    """Raise ValueError for a source that is missing, unreadable, empty or of no known kind."""
     for path in (path for part, _ in parts(named) for path in expanded(part)):
         what = f"{option} {str(path)!r}"
         if not exists(path):
@@ -53,7 +61,7 @@ def check(named: str, option: str) -> None:
 
 
 def remedy(path: Path) -> str:
-    """Why a file is no source of images, and what to do."""
+    """The clause of an error message: why a file is no source of images, and what to do."""
     if path.name.lower().endswith(COMPRESSED):
         return "is compressed: its images cannot be read in place; unpack it to .tar or a folder"
     return f"is no source of images; give {KINDS}"
@@ -89,7 +97,7 @@ def expanded(path: Path) -> list[Path]:
 
 
 def exists(path: Path | str) -> bool:
-    """If a path leads to something; False too for a name that no file system takes."""
+    """True if a path exists; False too for a name that no file system takes."""
     return os.path.exists(path)  # noqa: PTH110 - Path.exists raises for a name that is too long
 
 
@@ -128,7 +136,7 @@ def _split(named: str) -> list[str]:
 
 
 def _refuse_url(named: str) -> None:
-    """ValueError for what webdataset would fetch."""
+    """Raise ValueError for a URL, which webdataset would fetch."""
     found = URL.match(named)
     if found and found[1].lower() != "file" and not exists(named):
         raise ValueError(
@@ -143,15 +151,15 @@ def _local(part: str) -> str:
     return re.sub(r"^file:(//(localhost)?(?=/))?", "", part, flags=re.I)
 
 
-def _weighed(part: str) -> tuple[Path, float]:
-    """(path, weight) of one source of a mixture."""
+def _weighed(part: str) -> WeightedPath:
+    """Parse one source of a mixture, `PATH` or `PATH=WEIGHT`."""
     path, equals, weight = part.rpartition("=")
     if not equals or exists(part):
-        return Path(part), 1.0
+        return WeightedPath(Path(part), 1.0)
     try:
         times = float(weight)
     except ValueError:
-        return Path(part), 1.0
+        return WeightedPath(Path(part), 1.0)
     if not 0 < times <= 1000:
         raise ValueError(f"the weight of {path!r} is {weight}; give one above 0 and at most 1000")
-    return Path(path), times
+    return WeightedPath(Path(path), times)

@@ -1,13 +1,13 @@
-"""A ds_config file, checked and joined with what the run config owns.
+"""DeepSpeed's settings: a ds_config file, checked and merged with the run's options.
 
-The file owns memory, precision, communication and the micro batch; the run config owns the science.
-A key that would speak twice is refused. Stdlib only, so that a mistake is told before anything
-heavy is imported.
+The file decides memory, precision, communication and the micro batch, the run's options decide the
+result; a key of the file that an option decides is refused. Stdlib only.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,84 @@ SCIENCE = {
 }
 
 
-def read(path: str) -> dict[str, Any]:
-    """The settings of a ds_config file; ValueError where it is missing, damaged or sets science."""
+SIZES = (
+    *("reduce_bucket_size", "prefetch_bucket_size"),
+    *("max_live_parameters", "max_reuse_distance"),
+)
+FLAGS = ("reduce_scatter", "use_multi_rank_bucket_allreduce")
+"""Keys of zero_optimization that are fields of the same name, without `stage3_`."""
+
+Json = dict[str, Any]
+"""A ds_config as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offload:
+    """Placement of the optimiser state or of the weights under ZeRO."""
+
+    device: str = "none"  # none: the GPU; else cpu or nvme
+    ratio: float = 1.0  # of the optimiser state that is offloaded
+    path: str = ""  # for nvme
+
+    @classmethod
+    def parse(cls, plain: Json | None) -> Offload:
+        """Parse an `offload_*` object of a ds_config."""
+        plain = plain or {}
+        device = plain.get("device") or "none"
+        return cls(device=device, ratio=plain.get("ratio", 1), path=plain.get("nvme_path") or "")
+
+    @property
+    def on(self) -> bool:
+        """True if it is not kept on the GPU."""
+        return self.device != "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedSettings:
+    """What unic_ds reads of a ds_config; the defaults are DeepSpeed's (runtime/zero/config.py)."""
+
+    raw: Json  # all of it: for `deepspeed.initialize` and the run's ds_config.json
+    micro_batch: int  # images per rank, at once
+    accumulation: int = 1  # micro batches per optimiser step
+    stage: int = 0  # of ZeRO
+    bf16: bool = False
+    communication_dtype: str | None = None  # of gradients while ranks sum them; None: the weights'
+    grad_accum_dtype: str | None = None  # of gradients while micro batches are summed
+    overlap_comm: bool = False  # reduce gradients during backward; true by default under ZeRO-3
+    reduce_bucket_size: int = 500_000_000  # elements, as all sizes here
+    reduce_scatter: bool = True
+    use_multi_rank_bucket_allreduce: bool = True
+    prefetch_bucket_size: int = 50_000_000  # ZeRO-3, as the next two
+    max_live_parameters: int = 1_000_000_000
+    max_reuse_distance: int = 1_000_000_000
+    offload_optimizer: Offload = Offload()
+    offload_param: Offload = Offload()
+
+    @classmethod
+    def parse(cls, raw: Json) -> DeepSpeedSettings:
+        """Parse a ds_config, of a file or merged."""
+        zero: Json = raw.get("zero_optimization", {})
+        zero = {name.removeprefix("stage3_"): value for name, value in zero.items()}
+        stage, overlap = zero.get("stage", 0), zero.get("overlap_comm")
+        given: Json = {name: int(zero[name]) for name in SIZES if name in zero}
+        given |= {name: zero[name] for name in FLAGS if name in zero}
+        return cls(
+            raw=raw,
+            micro_batch=raw["train_micro_batch_size_per_gpu"],
+            accumulation=raw.get("gradient_accumulation_steps", 1),
+            stage=stage,
+            bf16=bool(raw.get("bf16", {}).get("enabled")),
+            communication_dtype=raw.get("communication_data_type"),
+            grad_accum_dtype=(raw.get("data_types") or {}).get("grad_accum_dtype"),
+            overlap_comm=stage == 3 if overlap is None else overlap,
+            offload_optimizer=Offload.parse(zero.get("offload_optimizer")),
+            offload_param=Offload.parse(zero.get("offload_param")),
+            **given,
+        )
+
+
+def read(path: str) -> Json:
+    """Read a ds_config file; ValueError if it is missing, damaged or refused by `check`."""
     file = Path(path)
     with suppress(OSError):  # `read_json` says what is wrong
         if not file.exists():
@@ -48,45 +124,49 @@ def read(path: str) -> dict[str, Any]:
     return settings
 
 
-def check(path: str, settings: dict[str, Any]) -> None:
-    """ValueError where a file sets science, what this trainer cannot do, or what could do harm."""
-    checks = refuse_science, check_kinds, refuse_what_cannot_run, ds_keys.check, check_nvme
-    for holds in checks:
+def check(path: str, settings: Json) -> None:
+    """Raise ValueError for keys that options decide, that cannot work here, or that could harm."""
+    checks = refuse_science, check_kinds, refuse_unsupported, ds_keys.check, check_nvme
+    for each in checks:
         try:
-            holds(settings)
+            each(settings)
         except ValueError as error:
             raise ValueError(f"--ds_config {path!r}: {error}") from None
 
 
-def refuse_science(settings: dict[str, Any]) -> None:
-    """ValueError for a key that the run config owns."""
+def refuse_science(settings: Json) -> None:
+    """Raise ValueError for a key that an option of the run decides."""
     for key in sorted(SCIENCE.keys() & settings.keys()):
-        raise ValueError(f"it sets {key!r}, which the run owns; remove it and use {SCIENCE[key]}")
+        raise ValueError(
+            f"it sets {key!r}, which an option of the run decides; remove it and use {SCIENCE[key]}"
+        )
 
 
-def check_kinds(settings: dict[str, Any]) -> None:
-    """ValueError where the keys that are looked at below are of another kind."""
+def check_kinds(settings: Json) -> None:
+    """Raise ValueError if a key that the checks below read has a value of another type."""
     for key in ("fp16", "bf16", "zero_optimization", "data_types", "checkpoint"):
         if not isinstance(settings.get(key, {}), dict):
             raise ValueError(f"{key!r} must be an object, got {shown(settings[key])}")
-    if stage(settings) not in (0, 1, 2, 3):
-        raise ValueError(f"the ZeRO stage must be 0 to 3, got {shown(stage(settings))}")
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"the ZeRO stage must be 0 to 3, got {shown(stage)}")
 
 
-def refuse_what_cannot_run(settings: dict[str, Any]) -> None:
-    """ValueError for what DeepSpeed has and this trainer cannot do."""
+def refuse_unsupported(settings: Json) -> None:
+    """Raise ValueError for features of DeepSpeed that do not work with this trainer."""
+    zero = settings.get("zero_optimization", {})
     if settings.get("fp16", {}).get("enabled"):
         raise ValueError("it asks for fp16; this trainer runs in bf16 or --precision fp32")
-    if settings.get("zero_optimization", {}).get("compute_grad_norm") is False:
+    if zero.get("compute_grad_norm") is False:
         raise ValueError(
-            "it turns zero_optimization.compute_grad_norm off, by which steps that are not finite"
-            " are known; remove it"
+            "it turns zero_optimization.compute_grad_norm off, by which non-finite gradients are"
+            " detected; remove it"
         )
     saving = settings | settings.get("checkpoint", {})
     for key in ("writer", "nebula", "datastates_ckpt"):
         if saving.get(key, False) is not False:
             raise ValueError(
-                f"it asks for checkpoints by {key!r}, which return before they are whole"
+                f"it asks for checkpoints by {key!r}, which return before they are complete"
                 " (docs/checkpoints.md); remove it"
             )
     micro = settings.get("train_micro_batch_size_per_gpu")
@@ -94,91 +174,84 @@ def refuse_what_cannot_run(settings: dict[str, Any]) -> None:
         raise ValueError(
             f"it needs a whole train_micro_batch_size_per_gpu >= 1, got {shown(micro)}"
         )
-    if "grad_accum_dtype" in settings.get("data_types", {}) and stage(settings) < 2:
+    if "grad_accum_dtype" in settings.get("data_types", {}) and zero.get("stage", 0) < 2:
         raise ValueError(
             f"it sets data_types.grad_accum_dtype, which goes with ZeRO-2 and 3, not"
-            f" {stage(settings)}; remove it"
+            f" {zero.get('stage', 0)}; remove it"
         )
 
 
 def shown(value: object) -> str:
-    """A value of a file as a message shows it."""
+    """Format a value of a file for a message."""
     return printable(repr(value), 60)
 
 
-def check_nvme(settings: dict[str, Any]) -> None:
-    """ValueError where weights or optimiser state would be swapped into a folder with other files.
+def check_nvme(settings: Json) -> None:
+    """Raise ValueError if weights or optimiser state would be offloaded to a folder in use.
 
-    DeepSpeed makes the folder, and removes there what an earlier run has left.
+    DeepSpeed creates the folder, and removes files there that an earlier run has left.
     """
+    parsed = DeepSpeedSettings.parse(settings)
     for key in ("offload_param", "offload_optimizer"):
-        offload = settings.get("zero_optimization", {}).get(key) or {}
-        if offload.get("device") != "nvme":
+        offload: Offload = getattr(parsed, key)
+        if offload.device != "nvme":
             continue
-        given = offload.get("nvme_path") or ""
+        folder, given = Path(offload.path), printable(offload.path)
         try:
-            there = {file.name for file in Path(given).iterdir()} if Path(given).exists() else set()
+            there = {file.name for file in folder.iterdir()} if folder.exists() else set()
         except OSError as error:
-            raise ValueError(f"{key}.nvme_path {printable(given)!r}: {error.strerror}") from None
-        if not Path(given).is_absolute() or there - {"zero_stage_3"}:
+            raise ValueError(f"{key}.nvme_path {given!r}: {error.strerror}") from None
+        if not folder.is_absolute() or there - {"zero_stage_3"}:
             raise ValueError(
-                f"{key}.nvme_path must be the whole path of a folder of its own, empty or new,"
-                f" got {printable(given)!r}"
+                f"{key}.nvme_path must be the absolute path of an empty or new folder,"
+                f" got {given!r}"
             )
 
 
-def merge(settings: dict[str, Any], cfg: Config, world: int) -> dict[str, Any]:
-    """The file's settings and the run's; ValueError where the batch does not divide by the ranks.
+def merge(file: Json, cfg: Config, world: int) -> DeepSpeedSettings:
+    """Merge a ds_config file with a run's options; ValueError for options that do not fit it.
 
-    The file's micro batch is the most that fits: the largest that divides a rank's share is taken.
+    The file's micro batch is an upper limit: the largest one that divides the rank's part of the
+    batch is used.
     """
-    share, odd = divmod(cfg.optim.batch_size, world)
-    if odd or not share:
+    of_rank, rest = divmod(cfg.optim.batch_size, world)
+    if rest or not of_rank:
         raise ValueError(
             f"optim.batch_size {cfg.optim.batch_size} is not a multiple of {world} ranks; change it"
             " or the number of ranks"
         )
-    if stage(settings) == 3 and cfg.run.compiles("student"):
+    given = DeepSpeedSettings.parse(file)
+    if given.stage == 3 and cfg.run.compiles("student"):
         raise ValueError(
             f"run.compile {cfg.run.compile!r} does not go with ZeRO-3: a compiled block would keep"
             " its gathered weights until backward; use teachers or none, or ZeRO-1 or 2"
         )
-    most = settings["train_micro_batch_size_per_gpu"]
-    micro = next(n for n in range(min(most, share), 0, -1) if share % n == 0)
-    merged = settings | {
+    limit = min(given.micro_batch, of_rank)
+    micro = next(n for n in range(limit, 0, -1) if of_rank % n == 0)
+    merged = file | {
         "train_micro_batch_size_per_gpu": micro,
         "train_batch_size": cfg.optim.batch_size,
-        "gradient_accumulation_steps": share // micro,
+        "gradient_accumulation_steps": of_rank // micro,
         "gradient_clipping": cfg.optim.clip,
     }
     # DeepSpeed's throughput timer waits for the GPU twice a micro batch.
     merged.setdefault("timers", {"throughput": {"enabled": False}})
     if cfg.optim.ema:
-        refuse_what_averages_cannot(settings)
+        check_ema(given.offload_optimizer)
         merged["zero_allow_untested_optimizer"] = True  # DeepSpeed knows AdamW by its exact type
     if cfg.precision:
-        merged["bf16"] = settings.get("bf16", {}) | {"enabled": cfg.precision == "bf16"}
+        merged["bf16"] = file.get("bf16", {}) | {"enabled": cfg.precision == "bf16"}
         if cfg.precision == "fp32":
             merged.pop("communication_data_type", None)
             merged.pop("data_types", None)
-    return merged
+    return DeepSpeedSettings.parse(merged)
 
 
-def refuse_what_averages_cannot(settings: dict[str, Any]) -> None:
-    """ValueError where the optimiser's state would not all be in reach: on NVMe, or in parts."""
-    offload = settings.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device") == "nvme" or offload.get("ratio", 1) != 1:
+def check_ema(offload: Offload) -> None:
+    """Raise ValueError if the optimiser state is on NVMe or offloaded in part: EMA updates all."""
+    if offload.device == "nvme" or offload.ratio != 1:
         raise ValueError(
-            "optim.ema wants the optimiser's state whole on the GPU or the CPU, but the ds_config"
-            f" has offload_optimizer {offload!r}; set its device to cpu, or optim.ema to 0"
+            "optim.ema wants the whole optimiser state on the GPU or the CPU, but the ds_config has"
+            f" offload_optimizer.device {offload.device!r} and ratio {offload.ratio}; set its"
+            " device to cpu, or optim.ema to 0"
         )
-
-
-def stage(settings: dict[str, Any]) -> int:
-    """The ZeRO stage that the settings ask for."""
-    return settings.get("zero_optimization", {}).get("stage", 0)
-
-
-def bf16(settings: dict[str, Any]) -> bool:
-    """Whether the student trains in bf16."""
-    return bool(settings.get("bf16", {}).get("enabled"))

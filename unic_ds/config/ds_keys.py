@@ -1,7 +1,7 @@
-"""The keys of a ds_config file that are taken: flags, numbers and words of fixed sets.
+"""Allow-list of a ds_config file's keys: flags, numbers and words of fixed sets.
 
-DeepSpeed has others that import classes by name, write files, reach a network or change what is
-learned. A file from a stranger may set none of them.
+DeepSpeed's other keys import classes by name, write files, use a network or change the result; a
+file from a stranger may set none of them.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from unic_ds.config.overrides import nearest
+from unic_ds.config.option import nearest
 from unic_ds.files.printable import printable
 
 
 class Kind(NamedTuple):
-    """The values that a key may have, in words and as a test."""
+    """The values that a key may have: their description and a predicate."""
 
     says: str
     holds: Callable[[Any], bool]
@@ -31,8 +31,8 @@ def words(*known: str | bool | None) -> Kind:
     return Kind(shown, lambda v: any(v is w or (isinstance(w, str) and v == w) for w in known))
 
 
-def _whole(value: Any) -> bool:
-    """Return true for a whole number, written with an exponent or not."""
+def _whole(value: object) -> bool:
+    """True for a whole number, written with an exponent or not."""
     return type(value) is int or (type(value) is float and value.is_integer())
 
 
@@ -149,8 +149,8 @@ INSTEAD = {
 """Remedies for keys that people set."""
 
 
-def check(value: Any, known: Any = KEYS, at: str = "") -> None:
-    """ValueError, one clause, for a key that is not taken and for a value of another kind."""
+def check(value: object, known: object = KEYS, at: str = "") -> None:
+    """Raise ValueError, one clause, for a key that is not allowed or a value of another kind."""
     if isinstance(known, Kind):
         if not known.holds(value):
             shown = printable(repr(value), 60)
@@ -159,6 +159,7 @@ def check(value: Any, known: Any = KEYS, at: str = "") -> None:
         return
     if value is None and at.rpartition(".")[2] in ("offload_param", "offload_optimizer"):
         return
+    assert isinstance(known, dict)
     if not isinstance(value, dict):
         raise ValueError(f"{at!r} must be an object, got {printable(repr(value), 60)}")
     for key, inner in value.items():

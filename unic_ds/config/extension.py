@@ -1,7 +1,4 @@
-"""The run that a start goes on with: which settings may differ, and how it is trained longer.
-
-Light: it is asked before torch is imported.
-"""
+"""Resuming and extending a run: the options that may differ. Checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -12,10 +9,11 @@ from typing import Any
 
 from unic_ds import files
 from unic_ds.config import Config, Optim, recipes
-from unic_ds.config.overrides import science
+from unic_ds.config.overrides import RENAMED, science
+from unic_ds.config.stages import parse as parse_stages
 
 LENGTH = ("optim.epochs", "optim.steps")
-"""The science that --run.extend lets differ."""
+"""Options that decide the result and may yet differ with --run.extend."""
 
 ALLOWED = {*LENGTH, "stages"}
 """The text of --stages, too: each earlier stage is compared with its own folder."""
@@ -32,7 +30,7 @@ class Begun:
 
 
 def check(cfg: Config, out: Path, *, resume: str, last: bool) -> None:
-    """Raise ValueError if `cfg` would go on with a run that it may not go on with.
+    """Raise ValueError if `cfg` may not resume or extend the run that it would go on with.
 
     `last` is false for the earlier stages of a run: they are not extended.
     """
@@ -59,7 +57,7 @@ def check(cfg: Config, out: Path, *, resume: str, last: bool) -> None:
 
 
 def find(out: Path, resume: str) -> Begun | None:
-    """The run that a start with these options goes on with; None if it starts anew."""
+    """The run that `--out` and `--resume` go on with; None for a new run."""
     file, saved = out / "config.yaml", checkpoints(out)
     if file.is_file() and (saved or (out / "results.json").is_file()):
         settings = science(recipes.read(file))
@@ -68,7 +66,8 @@ def find(out: Path, resume: str) -> Begun | None:
         return None
     given = [Path(resume)] if (Path(resume) / "run.json").is_file() else checkpoints(Path(resume))
     facts = read_facts(given[-1]) if given else {}
-    settings = {k[2:]: str(v) for k, v in facts.items() if k.startswith("--")}
+    given_as = {k[2:]: str(v) for k, v in facts.items() if k.startswith("--")}
+    settings = {RENAMED.get(k, k): v for k, v in given_as.items()}
     folder = given[-1].absolute().parent.parent if given else Path(resume)
     return Begun(folder=folder, science=settings, step=step_of(given), own=False)
 
@@ -85,7 +84,7 @@ def step_of(saved: list[Path]) -> int:
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """The facts of a checkpoint; none if they are damaged, which its verification will tell."""
+    """The facts of a checkpoint; none if they are damaged, which its verification reports."""
     try:
         facts = json.loads(files.read_text(checkpoint / "run.json"))
     except (OSError, ValueError):
@@ -106,13 +105,12 @@ def differences(begun: Begun, here: dict[str, str]) -> dict[str, tuple[str, str]
 
 def same_stages(begun: Begun, cfg: Config) -> bool:
     """True if a run folder and `cfg` have equally many stages."""
-    texts = (begun.science.get("stages", ""), cfg.stages)
-    counts = {sum(bool(stage.strip()) for stage in text.split(";")) for text in texts}
-    return len(counts) == 1 or not begun.own
+    there = parse_stages(begun.science.get("stages", ""))
+    return len(there) == len(cfg.earlier_stages) or not begun.own
 
 
 def foreign(begun: Begun, resume: str, differ: dict[str, tuple[str, str]]) -> str:
-    """A clause that names the first settings that differ."""
+    """The clause of an error message that names the first options that differ."""
     shown, more = list(differ.items())[:5], len(differ) - 5
     rest = f" and {more} more" if more > 0 else ""
     if begun.own:
@@ -123,7 +121,7 @@ def foreign(begun: Begun, resume: str, differ: dict[str, tuple[str, str]]) -> st
 
 
 def ways(begun: Begun, last: bool) -> str:
-    """A clause that says how the run can be gone on with."""
+    """The clause of an error message that says how to resume or extend the run."""
     first = "choose another --out" if begun.own else "use the same"
     longer = "to train longer add --run.extend true, with no change but --optim.epochs or steps"
     if not last:
@@ -135,7 +133,7 @@ def ways(begun: Begun, last: bool) -> str:
 
 
 def anew(begun: Begun) -> str:
-    """A clause that says how a new run starts from the weights of this one."""
+    """The clause of an error message that says how to start a new run from this one's weights."""
     student = begun.folder / "student"
     made = f" (`unic-ds export --run {str(begun.folder)!r}` writes such a folder)"
     made = "" if student.is_dir() else made

@@ -1,17 +1,26 @@
-"""A command line turned into a job, with everything checked before anything heavy is imported."""
+"""A command line as a job, checked before torch is imported."""
 
 from __future__ import annotations
 
 import os
-import shlex
 import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from unic_ds import demo
-from unic_ds.config import Config, Teacher, data_spec, ds_config, extension, methods, recipes
-from unic_ds.config.overrides import nearest, option_names, options_of, override_all
+from unic_ds.config import (
+    Config,
+    Teacher,
+    data_spec,
+    ds_config,
+    extension,
+    methods,
+    plugins,
+    recipes,
+)
+from unic_ds.config.ds_config import DeepSpeedSettings
+from unic_ds.config.option import nearest
+from unic_ds.config.overrides import options_of, override_all
 from unic_ds.files.printable import printable
 
 JOB_OPTIONS = {
@@ -29,7 +38,7 @@ class Job:
     """What to train, how DeepSpeed runs it, and where it lives."""
 
     cfg: Config
-    settings: dict[str, Any]
+    settings: DeepSpeedSettings
     out: Path
     resume: str
     init: str  # model folder or encoder weights that it starts from; empty: from the seed
@@ -101,35 +110,23 @@ def out_folder(door: dict[str, str]) -> Path:
 def staged(cfg: Config, out: Path) -> list[tuple[Config, Path]]:
     """(settings, folder) of every stage, the last being `cfg` in `out` itself."""
     stages = []
-    for number, text in enumerate(filter(str.strip, cfg.stages.split(";")), 1):
+    for stage in cfg.earlier_stages:
         try:
-            stage = override_all(replace(cfg, stages=""), stage_options(text))
+            changed = override_all(replace(cfg, stages=""), stage.options)
         except ValueError as error:
-            said = printable(text.strip())
-            raise ValueError(f"stage {number} of --stages ({said!r}): {error}") from None
-        stages.append((stage, out / f"stage{number}"))
+            raise ValueError(f"{stage.describe()}: {error}") from None
+        stages.append((changed, out / stage.folder))
     return [*stages, (cfg, out)]
 
 
-def stage_options(text: str) -> dict[str, str]:
-    """The options that one stage of --stages gives; ValueError where one comes twice."""
-    pairs = [word.partition("=") for word in shlex.split(text)]
-    names = [key.removeprefix("--") for key, _, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{printable(twice[0])} is given twice; give it once")
-    return dict(zip(names, (value for _, _, value in pairs), strict=True))
-
-
 def configure(recipe: str, options: dict[str, str]) -> Config:
-    """The recipe's Config with the options applied; ValueError names the nearest of an unknown."""
-    known = [*JOB_OPTIONS, *option_names()]
-    for name in options:
-        if name.split(".")[0] not in {k.split(".")[0] for k in known}:
-            raise ValueError(
-                f"unknown option --{name}{nearest(name, known)}; --help lists them all"
-            )
-    cfg = recipes.get(recipe, options.get("teachers", ""))
-    return override_all(cfg, {k: v for k, v in options.items() if k != "teachers"})
+    """Import the plugins, and apply the options to the recipe; ValueError for an unknown name."""
+    given = [name for name in map(str.strip, options.get("plugins", "").split(",")) if name]
+    plugins.load(given)
+    cfg = recipes.get(recipe, options.get("teachers", ""), plugins=tuple(given))
+    plugins.load(cfg.plugins)  # those of a recipe's file
+    options = {name: text for name, text in options.items() if name != "teachers"}
+    return override_all(cfg, options, others=tuple(JOB_OPTIONS))
 
 
 def check_inputs(cfg: Config) -> None:
@@ -142,7 +139,6 @@ def check_inputs(cfg: Config) -> None:
         return  # the node's first rank checks and prepares; this one meets it before it reads
     prepare_demonstration(cfg)
     check_init(cfg.student.init)
-    files = [t.source[5:].rpartition("#arch=")[0] for t in cfg.teachers if t.source[:5] == "file:"]
     for key, given in (("train", cfg.data.train), ("val", cfg.data.val)):
         if given:
             try:
@@ -150,14 +146,20 @@ def check_inputs(cfg: Config) -> None:
             except OSError as error:  # a name that is too long, for one
                 said = printable(given)
                 raise ValueError(f"--data.{key} {said!r}: {error.strerror}") from None
-    for teacher, path in zip(
-        (t for t in cfg.teachers if t.source[:5] == "file:"), files, strict=True
-    ):
-        if not cfg.cache and kind_of(path) != "file":
-            raise ValueError(
-                f"teacher {teacher.name!r} has no weights at {path!r}; put them there or give"
-                f" --teachers.{teacher.name}.source (`unic-ds teachers fetch` has those of hubs)"
-            )
+    for teacher in () if cfg.cache else cfg.teachers:
+        if teacher.parsed_source.kind == "file":
+            weight_file(teacher)
+
+
+def weight_file(row: Teacher) -> Path:
+    """The weight file of a `file:` teacher; ValueError if it is not there."""
+    path = row.parsed_source.path
+    if kind_of(path) != "file":
+        raise ValueError(
+            f"teacher {row.name!r} has no weights at {printable(path)!r}; put them there or give"
+            f" --teachers.{row.name}.source (`unic-ds teachers fetch` has those of hubs)"
+        )
+    return Path(path).expanduser()
 
 
 def check_init(path: str) -> None:
@@ -188,7 +190,7 @@ def prepare_demonstration(cfg: Config) -> None:
         )
     except OSError:  # `check_inputs` says what is wrong
         return
-    meant = [*images, *(t.source.removeprefix("file:") for t in cfg.teachers)]
+    meant = [*images, *(t.parsed_source.path for t in cfg.teachers)]
     if any(path.startswith(str(demo.root())) for path in meant) and not demo.ready():
         demo.prepare()
 

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import re
 
+from unic_ds.files.printable import printable
+
 TERMS = ("cosine", "smooth_l1", "mse", "contrastive")
-TERM = re.compile(r"(?:(\d+(?:\.\d*)?|\.\d+)\s*\*?\s*)?([a-z_0-9]+)")
+"""The built-in terms."""
+
+CLS_ONLY = ("contrastive",)
+"""Terms of CLS tokens alone."""
+
+TERM = re.compile(r"(?:(\d+(?:\.\d*)?|\.\d+)\s*\*?\s*)?([a-z][a-z_0-9]*)")
 
 
-def parse(text: str, name: str, *, known: tuple[str, ...] = TERMS) -> dict[str, float]:
-    """Term -> weight; nothing for `none`. ValueError, naming the option, for anything else."""
+def parse(text: str, option: str, *, cls: bool) -> dict[str, float]:
+    """Term -> weight; nothing for `none`. ValueError, naming the option, for anything else.
+
+    `cls`: of CLS tokens, not of patch tokens. The registry of terms knows which names there are.
+    """
     if text.strip() == "none":
         return {}
     weights: dict[str, float] = {}
     for part in text.split("+"):
         found = TERM.fullmatch(part.strip())
-        if not found or found[2] not in known or found[2] in weights:
+        if not found or found[2] in weights or found[2] == "none":
             raise ValueError(
-                f"{name} must be none or weighted terms like '0.9 cosine + 0.1 smooth_l1'"
-                f" of {', '.join(known)}, each once, got {text!r}"
+                f"{option} must be none or weighted terms, each once, like '0.9 cosine + 0.1"
+                f" smooth_l1', got {printable(repr(text))}"
+            )
+        if found[2] in CLS_ONLY and not cls:
+            raise ValueError(
+                f"{option} must have no {found[2]}, which is a term of CLS tokens alone, got"
+                f" {printable(repr(text))}"
             )
         weights[found[2]] = float(found[1] or 1)
     if not any(weights.values()):
-        raise ValueError(f"{name} must have a weight above 0 (or be none), got {text!r}")
+        raise ValueError(f"{option} must have a weight above 0 (or be none), got {text!r}")
     return weights

@@ -1,7 +1,7 @@
-"""The methods of the field as settings of this trainer: each turns a recipe into its own.
+"""Published methods as functions from a Config to a Config: ladder, loss, balance, standardisation.
 
-`--recipe BASE+METHOD` keeps the base's teachers, student, data and optimiser, and changes what the
-method is about. docs/methods.md tells where a method differs from its paper.
+`--recipe BASE+METHOD` keeps the base's teachers, student, data and optimiser. docs/methods.md says
+in what each differs from its paper.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from unic_ds.config import Balance, Config, Drop, Ladder, Loss, Standardise
 
 FIT_STEPS = 100
-"""Batches that fixed statistics are fitted on: at batch 512, 51,200 images."""
+"""Batches on which fixed statistics are fitted: 51,200 images at batch 512."""
 
 
 def unic(cfg: Config) -> Config:
@@ -116,3 +116,4 @@ METHODS: dict[str, Callable[[Config], Config]] = {
     method.__name__: method
     for method in (unic, standard, standard_norm, fitnet, crd, theia, radio, dune)
 }
+"""Registry: name -> function from a Config to a Config. A plugin adds its own."""

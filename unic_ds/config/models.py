@@ -1,4 +1,4 @@
-"""The models of a run: frozen teachers, the student, and the ladder between them."""
+"""Options of the models: frozen teachers, the student, and the ladder of projectors."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unic_ds.config import loss_terms
-from unic_ds.config.objective import Loss
-from unic_ds.config.option import check, check_checkpoint, check_rungs, option
+from unic_ds.config.block_choice import ActivationCheckpointing, RungChoice
+from unic_ds.config.option import check, option
+from unic_ds.config.teacher_source import GRAMMAR, TeacherSource
 
 TEACHER_NAME = re.compile(r"[a-z][a-z0-9_]*")
-DIVIDED = "(images are divided by 255 before: divide a value of the scale 0 to 255 too)"
+DIVIDED = "(images are divided by 255, so divide values of the scale 0 to 255 too)"
 MOST_PIXELS = 16384  # side of an image
 EIGHT_BITS = ("int8", "fp8", "int8_dynamic", "fp8_dynamic")
 
 
 def check_range(value: int, name: str, least: int, most: int) -> None:
-    """ValueError unless a number is one that a run could have."""
+    """Raise ValueError unless a number lies from `least` to `most`."""
     check(least <= value <= most, name, f"from {least} to {most}", value)
 
 
 def check_scale(mean: tuple[float, ...], std: tuple[float, ...], at: str) -> None:
-    """ValueError unless channel means and stds are of images whose values are in [0, 1]."""
+    """Raise ValueError unless channel means and stds are of images with values in [0, 1]."""
     check(all(0 <= m <= 1 for m in mean), f"{at}.mean", f"in [0, 1] {DIVIDED}", mean)
     check(all(0 < s <= 1 for s in std), f"{at}.std", f"in (0, 1] {DIVIDED}", std)
 
@@ -31,41 +32,50 @@ def check_scale(mean: tuple[float, ...], std: tuple[float, ...], at: str) -> Non
 class Teacher:
     """One frozen teacher: a row of a recipe's table."""
 
-    name: str = option("", "word used in logs, state dicts and --teachers.NAME.key")
+    name: str = option("", "the teacher's name in logs, state dicts and --teachers.NAME.KEY")
     source: str = option(
-        "", "timm:NAME | open_clip:ARCH/TAG | file:PATH#arch=TIMM_NAME | python:MODULE:FUNCTION"
+        "",
+        "where its weights are: timm:NAME | open_clip:ARCH/TAG | file:PATH#arch=TIMM_NAME |"
+        " python:MODULE:FUNCTION",
+        choices=tuple(GRAMMAR),
     )
     size: int = option(
-        0, "image side in pixels; 0: the size whose grid is the student's (CNN: its own config)"
+        0,
+        "image size in pixels; 0: the size that gives the student's patch grid (a CNN: its"
+        " pretrained input size)",
     )
-    patch: int = option(0, "pixels a patch token covers; 0: the source's own")
+    patch: int = option(0, "patch size in pixels; 0: the model's own")
     mean: tuple[float, ...] = option(
-        (), "channel means of its preprocessing, in [0, 1]; empty: the source's own"
+        (), "channel means of its preprocessing, in [0, 1]; empty: the model's own"
     )
     std: tuple[float, ...] = option(
-        (), "channel stds of its preprocessing, in (0, 1]; empty: the source's own"
+        (), "channel stds of its preprocessing, in (0, 1]; empty: the model's own"
     )
     block: str = option(
-        "output", "tokens are read here: output, middle (block), or after a 0-based block"
+        "output", "layer whose tokens are distilled: output, middle (block) or a 0-based block"
     )
-    weight: float = option(1.0, "of its losses beside the other teachers'")
-    cls_loss: str = option("", "distance of its CLS tokens, or none; empty: loss.cls")
-    patch_loss: str = option("", "distance of its patch tokens, or none; empty: loss.patch")
-    rungs: str = option("", "student blocks that learn it, as ladder.rungs; empty: ladder.rungs")
+    weight: float = option(1.0, "weight of its loss, relative to the other teachers'")
+    cls_loss: str = option("", "loss of its CLS tokens, or none; empty: as loss.cls")
+    patch_loss: str = option("", "loss of its patch tokens, or none; empty: as loss.patch")
+    rungs: str = option(
+        "", "student blocks with projectors to it, in the form of ladder.rungs; empty: ladder.rungs"
+    )
     precision: Literal["bf16", "fp32", "int8", "fp8", "int8_dynamic", "fp8_dynamic"] = option(
         "bf16",
-        "of its forward; int8 and fp8 quantise the weights of its blocks' Linears, *_dynamic what"
-        " they multiply too (docs/teachers.md)",
+        "precision of its forward; int8 and fp8 quantise the weights of its blocks' Linears,"
+        " *_dynamic their inputs too (docs/teachers.md)",
     )
     placement: Literal["replicate", "shard", "offload"] = option(
         "replicate",
-        "its weights: whole on each rank, spread over a node's ranks, or so in their CPUs' memory",
+        "where its weights are kept: replicate: on each GPU; shard: sharded over the GPUs of a"
+        " node;"
+        " offload: sharded, in CPU memory",
         machinery=True,
     )
     micro: int = option(
-        0, "images that it takes at once; 0: all of the student's micro batch", machinery=True
+        0, "images per forward; 0: the whole micro batch of the student", machinery=True
     )
-    channels_last: bool = option(False, "NHWC memory format, faster for CNNs")
+    channels_last: bool = option(False, "channels_last (NHWC) memory format, faster for CNNs")
 
     def __post_init__(self) -> None:
         at = f"teachers.{self.name}"
@@ -75,24 +85,16 @@ class Teacher:
             "letters, digits and _ (a-z first)",
             self.name,
         )
-        kind, _, rest = self.source.partition(":")
-        known = kind in ("timm", "open_clip", "file", "python") and rest != ""
-        check(known, f"{at}.source", "timm:, open_clip:, file: or python: and a name", self.source)
-        if kind == "file":
-            check("#arch=" in rest, f"{at}.source", "file:PATH#arch=TIMM_NAME", self.source)
-        if kind == "python":
-            check(rest.count(":") == 1, f"{at}.source", "python:MODULE:FUNCTION", self.source)
-        if kind == "open_clip":
-            check("/" in rest, f"{at}.source", "open_clip:ARCH/TAG", self.source)
+        TeacherSource.parse(self.source, f"{at}.source")
         check(self.name != "pixels", "a teacher's name", "another than the baseline's", self.name)
         at_block = self.block in ("output", "middle") or self.block.isdecimal()
         check(at_block, f"{at}.block", "output, middle or a 0-based block number", self.block)
         check(self.weight > 0, f"{at}.weight", "positive", self.weight)
         for kind, text in (("cls", self.cls_loss), ("patch", self.patch_loss)):
             if text:
-                loss_terms.parse(text, f"{at}.{kind}_loss", known=Loss.TERMS[kind])
+                loss_terms.parse(text, f"{at}.{kind}_loss", cls=kind == "cls")
         if self.rungs:
-            check_rungs(self.rungs, f"{at}.rungs")
+            RungChoice.parse(self.rungs, f"{at}.rungs")
         check_range(self.size, f"{at}.size", 0, MOST_PIXELS)
         check_range(self.patch, f"{at}.patch", 0, 1024)
         check_range(self.micro, f"{at}.micro", 0, 1_000_000)
@@ -106,8 +108,13 @@ class Teacher:
         check_scale(self.mean, self.std, at)
 
     @property
+    def parsed_source(self) -> TeacherSource:
+        """The parts of `source`."""
+        return TeacherSource.parse(self.source, f"teachers.{self.name}.source")
+
+    @property
     def quantised(self) -> bool:
-        """Whether weights of its blocks have eight bits."""
+        """True if the weights of its blocks have eight bits."""
         return self.precision in EIGHT_BITS
 
 
@@ -115,10 +122,12 @@ class Teacher:
 class Student:
     """The encoder that is trained: any timm ViT."""
 
-    model: str = option("vit_base_patch16_224", "timm name of a ViT")
-    size: int = option(224, "image side in pixels")
-    registers: int = option(-1, "register tokens; -1: the model's own")
-    drop_path: float = option(0.1, "drop-path rate of the last block, linear from 0")
+    model: str = option("vit_base_patch16_224", "architecture: timm's name of a ViT")
+    size: int = option(224, "image size in pixels")
+    registers: int = option(-1, "number of register tokens; -1: the model's own")
+    drop_path: float = option(
+        0.1, "stochastic depth (drop path) rate of the last block, growing linearly from 0"
+    )
     mean: tuple[float, ...] = option(
         (0.485, 0.456, 0.406), "channel means of its preprocessing, in [0, 1]"
     )
@@ -127,18 +136,19 @@ class Student:
     )
     init: str = option(
         "",
-        "start from a model folder (a run's student/, import-unic's) or a .safetensors encoder",
-        machinery=True,  # the path may move; a checkpoint knows the SHA-256 of what it held
+        "initial weights: a model folder (a run's student/, or of import-unic) or a .safetensors"
+        " file of an encoder; empty: random",
+        machinery=True,  # the path may move; a checkpoint has the SHA-256 of its contents
     )
-    checkpoint: str = option(
+    activation_checkpointing: str = option(
         "none",
-        "blocks that backward computes again instead of keeping what is inside: none, full, or"
-        " every:K, each K-th",
+        "blocks whose activations are recomputed in backward, to save memory: none, full (all), or"
+        " every:K (every K-th)",
         machinery=True,
     )
 
     def __post_init__(self) -> None:
-        check_checkpoint(self.checkpoint, "student.checkpoint")
+        ActivationCheckpointing.parse(self.activation_checkpointing)
         check_range(self.size, "student.size", 1, MOST_PIXELS)
         check_range(self.registers, "student.registers", -1, 4096)
         check(0 <= self.drop_path < 1, "student.drop_path", "in [0, 1)", self.drop_path)
@@ -149,40 +159,43 @@ class Student:
 
 @dataclass(frozen=True, kw_only=True)
 class Ladder:
-    """The projectors from student blocks to teachers; thrown away after training."""
+    """The projectors from student blocks to teachers; they are not part of the exported student."""
 
     rungs: str = option(
         "all",
-        "blocks with projectors: all, half (every second), middle, last, or 0-based like 2,5,8,11",
+        "student blocks with projectors: all, half (every second), middle, last, or 0-based numbers"
+        " like 2,5,8,11",
     )
-    width: int = option(0, "hidden width of a projector; 0: the student's width")
-    last_width: int = option(0, "hidden width on the last block; 0: 4 x width")
-    prenorm: bool = option(False, "LayerNorm before a projector")
-    midnorm: bool = option(False, "LayerNorm between a projector's Linears")
+    width: int = option(0, "hidden width of the projectors; 0: the student's width")
+    last_width: int = option(0, "hidden width of the last block's projectors; 0: 4 x width")
+    prenorm: bool = option(False, "apply LayerNorm before each projector")
+    midnorm: bool = option(False, "apply LayerNorm between the Linears of each projector")
     combine: Literal["sum", "each"] = option(
-        "sum", "sum the rungs and take one loss, or average a loss per rung"
+        "sum", "sum: one loss on the sum of the projections; each: the mean of one loss per block"
     )
 
     projector: Literal["mlp", "linear", "transformer"] = option(
-        "mlp", "per rung: Linear-GELU-Linear, one Linear, or a transformer block on all tokens"
+        "mlp",
+        "architecture of a projector: mlp: Linear-GELU-Linear; linear: one Linear; transformer: a"
+        " transformer block on all tokens and a Linear",
     )
 
-    recompute: Literal["none", "hidden", "all"] = option(
+    activation_checkpointing: Literal["none", "hidden", "all"] = option(
         "hidden",
-        "what backward computes again instead of keeping it: nothing, GELU (free where its GEMM"
-        " does it on the side), or the first Linears too (+16% of the ladder's work)",
+        "activation recomputation in the ladder: none; hidden: recompute GELU; all: recompute the"
+        " first Linears too (+16 % of the ladder's FLOPs)",
         machinery=True,
     )
 
     def __post_init__(self) -> None:
-        check_rungs(self.rungs, "ladder.rungs")
+        RungChoice.parse(self.rungs)
         only = not self.midnorm or self.projector == "mlp"
-        check(only, "ladder.midnorm", "false where ladder.projector is not mlp", self.midnorm)
+        check(only, "ladder.midnorm", "false unless ladder.projector is mlp", self.midnorm)
         check_range(self.width, "ladder.width", 0, 1_000_000)
         check_range(self.last_width, "ladder.last_width", 0, 1_000_000)
 
     @property
     def one_op(self) -> bool:
-        """Whether this is the ladder that `unic_kernels` has as one op."""
+        """True if `unic_kernels` has this ladder as one fused op."""
         plain = self.projector == "mlp" and not (self.prenorm or self.midnorm)
         return plain and self.combine == "sum"

@@ -1,16 +1,22 @@
-"""What is minimised: distances, the balance of teachers, the targets' standardisation."""
+"""Options of the objective: loss terms, balance of teachers, standardisation of targets."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from unic_ds.config import loss_terms
 from unic_ds.config.option import check, check_most, option
 
+BALANCERS = ("dropping", "none", "fixed", "adaloss")
+"""The built-in balancers."""
+
+BALANCER = re.compile(r"[a-z][a-z0-9_]*")
+
 
 class Distance(NamedTuple):
-    """What a teacher's two kinds of token are judged by: term -> weight; empty: not learned."""
+    """Loss of a teacher's two kinds of token, each as term -> weight; empty: not learned."""
 
     cls: dict[str, float]
     patch: dict[str, float]
@@ -23,58 +29,66 @@ class Distance(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """Distance between a prediction and its target (method: section 3)."""
-
-    TERMS: ClassVar = {"cls": loss_terms.TERMS, "patch": ("cosine", "smooth_l1", "mse")}
+    """Loss between a prediction and its target (method: section 3)."""
 
     cls: str = option(
         "0.5 cosine + 0.5 smooth_l1",
-        "of CLS tokens: weighted cosine, smooth_l1, mse, contrastive; none: not learned",
+        "loss of CLS tokens: a weighted sum of cosine, smooth_l1, mse and contrastive, or none",
+        choices=loss_terms.TERMS,
     )
     patch: str = option(
         "0.5 cosine + 0.5 smooth_l1",
-        "of patch tokens: weighted cosine, smooth_l1, mse; none: not learned",
+        "loss of patch tokens: a weighted sum of cosine, smooth_l1 and mse, or none",
+        choices=tuple(term for term in loss_terms.TERMS if term not in loss_terms.CLS_ONLY),
     )
-    temperature: float = option(0.07, "of the contrastive term")
+    temperature: float = option(0.07, "temperature of the contrastive term")
     divisor: Literal["expected", "kept"] = option(
-        "expected", "divide by the expected number of kept pairs, or count them per micro batch"
+        "expected",
+        "divide the loss by the expected number of kept (teacher, image) pairs, or by their number"
+        " in each micro batch",
     )
 
     def __post_init__(self) -> None:
-        assert self.distance
+        loss_terms.parse(self.cls, "loss.cls", cls=True)
+        loss_terms.parse(self.patch, "loss.patch", cls=False)
         check(self.temperature > 0, "loss.temperature", "positive", self.temperature)
 
     @property
     def distance(self) -> Distance:
-        """What every teacher is judged by that does not say otherwise."""
+        """Loss terms of every teacher that does not have its own."""
         return Distance(
-            *(
-                loss_terms.parse(getattr(self, k), f"loss.{k}", known=self.TERMS[k])
-                for k in self.TERMS
-            )
+            cls=loss_terms.parse(self.cls, "loss.cls", cls=True),
+            patch=loss_terms.parse(self.patch, "loss.patch", cls=False),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Balance:
-    """How much each teacher counts for each image."""
+    """Weight of each teacher's loss on each image."""
 
-    kind: Literal["dropping", "none", "fixed", "adaloss"] = option(
-        "dropping", "drop teachers by chance, all equal, by their weights, or by inverse loss"
+    kind: str = option(
+        "dropping",
+        "dropping: drop teachers at random; none: all equal; fixed: by teachers.NAME.weight;"
+        " adaloss: by the inverse of their running losses",
+        choices=BALANCERS,
     )
-    momentum: float = option(0.99, "adaloss: what stays of the running losses at each step")
+    momentum: float = option(0.99, "adaloss: momentum of the running losses")
 
     def __post_init__(self) -> None:
+        check(bool(BALANCER.fullmatch(self.kind)), "balance.kind", "a name", self.kind)
         check(0 <= self.momentum < 1, "balance.momentum", "in [0, 1)", self.momentum)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drop:
-    """Teacher dropping: which teachers an image learns from."""
+    """Teacher dropping: the teachers whose loss counts for an image."""
 
-    rate: float = option(0.5, "chance of dropping each teacher but an image's hardest")
+    rate: float = option(
+        0.5, "probability of dropping each teacher but the one with the largest loss on an image"
+    )
     unit: Literal["image", "step"] = option(
-        "image", "one mask per image, or one for the step (hardest: of a micro batch)"
+        "image",
+        "draw a mask per image, or one per step (which keeps the largest loss of a micro batch)",
     )
     keep_hardest: bool = option(True, "never drop the teacher with the largest loss")
 
@@ -83,33 +97,36 @@ class Drop:
         check(
             self.keep_hardest or self.rate < 1,
             "drop.rate",
-            "< 1 where drop.keep_hardest is off",
+            "< 1 if drop.keep_hardest is false",
             self.rate,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Standardise:
-    """Standardisation of the targets, by running statistics or fitted ones (method: section 1)."""
+    """Standardisation of the targets by running or fitted statistics (method: section 1)."""
 
-    on: bool = option(True, "standardise teacher features")
+    on: bool = option(True, "standardise the teachers' features")
     kind: Literal["channel", "phi_s"] = option(
         "channel",
-        "channel: each by its own mean and std; phi_s: PHI-S, one rotation and one scale that give"
-        " every channel variance 1 (needs fit_steps)",
+        "channel: by the mean and std of each channel; phi_s: PHI-S, a rotation and one scale by"
+        " which every channel has variance 1 (needs fit_steps)",
     )
     fit_steps: int = option(
         0,
-        "fit the statistics to this many batches before training and keep them fixed; 0: running"
-        " statistics",
+        "fit the statistics on this many batches before training and keep them fixed; 0: update"
+        " running statistics during training",
         most=1_000_000,
     )
-    momentum_end: float = option(0.001, "last value of the cosine from 1")
-    std_floor: float = option(
-        0.1, "smallest std, as a share of the teacher's median channel std; 0: off (kind channel)"
+    momentum_end: float = option(
+        0.001, "last value of the running statistics' momentum, which falls from 1 by a cosine"
     )
-    target_clamp: float = option(10.0, "largest absolute target; 0: off")
-    freeze_after: int = option(0, "fix the statistics after this step; 0: never")
+    std_floor: float = option(
+        0.1,
+        "kind channel: smallest std, as a fraction of the teacher's median channel std; 0: off",
+    )
+    target_clamp: float = option(10.0, "clamp targets to this absolute value; 0: off")
+    freeze_after: int = option(0, "stop updating the statistics after this step; 0: never")
 
     def __post_init__(self) -> None:
         check_most(self, "standardise.")
@@ -127,16 +144,16 @@ class Standardise:
         check(
             not (self.fit_steps and self.freeze_after),
             "standardise.freeze_after",
-            "0 where standardise.fit_steps fixes the statistics before training",
+            "0 if standardise.fit_steps fixes the statistics before training",
             self.freeze_after,
         )
 
     @property
     def fitted(self) -> bool:
-        """Whether the statistics are fitted before training and fixed then."""
+        """True if the statistics are fitted before training and then fixed."""
         return self.on and self.fit_steps > 0
 
     @property
     def running(self) -> bool:
-        """Whether the statistics follow the training batches."""
+        """True if the statistics are updated during training."""
         return self.on and self.fit_steps == 0

@@ -1,47 +1,74 @@
-"""A field with its help line, and checks that name the option, what it wants and what it got."""
+"""A field with its help line, and checks that name the option, what it must be and what it is."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import field, fields
-from typing import Any
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import Field, field, fields
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from unic_ds.files.printable import printable
+
+T = TypeVar("T")
 
 WIDEST = 2**63 - 1
 """The largest whole number of any option: 64 bits."""
 
+SHOWN = 60
+"""Characters of a foreign name or value that a message shows."""
 
-def option(default: Any, text: str, *, machinery: bool = False, most: float | None = None) -> Any:
-    """A field with its help line and its largest value, which lies far above what anybody needs.
 
-    `machinery` marks what may differ when a run is resumed.
+class Section(Protocol):
+    """A dataclass of options."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+def option(
+    default: T,
+    text: str,
+    *,
+    machinery: bool = False,
+    most: float | None = None,
+    choices: Sequence[str] = (),
+) -> T:
+    """Return a dataclass field with its help line and its largest value.
+
+    `machinery` marks an option that may differ when a run is resumed. `choices` are the built-in
+    names of a registry to which plugins may add; a Literal annotation has those of a fixed set.
     """
-    return field(default=default, metadata={"help": text, "machinery": machinery, "most": most})
+    metadata = {"help": text, "machinery": machinery, "most": most, "choices": tuple(choices)}
+    return field(default=default, metadata=metadata)
+
+
+class UnknownOption(ValueError):
+    """A name that no option has."""
+
+
+def refuse_unknown(names: Iterable[str], known: Sequence[str], remedy: str = "") -> None:
+    """Raise UnknownOption for the first name that is not known, with the nearest that is."""
+    for name in names:
+        if name not in known:
+            said = printable(name, SHOWN)
+            raise UnknownOption(f"unknown option --{said}{nearest(said, known)}{remedy}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` for the known word closest to `word`, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def check(holds: bool, name: str, want: str, value: object) -> None:
-    """Raise ValueError naming the option, what it wants and what it got."""
+    """Raise ValueError naming the option, what it must be and what it is."""
     if not holds:
         raise ValueError(f"{name} must be {want}, got {printable(repr(value))}")
 
 
-def check_most(settings: Any, prefix: str) -> None:
-    """Raise ValueError where a field of a dataclass exceeds its `most`, or 64 bits."""
+def check_most(settings: Section, prefix: str) -> None:
+    """Raise ValueError if a field of a dataclass exceeds its `most`, or 64 bits."""
     for f in fields(settings):
         value, most = getattr(settings, f.name), f.metadata.get("most")
         if type(value) in (int, float) and (most is not None or type(value) is int):
             most = WIDEST if most is None else most
             check(value <= most, f"{prefix}{f.name}", f"at most {most:,}", value)
-
-
-def check_checkpoint(text: str, name: str) -> None:
-    """Raise ValueError unless `text` says which blocks are recomputed."""
-    known = text in ("none", "full") or re.fullmatch(r"every:[1-9]\d*", text)
-    check(bool(known), name, "none, full or every:K as in every:2", text)
-
-
-def check_rungs(text: str, name: str) -> None:
-    """Raise ValueError unless `text` names student blocks."""
-    known = text in ("all", "half", "middle", "last") or re.fullmatch(r"\d+(,\d+)*", text)
-    check(bool(known), name, "all, half, middle, last or block numbers like 2,5,8,11", text)

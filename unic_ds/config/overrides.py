@@ -1,37 +1,37 @@
-"""Strict dotted overrides of a Config, and the same as plain values for YAML.
+"""Dotted overrides of a Config, and its values as a plain mapping for YAML.
 
 A value's type is its field's annotation, never what it looks like; an unknown name is an error that
-names its nearest neighbour.
+names the nearest known one.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 import types
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from unic_ds.config import TEACHER_NAME, Config, Teacher, check
+from unic_ds.config import TEACHER_NAME, Config, Teacher
+from unic_ds.config.option import SHOWN, Section, check, nearest, refuse_unknown
+from unic_ds.config.teacher_source import TeacherSource
 from unic_ds.files.printable import printable
 
-SHOWN = 60
-"""Characters of a name or value of a file that a message shows."""
+__all__ = ["coerce", "from_dict", "nearest", "override_all", "science", "to_dict"]
 
+OPTION_ALIASES = {"cache": "teachers.cache"}
+"""Fields whose option has another name."""
 
-class UnknownOption(ValueError):
-    """A name that no option has: no other option makes it right."""
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """` (did you mean X?)` for the known word closest to `word`, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
+RENAMED = {
+    "student.checkpoint": "student.activation_checkpointing",
+    "ladder.recompute": "ladder.activation_checkpointing",
+}
+"""Old name -> name of options: still read on a command line and in a file of settings."""
 
 
 def coerce(annotation: Any, text: str, name: str) -> Any:
-    """The value of `text` for a field of that annotation; ValueError where it has none."""
+    """The value of `text` for a field of that annotation; ValueError if it has none."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         check(text in args, name, "one of " + ", ".join(a or "''" for a in args), text)
@@ -41,9 +41,8 @@ def coerce(annotation: Any, text: str, name: str) -> Any:
             return None
         return coerce(next(a for a in args if a is not type(None)), text, name)
     if origin is tuple:
-        return tuple(
-            coerce(args[0], part.strip(), name) for part in text.split(",") if part.strip()
-        )
+        parts = filter(None, map(str.strip, text.split(",")))
+        return tuple(coerce(args[0], part, name) for part in parts)
     if annotation is bool:
         check(text.lower() in ("true", "false", "1", "0"), name, "true or false", text)
         return text.lower() in ("true", "1")
@@ -60,101 +59,114 @@ def coerce(annotation: Any, text: str, name: str) -> Any:
 
 
 def parse_teachers(text: str) -> tuple[Teacher, ...]:
-    """`SOURCE` or `NAME=SOURCE`, comma-separated; a name left out is made from the source."""
+    """Parse comma-separated `SOURCE` or `NAME=SOURCE`; a missing name is made from the source."""
     rows = []
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, given, source = part.partition("=")
         if not given or not TEACHER_NAME.fullmatch(name):
-            name, source = default_name(part), part
+            name, source = TeacherSource.parse(part, "--teachers").default_name, part
         rows.append(Teacher(name=name, source=source))
     return tuple(rows)
 
 
-def default_name(source: str) -> str:
-    """`timm:vit_base_patch14_dinov2.lvd142m` -> `vit_base_patch14_dinov2`."""
-    rest = source.partition(":")[2].partition("#")[0]
-    stem = (
-        rest.rsplit("/", 1)[-1] if source.startswith("file:") else rest.split("/")[0].split(":")[-1]
-    )
-    name = re.sub(r"[^a-z0-9]+", "_", stem.split(".")[0].lower()).strip("_")
-    return name if TEACHER_NAME.fullmatch(name) else f"t_{name}"
+def override_all(
+    config: Config, options: Mapping[str, str], *, others: tuple[str, ...] = ()
+) -> Config:
+    """Apply every option to `config`: coerce all of them, then build each section once.
+
+    ValueError, one sentence, for an unknown name (`others` are options of a command that are no
+    fields; the message may suggest them) and for a value that cannot be.
+    """
+    options = by_field(options)
+    given = options.pop("teachers", None)
+    rows = config.teachers if given is None else parse_teachers(given)
+    return build(config, options, rows, others)
 
 
-OPTION_ALIASES = {"cache": "teachers.cache"}
-"""Fields whose option has another name."""
+def by_field(options: Mapping[str, str]) -> dict[str, str]:
+    """The options by the names of their fields; ValueError for one given under two names."""
+    names = RENAMED | {said: field for field, said in OPTION_ALIASES.items()}
+    found: dict[str, str] = {}
+    for name, text in options.items():
+        field = names.get(name, name)
+        if field in found:
+            raise ValueError(f"--{printable(name, SHOWN)} is given twice, as --{field} too")
+        found[field] = text
+    return found
 
 
-def override(config: Any, path: str, text: str, *, prefix: str = "") -> Any:
-    """`config` with the field at the dotted `path` set from `text`; unknown names are an error."""
-    if not prefix and path in OPTION_ALIASES.values():
-        path = next(field for field, said in OPTION_ALIASES.items() if said == path)
+def build(
+    config: Config,
+    options: Mapping[str, str],
+    teachers: tuple[Teacher, ...],
+    others: tuple[str, ...] = (),
+) -> Config:
+    """`config` with those teachers and with every option, by the name of its field, applied."""
+    changes: dict[str, dict[str, Any]] = {}
+    names = tuple(row.name for row in teachers)
+    for path in sorted(options, key=lambda p: (p.count("."), p)):
+        section, owner, key = locate(path, names, others)
+        value = coerce(hints_of(owner)[key], options[path], f"--{printable(path, SHOWN)}")
+        changes.setdefault(section, {})[key] = value
+    own = changes.pop("", {})
+    rows = (replace(row, **changes.pop(f"teachers.{row.name}", {})) for row in teachers)
+    changed: dict[str, Any] = {"teachers": tuple(rows)}
+    for section, values in changes.items():
+        changed[section] = replace(getattr(config, section), **values)
+    return replace(config, **changed, **own)
+
+
+def locate(
+    path: str, teachers: tuple[str, ...], others: tuple[str, ...]
+) -> tuple[str, type[Section], str]:
+    """(section or `teachers.NAME`, its class, field) of a dotted path; ValueError if unknown."""
     head, _, rest = path.partition(".")
-    name = prefix + head
-    hints = get_type_hints(type(config))
-    if head not in hints:
-        said = printable(prefix + path, SHOWN)
-        raise UnknownOption(f"unknown option --{said}{nearest(said, option_names())}")
-    old = getattr(config, head)
-    if head == "teachers" and isinstance(config, Config):
-        value = override_teacher(old, rest, text) if rest else parse_teachers(text)
-    elif is_dataclass(old):
+    section, key = "", path
+    owner: type[Section] = Config
+    if head == "teachers":
+        who, _, key = rest.partition(".")
+        check_teacher(who, key, rest, teachers)
+        section, owner = f"teachers.{who}", Teacher
+    elif head in SECTIONS:
+        default: Section = getattr(Config, head)
+        section, owner, key = head, type(default), rest
         if not rest:
-            raise ValueError(
-                f"--{name} is a section; set one of"
-                f" {', '.join(f'--{name}.{f.name}' for f in fields(old))}"
-            )
-        value = override(old, rest, text, prefix=f"{name}.")
-    elif rest:
-        raise UnknownOption(
-            f"unknown option --{printable(prefix + path, SHOWN)}; --{name} has no parts"
-        )
-    else:
-        value = coerce(hints[head], text, f"--{name}")
-    return replace(config, **{head: value})
+            known = ", ".join(f"--{head}.{f.name}" for f in fields(owner))
+            raise ValueError(f"--{head} is a section; set one of {known}")
+    field, _, parts = key.partition(".")
+    if parts and field in hints_of(owner):
+        name = printable(f"{section}.{field}".lstrip("."), SHOWN)
+        refuse_unknown([path], [], f"; --{name} has no parts")
+    refuse_unknown([path] if key not in hints_of(owner) else [], [*option_names(), *others])
+    return section, owner, key
 
 
-def override_teacher(teachers: tuple[Teacher, ...], path: str, text: str) -> tuple[Teacher, ...]:
-    """The teachers with one field of the named one replaced."""
-    who, _, key = path.partition(".")
-    names = [t.name for t in teachers]
-    if who not in names:
+def check_teacher(who: str, key: str, path: str, known: tuple[str, ...]) -> None:
+    """Raise ValueError unless `teachers.WHO.KEY` names a teacher of the run and a key."""
+    if who not in known:
         raise ValueError(
             f"unknown teacher {printable(repr(who), SHOWN)} in"
-            f" --teachers.{printable(path, SHOWN)}; this recipe has {', '.join(names) or 'none'}"
+            f" --teachers.{printable(path, SHOWN)}; this recipe has {', '.join(known) or 'none'}"
         )
     if not key:
-        raise ValueError(
-            f"--teachers.{who} wants a key: {', '.join(f.name for f in fields(Teacher))}"
-        )
-    return tuple(
-        override(t, key, text, prefix=f"teachers.{who}.") if t.name == who else t for t in teachers
-    )
+        names = ", ".join(f.name for f in fields(Teacher))
+        raise ValueError(f"--teachers.{who} wants a key: {names}")
 
 
-def override_all(config: Config, options: dict[str, str]) -> Config:
-    """`config` with every option applied; `teachers` before `teachers.NAME.key`."""
-    waiting = sorted(options, key=lambda p: (p.count("."), p))
-    while waiting:
-        refused: dict[str, ValueError] = {}
-        for path in waiting:
-            try:
-                config = override(config, path, options[path])
-            except UnknownOption:
-                raise
-            except ValueError as error:
-                refused[path] = error  # it may be right beside another option: try again after it
-        if len(refused) == len(waiting):
-            raise next(iter(refused.values()))
-        waiting = list(refused)
-    return config
+@cache
+def hints_of(owner: type[Section]) -> dict[str, Any]:
+    """Field -> annotation of a section's class."""
+    hints = get_type_hints(owner)
+    return {f.name: hints[f.name] for f in fields(owner)}
 
 
-def options_of(config: Any = None, prefix: str = "") -> list[tuple[str, Any, str]]:
+def options_of(config: Section | None = None, prefix: str = "") -> list[tuple[str, object, str]]:
     """(name, default, help) of every option, in declaration order."""
-    rows: list[tuple[str, Any, str]] = []
-    for f in fields(config or Config()):
-        value = getattr(config or Config(), f.name)
-        if is_dataclass(value):
+    rows: list[tuple[str, object, str]] = []
+    config = config or Config()
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value) and not isinstance(value, type):
             rows += options_of(value, f"{prefix}{f.name}.")
         else:
             name = OPTION_ALIASES.get(prefix + f.name, prefix + f.name)
@@ -172,7 +184,7 @@ def option_names() -> list[str]:
     return [name for name, _, _ in options_of()] + teacher
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Section) -> dict[str, Any]:
     """Nested plain values, teachers by name; what `config.yaml` holds and `from_dict` reads."""
     plain: dict[str, Any] = {}
     for f in fields(config):
@@ -181,24 +193,23 @@ def to_dict(config: Any) -> dict[str, Any]:
             plain[f.name] = {
                 t.name: {k: v for k, v in to_dict(t).items() if k != "name"} for t in value
             }
-        elif is_dataclass(value):
+        elif is_dataclass(value) and not isinstance(value, type):
             plain[f.name] = to_dict(value)
         else:
             plain[f.name] = list(value) if isinstance(value, tuple) else value
     return plain
 
 
-def from_dict(plain: dict[str, Any], base: Config | None = None) -> Config:
-    """The Config of such nested values over `base`; unknown or ill-typed keys are an error."""
-    config = base or Config()
+def from_dict(plain: dict[str, Any]) -> Config:
+    """The Config of such nested values; ValueError for unknown keys and values that cannot be."""
     check_shape(plain)
     rows = plain.get("teachers", {})
-    named = tuple(Teacher(name=k, source=str(v.get("source", ""))) for k, v in rows.items())
-    return override_all(replace(config, teachers=named or config.teachers), flatten(plain))
+    teachers = tuple(Teacher(name=k, source=str(v.get("source", ""))) for k, v in rows.items())
+    return build(Config(), by_field(flatten(plain)), teachers)
 
 
 def check_shape(plain: dict[str, Any], prefix: str = "") -> None:
-    """ValueError where a mapping or a list stands for something else, or a value is missing."""
+    """Raise ValueError if a mapping or a list stands for something else, or a value is missing."""
     teachers = plain.get("teachers", {}) if not prefix else {}
     if not isinstance(teachers, dict):
         raise ValueError(
@@ -224,12 +235,12 @@ def check_shape(plain: dict[str, Any], prefix: str = "") -> None:
 
 
 def plain_value(value: object) -> bool:
-    """Return true for a number, a text, true or false."""
+    """True for a number, a text, true or false."""
     return value is not None and not isinstance(value, (dict, list, tuple))
 
 
 def described(value: object) -> str:
-    """A value of a file as a message shows it: lists by their kind."""
+    """Describe a value of a file for a message: a list by its kind."""
     if isinstance(value, (list, tuple)):
         return "a list"
     return "nothing" if value is None else printable(repr(value), SHOWN)
@@ -251,7 +262,7 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def science(config: Config) -> dict[str, str]:
-    """Dotted name -> text of what decides the result: everything but the machinery."""
+    """Dotted name -> text of the options that decide the result: all but the machinery."""
     machinery = set()
     for section in fields(config):
         value = getattr(config, section.name)

@@ -1,11 +1,12 @@
-"""Named runs as values. `--recipe NAME` starts from one; `--section.key value` changes it.
+"""Recipes: named Configs. `--recipe NAME` starts from one; `--section.key value` changes it.
 
 A teacher is one row: its name, its source, and what differs from the source's own preprocessing.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unic_ds import demo
@@ -23,7 +24,8 @@ from unic_ds.config import (
     Teacher,
     methods,
 )
-from unic_ds.config.overrides import from_dict, nearest, override
+from unic_ds.config.option import nearest
+from unic_ds.config.overrides import from_dict, parse_teachers
 
 YAML = (".yaml", ".yml")
 
@@ -134,37 +136,62 @@ def unic_g() -> Config:
     )
 
 
-RECIPES = {"quickstart": quickstart_recipe, "unic_b": unic_b, "unic_l": unic_l, "unic_g": unic_g}
+RECIPES: dict[str, Callable[[], Config]] = {
+    "quickstart": quickstart_recipe,
+    "unic_b": unic_b,
+    "unic_l": unic_l,
+    "unic_g": unic_g,
+}
+"""Registry: name -> function that makes its Config. A plugin adds its own."""
 
 
-def get(name: str, teachers: str = "") -> Config:
-    """The Config of a recipe's name or of a YAML file (a run's config.yaml); else ValueError.
+@dataclass(frozen=True)
+class RecipeName:
+    """A recipe by name: a base and the methods that change it, `BASE+METHOD`."""
 
-    `BASE+METHOD` is another method on a recipe's teachers, student and data; a method alone stands
-    on unic_b. `teachers`, as on the command line, replace the table before a method looks at it.
-    """
-    if Path(name).suffix in YAML:
-        cfg, applied = read(Path(name)), []
-    else:
-        base, *applied = name.split("+")
+    base: str
+    methods: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> RecipeName:
+        """Parse `--recipe`; a method alone changes unic_b. ValueError for unknown names."""
+        base, *applied = text.split("+")
         if base in methods.METHODS:
             base, applied = "unic_b", [base, *applied]
         wrong = [base] if base not in RECIPES else [m for m in applied if m not in methods.METHODS]
         if wrong:
             raise ValueError(
-                f"unknown --recipe {name!r}{nearest(wrong[0], [*RECIPES, *methods.METHODS])}; there"
+                f"unknown --recipe {text!r}{nearest(wrong[0], [*RECIPES, *methods.METHODS])}; there"
                 f" are {', '.join(RECIPES)}, with {', '.join(methods.METHODS)} after a +, or give a"
                 " .yaml file"
             )
-        cfg = replace(RECIPES[base](), recipe=name)
-    cfg = override(cfg, "teachers", teachers) if teachers else cfg
+        return cls(base, tuple(applied))
+
+
+def get(name: str, teachers: str = "", *, plugins: tuple[str, ...] = ()) -> Config:
+    """The Config of a recipe's name or of a YAML file (a run's config.yaml); else ValueError.
+
+    `BASE+METHOD` keeps a recipe's teachers, student and data, and changes its method. `teachers`,
+    as on the command line, replace the recipe's before a method is applied; so do `plugins`, the
+    modules whose names they may use.
+    """
+    applied: tuple[str, ...] = ()
+    if Path(name).suffix in YAML:
+        cfg = read(Path(name))
+    else:
+        parsed = RecipeName.parse(name)
+        cfg, applied = replace(RECIPES[parsed.base](), recipe=name), parsed.methods
+    if plugins:
+        cfg = replace(cfg, plugins=plugins)
+    if teachers:
+        cfg = replace(cfg, teachers=parse_teachers(teachers))
     for method in applied:
         cfg = methods.METHODS[method](cfg)
     return cfg
 
 
 def read(file: Path) -> Config:
-    """The Config that a YAML file holds; ValueError where it is missing or holds something else."""
+    """Read the Config of a YAML file; ValueError if it is missing or holds something else."""
     from unic_ds.files.documents import read_yaml
 
     name = repr(str(file))
@@ -181,10 +208,10 @@ def read(file: Path) -> Config:
 
 
 def folder_name(name: str) -> str:
-    """The name of a recipe's default run folder; ValueError where its file has no fit name.
+    """The name of a recipe's default run folder; ValueError if its file's name cannot be one.
 
-    A recipe from a file is called after the file, or, for a run's config.yaml, after its folder:
-    never after what the file says.
+    A recipe from a file is named after the file, or, for a run's config.yaml, after its folder;
+    never after the `recipe` in the file.
     """
     file = Path(name)
     if file.suffix not in YAML:

@@ -1,4 +1,4 @@
-"""How long and how fast it learns; when it logs, saves, and what it measures at its end."""
+"""Options of the optimiser, of the evaluation after training, and of the training loop."""
 
 from __future__ import annotations
 
@@ -9,35 +9,40 @@ from typing import Literal
 from unic_ds.config.option import check, check_most, option
 
 STEPS = 9_999_999
-"""The most steps of a run: names of checkpoints have seven digits."""
+"""The most steps of a run: step numbers in checkpoint names have seven digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
     """AdamW, its schedule and the length of the run."""
 
-    batch_size: int = option(512, "images per optimiser step, over all ranks", most=1 << 24)
+    batch_size: int = option(
+        512, "images per optimiser step, over all ranks and micro batches", most=1 << 24
+    )
     epochs: float = option(200.0, "passes over the training images", most=1e6)
-    steps: int = option(0, "optimiser steps; 0: as many as epochs says", most=STEPS)
-    lr: float = option(3e-4, "peak learning rate at lr_batch")
-    lr_batch: int = option(256, "batch size that lr is meant for", most=1 << 24)
+    steps: int = option(0, "optimiser steps; 0: the number that optim.epochs gives", most=STEPS)
+    lr: float = option(3e-4, "peak learning rate at a batch of optim.lr_batch images")
+    lr_batch: int = option(256, "batch size that optim.lr is for", most=1 << 24)
     lr_scaling: Literal["linear", "sqrt", "none"] = option(
-        "linear", "how the peak grows with batch_size / lr_batch"
+        "linear", "scaling of the peak learning rate with batch_size / lr_batch"
     )
-    lr_end: float = option(1e-6, "last value of the cosine")
-    warmup_epochs: float = option(10.0, "epochs of linear warm-up from 0", most=1e6)
-    beta1: float = option(0.9, "AdamW")
-    beta2: float = option(0.99, "AdamW")
-    eps: float = option(1e-8, "AdamW")
-    weight_decay: float = option(0.03, "AdamW; never on biases and 1-D tensors")
+    lr_end: float = option(1e-6, "learning rate at the end of the cosine schedule")
+    warmup_epochs: float = option(10.0, "epochs of linear learning rate warm-up from 0", most=1e6)
+    beta1: float = option(0.9, "beta1 of AdamW")
+    beta2: float = option(0.99, "beta2 of AdamW")
+    eps: float = option(1e-8, "epsilon of AdamW")
+    weight_decay: float = option(
+        0.03, "weight decay of AdamW; not applied to biases and 1-D tensors"
+    )
     layer_decay: float = option(
-        1.0, "the rate of each encoder layer by that of the next above it; 1: the same for all"
+        1.0,
+        "layer-wise learning rate decay: the factor from an encoder layer to the one below; 1: off",
     )
-    clip: float = option(0.0, "largest gradient norm; 0: off")
+    clip: float = option(0.0, "clip gradients to this norm; 0: off")
     ema: float = option(
         0.0,
-        "decay of an average of the student's weights, exported and evaluated in their place;"
-        " 0: off",
+        "decay of an exponential moving average (EMA) of the student's weights, which is exported"
+        " and evaluated instead of them; 0: off",
     )
 
     def __post_init__(self) -> None:
@@ -72,26 +77,30 @@ class Optim:
         return count
 
     def warmup_steps(self, images: int) -> int:
-        """Optimiser steps of the warm-up; never more than the run has."""
+        """Optimiser steps of the warm-up; at most those of the run."""
         return min(round(self.warmup_epochs * images / self.batch_size), self.step_count(images))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """The table after the last step: kNN and a linear probe on frozen features."""
+    """Evaluation after the last step: kNN and a linear probe on frozen features."""
 
     on: bool = option(
         True,
-        "evaluate after training, where the images have at least two class folders",
+        "evaluate after training, if the images have at least two class folders",
         machinery=True,
     )
-    k: int = option(10, "neighbours of the kNN", machinery=True, most=1_000_000)
+    k: int = option(10, "number of neighbours of kNN", machinery=True, most=1_000_000)
     temperature: float = option(
         0.07, "softmax temperature of the neighbours' votes", machinery=True
     )
-    max_train: int = option(50_000, "training images used by the probes", machinery=True)
-    max_val: int = option(10_000, "validation images used by the probes", machinery=True)
-    batch: int = option(64, "images per forward", machinery=True, most=1_000_000)
+    max_train: int = option(
+        50_000, "most training images that kNN and the linear probe use", machinery=True
+    )
+    max_val: int = option(
+        10_000, "most validation images that kNN and the linear probe use", machinery=True
+    )
+    batch: int = option(64, "images per forward of a rank", machinery=True, most=1_000_000)
 
     def __post_init__(self) -> None:
         check_most(self, "eval.")
@@ -101,82 +110,89 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Cadence of the loop, and what it does about trouble; a run may go on with others."""
+    """The training loop: logging, checkpoints, compilation, roll-backs and time limits."""
 
     log_every: int = option(10, "steps between log lines", machinery=True)
     save_minutes: float = option(
         15.0,
-        "minutes from one checkpoint to the next, which is saved at a log line; 0: off; the last"
-        " step always saves",
+        "minutes between checkpoints, rounded up to a logged step; 0: off; a checkpoint is always"
+        " saved after the last step",
         machinery=True,
         most=1e6,
     )
-    save_every: int = option(0, "steps between checkpoints, too; 0: off", machinery=True)
-    keep_last: int = option(2, "newest checkpoints kept", machinery=True, most=1_000_000)
+    save_every: int = option(
+        0, "steps between checkpoints, besides those of run.save_minutes; 0: off", machinery=True
+    )
+    keep_last: int = option(
+        2, "number of newest checkpoints to keep", machinery=True, most=1_000_000
+    )
     keep_every: int = option(
         0,
-        "save and keep a checkpoint of each step that is a multiple of this; 0: off",
+        "save a checkpoint every so many steps and keep all of these; 0: off",
         machinery=True,
     )
     keep_best: int = option(
         0,
-        "keep so many checkpoints of the lowest training loss; 0: off",
+        "number of checkpoints with the lowest training loss to keep; 0: off",
         machinery=True,
         most=1_000_000,
     )
     compile: Literal["none", "student", "teachers", "all"] = option(
         "none",
-        "whose transformer blocks run through torch.compile while the student trains",
+        "models whose transformer blocks are compiled by torch.compile during training",
         machinery=True,
     )
     deterministic: bool = option(
         False,
-        "run deterministic GPU kernels alone, so that a run repeats itself and resumes bit for bit,"
-        " as it does on a CPU; slower",
+        "use deterministic GPU kernels only, so that a run repeats and resumes bit for bit, as it"
+        " does on a CPU; slower",
         machinery=True,
     )
     stop_at: int = option(
-        0, "save and stop after this step, to be resumed; 0: at the end", machinery=True
+        0, "save and stop after this step; the run can be resumed; 0: off", machinery=True
     )
     extend: bool = option(
         False,
-        "train a run further than it was started for: --optim.steps or --optim.epochs may be more,"
-        " in its --out or from --resume OLD; the schedules are those of the new length",
+        "extend a finished or stopped run, in its --out or by --resume OLD, to more --optim.steps"
+        " or"
+        " --optim.epochs; schedules are computed for the new length",
         machinery=True,
     )
     stop_file: str = option(
         "",
-        "save and stop, to be resumed, when this file is there, as for OUT/STOP",
+        "save and stop as soon as this file exists, as with OUT/STOP; the run can be resumed",
         machinery=True,
     )
     spike: float = option(
         0.0,
-        "skip a step whose loss lies this many robust deviations above the last 64; 0: off",
+        "skip a step whose loss exceeds the median of the last 64 by so many robust standard"
+        " deviations; 0: off",
         machinery=True,
     )
     rollback_after: int = option(
         5,
-        "skipped steps in a row after which it goes back to the checkpoint before them, and on past"
-        " their samples",
+        "after this many skipped steps in a row, roll back to the checkpoint before them and skip"
+        " the samples that caused them",
         machinery=True,
         most=1_000_000,
     )
     max_rollbacks: int = option(
         3,
-        "how often a run may go back; where it would again, it stops",
+        "number of roll-backs after which the run aborts instead of rolling back again",
         machinery=True,
         most=1_000_000,
     )
     hang_timeout: float = option(
         120.0,
-        "seconds without a sign of life after which a rank counts as dead and the run ends; 0: off",
+        "abort if a rank sends no heartbeat for this many seconds; 0: off",
         machinery=True,
         most=1e9,
     )
     stall_timeout: float = option(
         600.0,
-        "seconds in which no rank gets on after which the run ends (four times as many while it"
-        " builds, resumes, compiles or saves, twelve while it evaluates); 0: off",
+        "abort if no rank makes progress for this many seconds (4x during setup, compilation,"
+        " resume"
+        " and save; 12x during evaluation); 0: off",
         machinery=True,
         most=1e9,
     )
@@ -190,5 +206,5 @@ class Run:
             check(getattr(self, key) >= 0, f"run.{key}", ">= 0", getattr(self, key))
 
     def compiles(self, what: str) -> bool:
-        """Whether the blocks of `student` or `teachers` are compiled."""
+        """True if the blocks of `student` or `teachers` are compiled."""
         return self.compile in (what, "all")

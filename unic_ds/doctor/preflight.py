@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from unic_ds.config import Config, ds_config
+from unic_ds.config.data import IMAGENET
 from unic_ds.planning import gpus, search
 
 OK, WARNING, FAILS = "ok", "warning", "fails"
@@ -154,7 +155,8 @@ def processor(name: str, patient: Patient) -> Row:
     words = set(Path("/proc/cpuinfo").read_text().split())
     fast = bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
     text = f"{dist.cores()} cores a rank, {'with' if fast else 'no'} bf16 instructions"
-    precision = patient.cfg.precision or ("bf16" if ds_config.bf16(patient.file) else "fp32")
+    bf16 = ds_config.DeepSpeedSettings.parse(patient.file).bf16
+    precision = patient.cfg.precision or ("bf16" if bf16 else "fp32")
     if not fast and precision == "bf16" and not torch.cuda.is_available():
         return row_of(
             name, text, remedy="--precision fp32 is several times faster here", state=WARNING
@@ -225,7 +227,7 @@ def disk_room(name: str, patient: Patient) -> Row:
         patient.file,
         gpus.get("h100-80"),
         count,
-        images=search.IMAGENET,
+        images=IMAGENET,
         efficiency=gpus.Efficiency(),
     )
     needs = max(row.checkpoint_gb for row in made) * (patient.cfg.run.keep_last + 1)

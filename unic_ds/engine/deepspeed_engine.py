@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unic_ds import config, dist
-from unic_ds.config import ds_config
+from unic_ds.config.ds_config import DeepSpeedSettings
 from unic_ds.engine import optim
 from unic_ds.engine.ema import AveragedAdamW, swapped_in
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def partitioned(make: Callable[[], Module], settings: dict[str, Any]) -> Module:
+def partitioned(make: Callable[[], Module], settings: DeepSpeedSettings) -> Module:
     """What `make` makes; under ZeRO-3 no rank ever holds all of it.
 
     Each parameter is partitioned at the end of its module's constructor, in the precision of the
     settings; what else is computed there stays in fp32, as under the other stages. Values written
     later are written through `whole`.
     """
-    if ds_config.stage(settings) < 3:
+    if settings.stage < 3:
         return make()
     deepspeed = load_deepspeed()
     # Before DeepSpeed knows of the ranks, zero.Init takes the settings to be one rank's.
@@ -45,10 +45,11 @@ def partitioned(make: Callable[[], Module], settings: dict[str, Any]) -> Module:
                 parameter.data = parameter.data.to(self.dtype)
             super()._post_init_method(module)
 
-    own = settings["zero_optimization"] | {"override_module_apply": False}
+    own = settings.raw["zero_optimization"] | {"override_module_apply": False}
+    raw = settings.raw | {"zero_optimization": own}
     linear = F.linear
     try:
-        with Birth(config_dict_or_path=settings | {"zero_optimization": own}, tensor_overrides=[]):
+        with Birth(config_dict_or_path=raw, tensor_overrides=[]):
             student = make()
         if F.linear is not linear:
             use_zero3_linear_in_student_only(student, F.linear)
@@ -77,14 +78,14 @@ def shape(value: Tensor) -> torch.Size:
     return getattr(value, "ds_shape", value.shape)
 
 
-def build(student: nn.Module, cfg: config.Optim, settings: dict[str, Any]) -> Any:
+def build(student: nn.Module, cfg: config.Optim, settings: DeepSpeedSettings) -> Any:
     """A DeepSpeed engine around `student` with AdamW on its trained parameters."""
     deepspeed = load_deepspeed()
     groups = optim.groups(student, cfg.weight_decay, layer_decay=cfg.layer_decay)
     optimizer = adamw(groups, cfg)
     linear = F.linear
     engine, *_ = deepspeed.initialize(
-        model=student, optimizer=optimizer, config=settings, dist_init_required=False
+        model=student, optimizer=optimizer, config=settings.raw, dist_init_required=False
     )
     if F.linear is not linear:
         use_zero3_linear_in_student_only(student, F.linear)

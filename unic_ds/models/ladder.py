@@ -19,6 +19,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from unic_ds import config
+from unic_ds.config.block_choice import RungChoice
 from unic_ds.ops import FUSED, Ops
 from unic_ds.tokens import KINDS, Tokens
 
@@ -175,7 +176,7 @@ class Ladder(nn.Module):
         self.rungs = nn.ModuleDict()
         self.heads: Any = nn.ModuleDict()
         if cfg.one_op:
-            project = partial(ops.ladder_projection, recompute=cfg.recompute)
+            project = partial(ops.ladder_projection, recompute=cfg.activation_checkpointing)
             for kind in KINDS:
                 outs = {name: head.width for name, head in heads.items() if kind in head.kinds}
                 own = {name: sizes[name] for name in outs}
@@ -282,18 +283,7 @@ class Ladder(nn.Module):
 
 def rung_blocks(rungs: str, depth: int) -> list[int]:
     """0-based blocks that `all`, `half`, `middle`, `last` or a list names; ValueError if absent."""
-    named = {
-        "all": range(depth),
-        "half": range(depth - 1, -1, -2),
-        "middle": [(depth - 1) // 2],
-        "last": [depth - 1],
-    }
-    blocks = sorted(set(named[rungs] if rungs in named else map(int, rungs.split(","))))
-    if blocks[-1] >= depth:
-        raise ValueError(
-            f"ladder.rungs names block {blocks[-1]}; the student's last is {depth - 1}"
-        )
-    return blocks
+    return RungChoice.parse(rungs).blocks(depth)
 
 
 def require_last(blocks: list[int], depth: int) -> list[int]:

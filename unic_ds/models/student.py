@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from unic_ds import config, rng
 from unic_ds.blocks import compile_each
 from unic_ds.config import overrides
+from unic_ds.config.block_choice import ActivationCheckpointing
 from unic_ds.files.printable import printable
 from unic_ds.models.ladder import Head, Ladder
 from unic_ds.models.meta import NoInit
@@ -80,7 +81,7 @@ class Student(nn.Module):
         freeze_after_blocks(self.encoder)
         if compiled:
             compile_each(self.encoder.blocks)
-        self.recomputed = recompute(self.encoder.blocks, cfg.checkpoint)
+        self.recomputed = recompute(self.encoder.blocks, cfg.activation_checkpointing)
 
     def parts(self) -> Iterator[tuple[nn.Parameter, dict[str, tuple[slice, ...]]]]:
         """Every parameter with the published names of what it holds, and where."""
@@ -280,10 +281,7 @@ def recompute(blocks: nn.Sequential, which: str) -> list[nn.Module]:
 
     Their random decisions are given (`DropPath`), so no generator's state need be kept.
     """
-    kind, _, every = which.partition(":")
-    if kind == "none":
-        return []
-    chosen = list(blocks)[:: int(every or 1)]
+    chosen = [blocks[i] for i in ActivationCheckpointing.parse(which).blocks(len(blocks))]
     for block in chosen:
         block.forward = partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False

@@ -1,6 +1,4 @@
-"""GPUs as the planner knows them: memory, peak and bandwidths by the vendors' data sheets, and the
-shares of them that kernels are assumed to reach.
-"""
+"""GPUs by the vendors' data sheets: memory, peak FLOP/s, bandwidths; and assumed efficiencies."""
 
 from __future__ import annotations
 
@@ -10,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from unic_ds.config import check
-from unic_ds.config.overrides import nearest
+from unic_ds.config.option import nearest
+from unic_ds.config.overrides import coerce
 from unic_ds.files.documents import read_yaml
 from unic_ds.files.printable import printable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU and what joins it to others; bandwidths are of one direction."""
+    """One GPU and its links to others; bandwidths are of one direction."""
 
     name: str
-    memory_gb: float  # what the driver shows, in 1e9 bytes
+    memory_gb: float  # as the driver reports it, in 1e9 bytes
     tflops: float  # dense bf16
     memory_gb_s: float
     node_gb_s: float  # to the other GPUs of its node
@@ -43,10 +42,10 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Shares of a GPU's peaks that kernels reach with large micro batches.
+    """Fractions of a GPU's peaks that kernels reach with large micro batches.
 
-    Assumptions, to be replaced by measured ones. Shares of the peak that all kernels of `teachers`
-    or `student` reach together, once measured, stand for `matmul`, `attention` and `memory` there.
+    They are assumed until measured. `teachers` or `student`, a measured fraction of the peak over
+    all of its kernels, replaces `matmul`, `attention` and `memory` there.
     """
 
     matmul: float = 0.657  # products: 650 of an H100's 989 TFLOP/s
@@ -56,11 +55,26 @@ class Efficiency:
     teachers: float | None = None
     student: float | None = None
     links: float = 0.75
-    overlap: float = 0.80  # of what communication may hide behind: backward, teachers' forward
+    overlap: float = 0.80  # fraction of backward and teachers' forward that hides communication
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             check(value is None or 0 < value <= 1, f"--efficiency {name}", "in (0, 1]", value)
+
+    @classmethod
+    def parse(cls, text: str) -> Efficiency:
+        """Parse `student=0.4,links=0.7`; ValueError for an unknown name or no number."""
+        rates: dict[str, float] = {}
+        known = [field.name for field in fields(cls)]
+        for word in filter(None, text.split(",")):
+            name, _, value = word.partition("=")
+            if name not in known:
+                near = nearest(name, known)
+                raise ValueError(
+                    f"--efficiency has no {name!r}{near}; there are {', '.join(known)}"
+                )
+            rates[name] = coerce(float, value, f"--efficiency {name}")
+        return cls(**rates)
 
 
 def _row(  # a data sheet's numbers, in the order of the fields
@@ -92,9 +106,9 @@ GPUS = {
 
 
 def get(name: str) -> Gpu:
-    """A GPU of the table or of a .yaml file with the fields of `Gpu`; else ValueError.
+    """A GPU by its name, a unique prefix of one, or a .yaml file with `Gpu`'s fields.
 
-    The beginning of a name will do where one alone begins so.
+    ValueError for anything else.
     """
     if Path(name).suffix in (".yaml", ".yml"):
         return read(Path(name))
@@ -125,6 +139,6 @@ def read(file: Path) -> Gpu:
 
 
 def peak_tflops(device: str) -> float | None:
-    """Dense bf16 peak of a device by the name that CUDA gives it; None where it is not known."""
+    """Dense bf16 peak of a device by its CUDA name, in TFLOP/s; None if it is not known."""
     names = sorted(GPUS, key=len, reverse=True)
     return next((GPUS[n].tflops for n in names if n.partition("-")[0].upper() in device), None)

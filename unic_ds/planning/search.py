@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from unic_ds import config
 from unic_ds.config import Config, ds_config, job, overrides
+from unic_ds.config.data import IMAGENET
 from unic_ds.planning import estimate, gpus
 from unic_ds.planning.gpus import Efficiency, Gpu
 
-IMAGENET = 1_281_167  # images that an epoch is taken to have where nobody says
 MICRO = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CHECKPOINTS = ("none", "every:2", "full")
 SHOWN = 8  # of what a search finds
@@ -34,7 +34,7 @@ def run(own: dict[str, str], cfg: Config) -> int:
     if not cfg.teachers:
         raise ValueError("plan needs teachers; a --recipe has some")
     file = ds_config.read(own.get("ds_config", "ds_configs/zero2.json"))
-    rates = efficiency(own.get("efficiency", ""))
+    rates = Efficiency.parse(own.get("efficiency", ""))
     accept(cfg)
     given: dict[str, Any] = {"images": images, "efficiency": rates}
     if "search" in own:
@@ -55,19 +55,6 @@ def accept(cfg: Config) -> None:
     acceptance.accept_models([stage for stage, _ in job.staged(cfg, Path())])
 
 
-def efficiency(text: str) -> Efficiency:
-    """Assumed shares of the peaks from `student=0.4,links=0.7`; ValueError for another name."""
-    rates = {}
-    known = [field.name for field in fields(Efficiency)]
-    for word in filter(None, text.split(",")):
-        name, _, value = word.partition("=")
-        if name not in known:
-            near = overrides.nearest(name, known)
-            raise ValueError(f"--efficiency has no {name!r}{near}; there are {', '.join(known)}")
-        rates[name] = float(overrides.coerce(float, value, f"--efficiency {name}"))
-    return Efficiency(**rates)
-
-
 def stages(
     cfg: Config,
     file: dict[str, Any],
@@ -83,8 +70,7 @@ def stages(
     found = []
     for stage, _ in job.staged(cfg, Path()):
         settings = ds_config.merge(file, stage, count)
-        micro = settings["train_micro_batch_size_per_gpu"]
-        traced = trace(stage, micro, bf16=ds_config.bf16(settings))
+        traced = trace(stage, settings.micro_batch, bf16=settings.bf16)
         found.append(
             estimate.make(
                 stage, settings, traced, gpu, count, per_epoch=images, efficiency=efficiency
@@ -109,11 +95,11 @@ def search(
     """
     from unic_ds.planning.trace import between, trace
 
-    dtype = ds_config.bf16(ds_config.merge(file, cfg, count))
+    dtype = ds_config.merge(file, cfg, count).bf16
     found = []
     for which, (stage, micro) in product(CHECKPOINTS, candidates(cfg, file, count)):
         for placement, offload in product(placements(cfg), (False, True)):
-            chosen = replace(cfg, student=replace(cfg.student, checkpoint=which))
+            chosen = replace(cfg, student=replace(cfg.student, activation_checkpointing=which))
             if placement:
                 chosen = placed(chosen, placement)
             settings = ds_config.merge(variant(file, stage, micro, offload=offload), chosen, count)

@@ -1,48 +1,45 @@
-"""Time of a step's kernels on a GPU, and of Python to queue them: arithmetic on counted work.
+"""Estimates the time of a step's kernels on a GPU, and of Python to launch them, from counts.
 
     products, attention, the ladder's kernels    FLOPs over shares of the GPU's peak
     all other kernels                            bytes read and written over a share of its memory's
     DALI's kernels                               pixels decoded, and bytes as above
     host                                         operators, hooks and the step at a cost each
 
-`tracing` counts FLOPs, bytes and operators; shares and costs are `gpus.Efficiency` and the
-constants below. A step takes as long as the slower of GPU and host.
+`planning.trace` counts FLOPs, bytes and operators; `gpus.Efficiency` and the constants below are
+their rates. A step takes as long as the slower of GPU and host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 from unic_ds import config
-from unic_ds.config import ds_config
+from unic_ds.config.ds_config import DeepSpeedSettings
+from unic_ds.planning.counters import Work
 from unic_ds.planning.gpus import Efficiency, Gpu
-
-if TYPE_CHECKING:  # for they know torch, and a wrong option is told before
-    from unic_ds.planning.counters import Work
-    from unic_ds.planning.trace import Trace
+from unic_ds.planning.trace import Trace
 
 HALF = 300
 """Patch tokens of a micro batch at which kernels reach half their rate; assumed. Of 2,304 tokens,
 tiles of 128 x 128 fill 132 multiprocessors 1.6 to 4.4 times: the last turn leaves 10-20 % idle."""
-RECOMPUTE_ALL = 0.16  # of the ladder's work, as kernels/README.md counts it
+RECOMPUTE_ALL = 0.16  # of the ladder's FLOPs (kernels/README.md)
 
 PIXELS = 500 * 375  # of a training image, as ImageNet's are
 DECODED = 1e9  # pixels that nvJPEG decodes in a second of the whole GPU; assumed
-FP32_PIXEL, BYTE_PIXEL = 12, 3  # bytes, as a kernel keeps it between two passes, and as it is
+FP32_PIXEL, BYTE_PIXEL = 12, 3  # bytes per pixel: between two passes of a kernel, in an image
 
-FORWARD_S, BACKWARD_S = 25e-6, 30e-6  # of the host for an operator
-HOOK_S = 96e-6  # for a trained tensor in a backward under ZeRO
+FORWARD_S, BACKWARD_S = 25e-6, 30e-6  # host seconds per operator
+HOOK_S = 96e-6  # per trained tensor in a backward under ZeRO
 STEP_S = 25e-3  # of DeepSpeed's step
 """Measured on a CPU, where kernels cost next to nothing: docs/scaling.md."""
 WAIT_S = 8.5e-3
-"""For which the GPU idles after the host waited for it: the update and the next kernels are still
-to be queued. The host waits so under offload. Arithmetic: 5 to 12 ms."""
+"""Seconds for which the GPU idles after the host has waited for it, as under offload: the update
+and the next kernels are not launched yet. Estimated: 5 to 12 ms."""
 
 
 class Seconds(NamedTuple):
-    """Time of kernels: products and attention, and those that only move bytes."""
+    """Seconds of compute-bound kernels (products, attention) and of memory-bound ones."""
 
     products: float
     moved: float
@@ -56,7 +53,7 @@ class Seconds(NamedTuple):
 def of_work(
     work: Work, gpu: Gpu, rate: Efficiency, *, fused: bool = False, share: float | None = None
 ) -> Seconds:
-    """Seconds of kernels; `share` of the peak for all FLOPs, where measured, stands for all else.
+    """Seconds of kernels; a measured `share` of the peak replaces all other rates.
 
     `fused`: operators between two products are one kernel.
     """
@@ -70,7 +67,7 @@ def of_work(
 
 
 def kept_share(cfg: config.Config) -> float:
-    """Share of (teacher, image) pairs that teacher dropping keeps, on average."""
+    """Expected fraction of (teacher, image) pairs that teacher dropping keeps."""
     count = len(cfg.teachers)
     return (1 + (count - 1) * (1 - cfg.drop.rate)) / count
 
@@ -78,9 +75,7 @@ def kept_share(cfg: config.Config) -> float:
 def kernels(
     cfg: config.Config, traced: Trace, gpu: Gpu, rate: Efficiency, recomputed: float
 ) -> dict[str, Seconds]:
-    """Seconds of a micro batch's kernels by part; `recomputed` FLOPs of the encoder come again."""
-    from unic_ds.planning.counters import Work
-
+    """Seconds of a micro batch's kernels by part; `recomputed` FLOPs of the encoder run twice."""
     tokens, work = traced.images * traced.tokens, traced.work
     compiled, student = cfg.run.compiles("student"), rate.student
     named = [own for name, own in work.items() if name.startswith("teacher ")]
@@ -89,7 +84,7 @@ def kernels(
     # The ladder's own backward skips what is dropped; plain torch's is counted as it is.
     done = work["ladder backward"].combine(max, Work(ladder=2 * kept_share(cfg) * ladder))
     again = forward.times(recomputed / forward.flops)
-    if cfg.ladder.recompute == "all":
+    if cfg.ladder.activation_checkpointing == "all":
         again = again.combine(max, Work(ladder=3 * RECOMPUTE_ALL * ladder))
     fused = cfg.run.compiles("teachers")
     found = {
@@ -107,7 +102,7 @@ def kernels(
 
 
 def dali(cfg: config.Config, traced: Trace, gpu: Gpu, rate: Efficiency) -> float:
-    """Seconds of DALI's kernels for a micro batch, which run beside the step's on the same GPU.
+    """Seconds of DALI's kernels for a micro batch, which share the GPU with the step's.
 
     Decoding by pixels; resizing reads the crop and writes an fp32 image half done; colour, blur
     and solarisation read and write images of bytes, blur an fp32 one between its passes.
@@ -127,9 +122,9 @@ def dali(cfg: config.Config, traced: Trace, gpu: Gpu, rate: Efficiency) -> float
 
 
 def host(
-    cfg: config.Config, settings: Mapping[str, Any], traced: Trace, recomputed: float
+    cfg: config.Config, settings: DeepSpeedSettings, traced: Trace, recomputed: float
 ) -> dict[str, float]:
-    """Seconds that Python takes to queue an optimiser step, by part; `recomputed` as `kernels`."""
+    """Seconds of Python to launch an optimiser step, by part; `recomputed` as for `kernels`."""
 
     def operators(names: list[str], what: str) -> float:
         fused = cfg.run.compiles(what)
@@ -146,7 +141,6 @@ def host(
         "student forward": FORWARD_S * (encoder + ladder["forward"]),
         "student backward": BACKWARD_S * backward,
         "recomputation": FORWARD_S * again,
-        "ZeRO's hooks": HOOK_S * traced.matrices if ds_config.stage(dict(settings)) else 0.0,
+        "ZeRO's hooks": HOOK_S * traced.matrices if settings.stage else 0.0,
     }
-    accumulation = settings["gradient_accumulation_steps"]
-    return {part: accumulation * s for part, s in micro.items()} | {"step": STEP_S}
+    return {part: settings.accumulation * s for part, s in micro.items()} | {"step": STEP_S}

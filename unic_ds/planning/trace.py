@@ -1,13 +1,13 @@
-"""A training step on tensors without contents: its FLOPs, what it keeps, what it holds at most.
+"""Traces a training step on fake tensors: FLOPs, activations kept for backward, peak memory.
 
-Every shape and type is the real step's, and so is every operator, but for kernels' own scratch
-memory; nothing is computed, so a ViT-g fits into a laptop.
+Shapes, dtypes and operators are those of a real step, except for scratch memory inside kernels;
+nothing is computed, so a ViT-g fits into a laptop.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
@@ -28,14 +28,15 @@ from unic_ds.ops import KERNELS
 from unic_ds.planning.counters import Meter, Work, flop_counter
 from unic_ds.teachers import cache as cache_of
 from unic_ds.teachers import quantisation, sources
+from unic_ds.teachers.adapters import Tower
 from unic_ds.teachers.teacher import DTYPE, Teacher
 from unic_ds.tokens import Target, Tokens
 
-AGAIN, AGAIN_ZERO3 = "recomputed", "recomputed under ZeRO-3"
-"""FLOPs of blocks computed again: to the last tensor that backward wants; ZeRO-3's to the end."""
+RECOMPUTED, RECOMPUTED_ZERO3 = "recomputed", "recomputed under ZeRO-3"
+"""FLOPs of recomputed blocks: up to the last tensor that backward uses; under ZeRO-3 all."""
 
 PARTS = ("encoder forward", "ladder forward", "ladder backward", "encoder backward")
-"""Of a student's step, in order; the ladder's are with the loss."""
+"""Parts of a student's step, in order; those of the ladder include the loss."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Trace:
     images: int
     flops: dict[
         str, float
-    ]  # teacher NAME, encoder forward, ladder forward, backward, AGAIN, AGAIN_ZERO3
-    work: dict[str, Work]  # teacher NAME, encoder or ladder, forward or backward; nothing again
+    ]  # teacher NAME, encoder forward, ladder forward, backward, RECOMPUTED, RECOMPUTED_ZERO3
+    work: dict[str, Work]  # teacher NAME, encoder or ladder, forward or backward; once each
     kept: dict[str, int]  # for backward: encoder, ladder and loss
     targets: int  # bytes of the teachers' tokens
     teachers_peak: int  # beyond weights and targets, while a teacher runs
@@ -80,8 +81,8 @@ def between(few: Trace, many: Trace, images: int) -> Trace:
     )
 
 
-class Run(NamedTuple):
-    """What running one teacher on a micro batch costs."""
+class TeacherCost(NamedTuple):
+    """Cost of one teacher on a micro batch."""
 
     work: Work
     parameters: int
@@ -96,25 +97,25 @@ class Run(NamedTuple):
         return self.work.flops
 
 
-class Forward(NamedTuple):
-    """A teacher's forward, its weights whole and of more than eight bits."""
+class TeacherForward(NamedTuple):
+    """Cost of a teacher's forward, with unsharded weights of more than eight bits."""
 
     work: Work
     peak: int  # beyond its weights
-    said: int  # bytes of its tokens
+    token_bytes: int
     teacher: Teacher
 
 
 @cache
 def outlined(row: config.Teacher, grid: int) -> Teacher:
-    """A teacher on the meta device, which gave tokens of two images; ValueError where it cannot."""
+    """A teacher on the meta device, run on two images; ValueError if it cannot be built or run."""
     with NoInit():
         source = sources.outline(row, grid=grid)
     return Teacher(row, source, grid=grid, device=torch.device("meta"))
 
 
 @cache
-def faked(row: config.Teacher, grid: int) -> tuple[Teacher, FakeTensorMode]:
+def fake_teacher(row: config.Teacher, grid: int) -> tuple[Teacher, FakeTensorMode]:
     """A teacher whose weights are fake tensors of the mode."""
     teacher, mode = outlined(row, grid), FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -123,47 +124,48 @@ def faked(row: config.Teacher, grid: int) -> tuple[Teacher, FakeTensorMode]:
 
 
 @cache
-def forward_of(row: config.Teacher, grid: int, images: int) -> Forward:
-    """Trace a teacher; ValueError where it cannot be built."""
-    teacher, mode = faked(row, grid)
+def trace_forward(row: config.Teacher, grid: int, images: int) -> TeacherForward:
+    """Trace a teacher's forward; ValueError if it cannot be built."""
+    teacher, mode = fake_teacher(row, grid)
     with mode:
         image = torch.empty(images, 3, teacher.size, teacher.size, dtype=torch.uint8)
         given = (image, *teacher.parameters(), *teacher.buffers())
         with Meter(given) as meter:
             tokens = teacher(image)
-    said = sum(x.nbytes for x in tokens)
-    return Forward(meter.work(), meter.peak, said, teacher)
+    token_bytes = sum(x.nbytes for x in tokens)
+    return TeacherForward(meter.work(), meter.peak, token_bytes, teacher)
 
 
-def run_of(row: config.Teacher, grid: int, images: int) -> Run:
-    """What a teacher costs, in its precision and where its weights are placed.
+def teacher_cost(row: config.Teacher, grid: int, images: int) -> TeacherCost:
+    """Trace the cost of a teacher, with its precision and placement.
 
-    ValueError where it cannot be built.
+    ValueError if it cannot be built.
     """
     at_once = min(images, row.micro or images)
     wide: dict[str, Any] = {"precision": "bf16"} if row.quantised else {}
-    found = forward_of(replace(row, placement="replicate", micro=0, **wide), grid, at_once)
+    found = trace_forward(replace(row, placement="replicate", micro=0, **wide), grid, at_once)
     teacher = found.teacher
     if row.quantised:
         quantisation.check_tower(row, teacher.tower.blocks())
-    nbytes, gathered = held(row, teacher.tower)
+    nbytes, gathered = weight_memory(row, teacher.tower)
     # The tokens of what it takes at once wait for the others', and are then put together.
-    joined = found.said * images / at_once if at_once < images else 0
-    return Run(
+    joined = found.token_bytes * images / at_once if at_once < images else 0
+    return TeacherCost(
         work=found.work.times(images / at_once),
         parameters=teacher.parameter_count,
         nbytes=nbytes,
-        peak=round(max(found.peak - found.said + gathered, joined)),
+        peak=round(max(found.peak - found.token_bytes + gathered, joined)),
         width=teacher.width,
         size=teacher.size,
     )
 
 
-def held(row: config.Teacher, tower: Any) -> tuple[int, int]:
-    """(bytes of a teacher's weights, what it makes of them for its forward: at most, at once).
+def weight_memory(row: config.Teacher, tower: Tower) -> tuple[int, int]:
+    """(bytes of a teacher's weights, peak bytes of the copies that its forward makes of them).
 
-    Spread weights are gathered: those outside its blocks, a block, and the next one meanwhile.
-    Weights of eight bits become a Linear's of bf16, or stay where what they multiply has eight too.
+    Sharded weights are gathered: those outside its blocks, those of a block and of the next one.
+    Weights of eight bits are expanded to bf16 one Linear at a time, unless its inputs have eight
+    bits too.
     """
     blocks = tower.blocks()
     sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
@@ -181,14 +183,14 @@ def held(row: config.Teacher, tower: Any) -> tuple[int, int]:
 def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
     """Trace a micro batch of a run; ValueError for teachers or a student that cannot be built."""
     grid = grid_of(cfg.student)
-    runs = {row.name: run_of(row, grid, images) for row in cfg.teachers}
+    runs = {row.name: teacher_cost(row, grid, images) for row in cfg.teachers}
     widths = {name: run.width for name, run in runs.items()}
     for name in stored(cfg):  # whose tokens come with the images
         runs[name] = runs[name]._replace(work=Work(), nbytes=0, peak=0)
     shown = (run.size for name, run in runs.items() if name not in stored(cfg))
     # The student does not see where its teachers' weights are, nor how the run is run.
     rows = tuple(replace(row, placement="replicate", micro=0) for row in cfg.teachers)
-    found = student_of(replace(cfg, teachers=rows, run=config.Run()), images, bf16)
+    found = student_cost(replace(cfg, teachers=rows, run=config.Run()), images, bf16)
     before = accumulate([0, *found.targets.values()])  # tokens that wait while a later one runs
     return Trace(
         images=images,
@@ -212,7 +214,7 @@ def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
 
 
 def stored(cfg: config.Config) -> list[str]:
-    """Teachers whose tokens come from the feature cache; ValueError where that is none."""
+    """Names of teachers whose tokens come from the feature cache; ValueError if there is none."""
     if not cfg.cache:
         return []
     manifest = cache_of.read_manifest(Path(cfg.cache))
@@ -224,8 +226,8 @@ def stored(cfg: config.Config) -> list[str]:
     return [row.name for row in cfg.teachers if row.name in manifest["teachers"]]
 
 
-class Step(NamedTuple):
-    """What a student's step costs, beside its teachers."""
+class StudentCost(NamedTuple):
+    """Cost of a student's step, without its teachers."""
 
     flops: dict[str, float]
     work: dict[str, Work]
@@ -239,10 +241,10 @@ class Step(NamedTuple):
 
 
 @cache
-def student_of(cfg: config.Config, images: int, bf16: bool) -> Step:
-    """Trace a student's step; ValueError where it cannot be built."""
+def student_cost(cfg: config.Config, images: int, bf16: bool) -> StudentCost:
+    """Trace a student's step; ValueError if it cannot be built."""
     grid, dtype = grid_of(cfg.student), torch.bfloat16 if bf16 else torch.float32
-    widths = {row.name: run_of(row, grid, images).width for row in cfg.teachers}
+    widths = {row.name: teacher_cost(row, grid, images).width for row in cfg.teachers}
     student = outline(cfg, widths).to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         to_cpu(student)
@@ -255,13 +257,13 @@ def student_of(cfg: config.Config, images: int, bf16: bool) -> Step:
         }
         flops, work, kept, peak = step(cfg, student, targets, images)
     if student.recomputed:
-        plain = replace(cfg, student=replace(cfg.student, checkpoint="none"))
-        without = student_of(plain, images, bf16)
-        flops[AGAIN] = flops["backward"] - without.flops["backward"]
+        plain = replace(cfg, student=replace(cfg.student, activation_checkpointing="none"))
+        without = student_cost(plain, images, bf16)
+        flops[RECOMPUTED] = flops["backward"] - without.flops["backward"]
         work = without.work
     own = list(student.parameters())
     trained = {p for p in own if p.requires_grad}
-    return Step(
+    return StudentCost(
         flops=flops,
         work=work,
         kept=kept,
@@ -295,76 +297,96 @@ def forward_flops(cfg: config.Config, widths: dict[str, int]) -> float:
     return float(counter.get_total_flops())
 
 
+class KeptBytes:
+    """Bytes of the tensors that autograd keeps for backward, by part of the step."""
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        self.part = "encoder"
+        self.bytes: Counter[str] = Counter()
+        self.seen = {x.untyped_storage()._cdata for x in given}
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Count a tensor's storage once; for `saved_tensors_hooks`."""
+        storage = x.untyped_storage()
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.bytes[self.part] += storage.nbytes()
+        return x
+
+
+def watch_recomputed(blocks: Iterable[nn.Module], meter: Meter, kept: KeptBytes) -> list[float]:
+    """Count the inputs of recomputed blocks; returns a list that gets the FLOPs of each forward."""
+    flops: list[float] = []
+
+    def begin(given: tuple[Tensor, ...]) -> None:
+        kept.pack(given[0])  # no hook for saved tensors is called for it
+        flops.append(meter.flops)
+
+    for block in blocks:
+        block.register_forward_pre_hook(lambda _, given: begin(given))
+        block.register_forward_hook(lambda *_: flops.append(meter.flops - flops.pop()))
+    return flops
+
+
 def step(
     cfg: config.Config, student: Student, targets: dict[str, Tokens], images: int
 ) -> tuple[dict[str, float], dict[str, Work], dict[str, int], int]:
-    """(FLOPs by part, Work by part, bytes kept for backward by part, bytes held at most) of a
-    student's step.
-    """
-    for parameter in student.parameters():  # where gradients go is another matter: ZeRO's
+    """(FLOPs by part, Work by part, bytes kept for backward by part, peak bytes) of a step."""
+    for parameter in student.parameters():  # ZeRO decides where gradients are kept
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(drop_grad)
     side = cfg.student.size
     image = torch.empty(images, 3, side, side, dtype=torch.uint8)
     path_BK = torch.empty(images, len(student.paths))
     drop_TB = torch.empty(len(cfg.teachers), images)
-    weights = {p.untyped_storage()._cdata for p in student.parameters()}
-    weights |= {x.untyped_storage()._cdata for tokens in targets.values() for x in tokens}
-    kept: Counter[str] = Counter()
-    part, seen = "encoder", set(weights)
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            kept[part] += storage.nbytes()
-        return x
-
-    marks, again = [Work()], list[float]()
+    given = (*student.parameters(), *(x for tokens in targets.values() for x in tokens))
+    kept, marks = KeptBytes(given), [Work()]
 
     def mark() -> None:
         marks.append(meter.work())
 
-    def climb() -> None:
-        nonlocal part
-        part = "ladder and loss"
+    def begin_ladder() -> None:
+        kept.part = "ladder and loss"
         mark()
 
-    def begin(_: Tensor) -> None:
-        again.append(meter.flops)
-
-    given = (*student.parameters(), *(x for tokens in targets.values() for x in tokens))
     with Meter(given) as meter:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            for block in student.recomputed:  # whose input is kept where no hook for it is called
-                block.register_forward_pre_hook(lambda _, given: begin(pack(given[0])))
-                block.register_forward_hook(lambda *_: again.append(meter.flops - again.pop()))
-            # Backward reaches the last block when ladder and loss are done with.
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
+            recomputed = watch_recomputed(student.recomputed, meter, kept)
+            # Backward reaches the last block after the ladder and the loss.
             last: nn.Module = student.encoder.blocks[-1]
             last.register_forward_hook(lambda *found: on_gradient(found[-1], mark))
-            hook = student.ladder.register_forward_pre_hook(lambda *_: climb())
+            hook = student.ladder.register_forward_pre_hook(lambda *_: begin_ladder())
             pred = student(image, path_BK)
             hook.remove()
-            judged, _ = distill_loss(
-                pred,
-                {name: Target.of(tokens) for name, tokens in targets.items()},
-                drop_TB,
-                loss=cfg.loss,
-                balance=balance.build(cfg),
-                distances=cfg.distances,
-                ops=KERNELS[cfg.kernels],
-            )
+            loss = loss_of(cfg, pred, targets, drop_TB)
         mark()
-        judged.backward()
+        loss.backward()
         mark()
     found = {n: b.since(a) for n, a, b in zip(PARTS, marks, marks[1:], strict=False)}
     flops = {name: found[name].flops for name in PARTS[:2]}
     flops["backward"] = marks[-1].since(marks[2]).flops
-    return flops | {AGAIN: 0.0, AGAIN_ZERO3: sum(again)}, found, dict(kept), meter.peak
+    flops |= {RECOMPUTED: 0.0, RECOMPUTED_ZERO3: sum(recomputed)}
+    return flops, found, dict(kept.bytes), meter.peak
+
+
+def loss_of(
+    cfg: config.Config, pred: dict[str, Tokens], targets: dict[str, Tokens], drop_TB: Tensor
+) -> Tensor:
+    """The distillation loss of predictions, given the teachers' tokens."""
+    loss, _ = distill_loss(
+        pred,
+        {name: Target.of(tokens) for name, tokens in targets.items()},
+        drop_TB,
+        loss=cfg.loss,
+        balance=balance.build(cfg),
+        distances=cfg.distances,
+        ops=KERNELS[cfg.kernels],
+    )
+    return loss
 
 
 def on_gradient(x: Tensor, call: Callable[[], None]) -> None:
-    """Call `call` when the gradient of `x` is complete, before it is used."""
+    """Call a function when the gradient of `x` is complete, before it is used."""
     x.register_hook(lambda _: call())
 
 
@@ -374,5 +396,5 @@ def to_cpu(module: nn.Module) -> None:
 
 
 def drop_grad(parameter: nn.Parameter) -> None:
-    """Free a gradient as soon as it is there."""
+    """Free a gradient as soon as it is accumulated."""
     parameter.grad = None

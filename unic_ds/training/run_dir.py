@@ -10,7 +10,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any
 
-from unic_ds.config import ds_config, extension, job, overrides, recipes
+from unic_ds.config import extension, job, overrides, recipes
 from unic_ds.engine import optim
 from unic_ds.training.setup import Parts, decoder_of, fit_statistics
 
@@ -62,7 +62,7 @@ def write_run_files(task: job.Job, parts: Parts, whole: job.Job) -> IO[str]:
     contents = {
         task.out / "config.yaml": settings_of(task),
         task.out / "teachers.json": json.dumps(parts.manifest, indent=1) + "\n",
-        task.out / "ds_config.json": json.dumps(task.settings, indent=1) + "\n",
+        task.out / "ds_config.json": json.dumps(task.settings.raw, indent=1) + "\n",
     }
     if not extension.pending(whole.cfg, whole.out):
         contents |= {whole.out / "config.yaml": settings_of(whole)}
@@ -133,8 +133,8 @@ def checkpoint_identity(task: job.Job, parts: Parts) -> dict[str, Any]:
         "feature cache": parts.cache.identity if parts.cache else None,
         "decoder": decoder_of(task.cfg),
         "ranks": dist.world(),
-        "zero_stage": ds_config.stage(task.settings),
-        "bf16": ds_config.bf16(task.settings),
+        "zero_stage": task.settings.stage,
+        "bf16": task.settings.bf16,
         **{f"--{key}": value for key, value in overrides.science(task.cfg).items()},
     }
 

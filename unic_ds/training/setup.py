@@ -302,7 +302,7 @@ def open_stream(
         seed=task.cfg.seed,
         sizes=(task.cfg.student.size, *sizes),
         batch_size=task.cfg.optim.batch_size,
-        micro=task.settings["train_micro_batch_size_per_gpu"],
+        micro=task.settings.micro_batch,
         rank=dist.rank(),
         world=dist.world(),
         device=device,
