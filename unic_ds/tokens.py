@@ -1,4 +1,4 @@
-"""What teachers and student hand on, and the dimension key of every tensor name.
+"""Token batches of teachers and student, and the dimension key of every tensor name.
 
 B images per rank     N patch tokens      D student width    H, W image or map sides
 C teacher width       T teachers          L ladder rungs     K drop-path branches
@@ -28,29 +28,29 @@ class Tokens(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a teacher says of an image batch: its tokens, and how they become targets.
+    """A teacher's features of an image batch and the map from features to targets.
 
-    target = clip((raw - mean) / divisor, -clamp, clamp) of each kind and channel; clamp 0 is off.
+    target = clip((features - mean) / divisor, -clamp, clamp) per kind and channel; clamp 0 is off.
     """
 
-    raw: Tokens
+    features: Tokens
     mean_2C: Tensor
     divisor_2C: Tensor
     clamp: float
 
     @classmethod
     def of(cls, tokens: Tokens, clamp: float = 0.0) -> Target:
-        """Tokens that are targets already, save for the clamp."""
+        """Target of tokens that are standardised already; the clamp alone applies."""
         mean_2C = torch.zeros(2, tokens.cls_BC.shape[-1], device=tokens.cls_BC.device)
         return cls(tokens, mean_2C, torch.ones_like(mean_2C), clamp)
 
     def standardised(self) -> Tokens:
-        """The fp32 targets themselves."""
+        """fp32 targets of both kinds of token."""
         return Tokens(self.kind(0), self.kind(1))
 
     def kind(self, kind: int) -> Tensor:
-        """The fp32 targets of one kind of token."""
-        y_C = (self.raw[kind].float() - self.mean_2C[kind]) / self.divisor_2C[kind]
+        """fp32 targets of one kind of token (0: cls, 1: patch)."""
+        y_C = (self.features[kind].float() - self.mean_2C[kind]) / self.divisor_2C[kind]
         return y_C.clamp(-self.clamp, self.clamp) if self.clamp > 0 else y_C
 
 
@@ -70,11 +70,14 @@ def from_map(map_BCHW: Tensor) -> Tokens:
 
 
 def to_grid(tokens: Tokens, grid: int) -> Tokens:
-    """Tokens with a patch map resized (bicubic, antialias) to `grid`; ValueError unless square."""
+    """Tokens with the patch map resized (bicubic, antialias) to `grid`.
+
+    ValueError unless the map is square.
+    """
     patch_BNC = tokens.patch_BNC
     side = round(patch_BNC.shape[1] ** 0.5)
     if side * side != patch_BNC.shape[1]:
-        raise ValueError(f"{patch_BNC.shape[1]} patch tokens are no square grid")
+        raise ValueError(f"{patch_BNC.shape[1]} patch tokens do not form a square grid")
     if side == grid:
         return tokens
     map_BCHW = patch_BNC.transpose(1, 2).unflatten(2, (side, side)).float()

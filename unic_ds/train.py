@@ -285,7 +285,7 @@ def optimise(
             loss=cfg.loss,
             balance=parts.balance,
             distances=cfg.distances,
-            everyone=dist.all_gather_batch,
+            all_gather_fn=dist.all_gather_batch,
             ops=KERNELS[cfg.kernels],
         )
         guard.see(loss)

@@ -9,7 +9,8 @@ import torch
 
 from unic_ds.config import Drop, Loss
 from unic_ds.losses.balance import Balancer, Dropping
-from unic_ds.losses.distill import distill_loss
+from unic_ds.losses.distill import distill_loss, no_gather
+from unic_ds.losses.terms import TERMS, Context
 from unic_ds.ops import KERNELS
 from unic_ds.tokens import Target, Tokens
 
@@ -42,7 +43,7 @@ def part(sides, rows):
 
     def cut(side):
         if isinstance(side, Target):
-            return side._replace(raw=cut(side.raw))
+            return side._replace(features=cut(side.features))
         return Tokens(*(x[rows] for x in side))
 
     return {name: cut(side) for name, side in sides.items()}
@@ -88,6 +89,14 @@ def plain_distance(pred, target, term, temperature):
     return -np.log(np.diag(logits) / logits.sum(1))
 
 
+@pytest.mark.parametrize("name", TERMS)
+def test_a_term_in_plain_torch_is_its_formula(name):
+    pred, target, _ = random_batch(6, teachers=1)
+    pair = pred["t0"].cls_BC, target["t0"].features.cls_BC
+    found_B = TERMS[name](*pair, Context(0.2, no_gather))
+    np.testing.assert_allclose(found_B, plain_distance(*pair, name, 0.2), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("cls", "patch"),
     [
@@ -107,7 +116,7 @@ def test_a_formula_means_what_it_says(cls, patch):
     want = []
     for name in pred:
         kinds = []
-        for terms, p, t in zip(loss.distance, pred[name], target[name].raw, strict=True):
+        for terms, p, t in zip(loss.distance, pred[name], target[name].features, strict=True):
             parts = [w * plain_distance(p, t, term, 0.2) for term, w in terms.items()]
             if parts:
                 kinds.append(sum(parts).reshape(6, -1).mean(1))
@@ -116,18 +125,18 @@ def test_a_formula_means_what_it_says(cls, patch):
     assert any("cls" in key for key in metrics) == (cls != "none")
 
 
-def test_negatives_come_from_everyone():
+def test_negatives_come_from_all_ranks():
     pred, target, uniform_TB = random_batch(8, teachers=1)
     kinds = {"loss": Loss(cls="contrastive", patch="none"), "balance": Balancer(torch.ones(1))}
     whole, _ = distill_loss(pred, target, uniform_TB, **kinds)
-    all_8C = target["t0"].raw.cls_BC
+    all_8C = target["t0"].features.cls_BC
     shares = [
         distill_loss(
             part(pred, rows),
             part(target, rows),
             uniform_TB[:, rows],
             **kinds,
-            everyone=lambda _, rows=rows: (all_8C, rows.start),
+            all_gather_fn=lambda _, rows=rows: (all_8C, rows.start),
         )[0]
         for rows in (slice(0, 4), slice(4, 8))
     ]

@@ -9,8 +9,10 @@ import timm
 import torch
 
 from unic_ds import config
+from unic_ds.models.encoder import build_encoder
+from unic_ds.models.initial_weights import initialise
 from unic_ds.models.ladder import Head, Ladder, rung_blocks
-from unic_ds.models.student import Student, build_encoder, initialise
+from unic_ds.models.student import Student
 from unic_ds.ops import KERNELS
 from unic_ds.tokens import Tokens
 from unic_ds.weights.export import export
@@ -62,7 +64,7 @@ def test_initial_weights_have_the_method_s_spread():
     fc1 = student.encoder.blocks[5].mlp.fc1
     assert fc1.weight.std().item() == pytest.approx(0.02, rel=0.03)
     assert not fc1.bias.any()
-    head = student.ladder.published()["heads.a.patch.3.layers.0.weight"]
+    head = student.ladder.export_state_dict()["heads.a.patch.3.layers.0.weight"]
     assert head.std().item() == pytest.approx(0.02, rel=0.03)
     assert torch.equal(student.encoder.norm.weight, torch.ones(192))
     assert not student.encoder.norm.weight.requires_grad
@@ -239,7 +241,7 @@ def test_a_teacher_named_like_a_part_of_torch_is_refused():
 
 def plain_ladder(ladder, states):
     """The sum over rungs, written out with the ladder's own weights."""
-    weights = ladder.published()
+    weights = ladder.export_state_dict()
 
     def linear(x, name):
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]

@@ -99,8 +99,8 @@ def stepped(options: dict[str, str], file: dict[str, Any], start: int) -> dict[s
     side = cfg.student.size
     image = torch.randint(0, 255, (micro, 3, side, side), dtype=torch.uint8)
     said = targets(cfg, micro, (side // 16) ** 2, dtype)
-    given = sum(x.nbytes for target in said.values() for x in (*target.raw, *target[1:3]))
-    own = {x.untyped_storage().data_ptr() for target in said.values() for x in target.raw}
+    given = sum(x.nbytes for target in said.values() for x in (*target.features, *target[1:3]))
+    own = {x.untyped_storage().data_ptr() for target in said.values() for x in target.features}
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:

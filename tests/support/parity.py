@@ -168,10 +168,10 @@ def check_ladder(file: Path, ops: Ops = FUSED) -> Iterator[Row]:
         weights = {k.removeprefix("w:"): tensor(v) for k, v in take.items() if k.startswith("w:")}
         outs = {k.removeprefix("y_"): tensor(v) for k, v in take.items() if k.startswith("y_")}
         ladder = build_ladder(json.loads(str(take["config"])), take, outs, ops)
-        yield names(f"ladder {case} names", ladder.published(), weights)
-        if ladder.published().keys() != weights.keys():
+        yield names(f"ladder {case} names", ladder.export_state_dict(), weights)
+        if ladder.export_state_dict().keys() != weights.keys():
             continue
-        ladder.load_published(weights)
+        load_exported(ladder, weights)
         leaves = {
             f"{kind}{block + 1}": tensor(take[f"x_{kind}{block + 1}"]).requires_grad_()
             for block in ladder.blocks
@@ -192,8 +192,15 @@ def check_ladder(file: Path, ops: Ops = FUSED) -> Iterator[Row]:
         grads = {name: gradient(weight) for name, weight in ladder.named_parameters()}
         yield compare(
             f"ladder {case} weight gradients",
-            {k: (g, tensor(take[f"gw:{k}"])) for k, g in ladder.published(grads).items()},
+            {k: (g, tensor(take[f"gw:{k}"])) for k, g in ladder.export_state_dict(grads).items()},
         )
+
+
+@torch.no_grad()
+def load_exported(ladder: Ladder, weights: dict[str, Tensor]) -> None:
+    """Copy weights into a ladder by their published names."""
+    for name, value in ladder.export_state_dict().items():
+        value.copy_(weights[name])
 
 
 def build_ladder(
@@ -276,9 +283,9 @@ def check_published(file: Path) -> Iterator[Row]:
     """Names of the ladder, exported features and predictions of an imported checkpoint."""
     found, take = import_unic.read(file), load(file.with_name("published_format_io.npz"))
     student = Student(found.student, found.ladder, found.heads, seed=0).eval()
-    yield names("published names", student.ladder.published(), found.ladder_state)
+    yield names("published names", student.ladder.export_state_dict(), found.ladder_state)
     student.encoder.load_state_dict(found.encoder_state)
-    student.ladder.load_published(found.ladder_state)
+    load_exported(student.ladder, found.ladder_state)
     # Their images are normalised; the student takes what is not, and normalises.
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (found.student.mean, found.student.std))
     image_B3HW = (tensor(take["image"]) * std + mean) * 255

@@ -46,8 +46,8 @@ def tokens_of(row: config.Teacher) -> tuple[teacher_set.TeacherSet, list[torch.T
     (side,) = made.sizes
     noise = torch.Generator().manual_seed(dist.rank())
     image = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=noise)
-    made.raw({side: image})
-    return made, list(made.raw({side: image})[row.name])
+    made.features({side: image})
+    return made, list(made.features({side: image})[row.name])
 
 
 def local_bytes(made: teacher_set.TeacherSet) -> int:

@@ -304,7 +304,7 @@ def test_stored_tokens_arrive_though_the_device_lags(tmp_path, device):
         for index_B, view_B in draws:
             stored = cached.read(index_B, view_B, readers, pin=gpu)()
             assert all(x.is_pinned() == gpu and x.is_contiguous() for x in stored["a"])
-            found.append(teachers.raw({}, stored)["a"])
+            found.append(teachers.features({}, stored)["a"])
             del stored
     if gpu:
         assert not torch.cuda.current_stream().query()  # the host has not waited for a copy

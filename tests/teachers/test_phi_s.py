@@ -107,7 +107,8 @@ def test_against_numpy(width):
     for kind in range(2):
         expected = numpy_phi_s(rows(tokens, kind), matrix_CC)
         np.testing.assert_allclose(rows(found, kind), expected, rtol=1e-4, atol=1e-4)
-        back_NC = norm.invert(norm.normalise(other[kind], kind), kind)
+        rotated_NC = norm(other).features[kind]  # by an orthonormal basis
+        back_NC = rotated_NC @ norm.basis_2CC[kind] * norm.scale_2[kind] + norm.mean_2C[kind]
         torch.testing.assert_close(back_NC, other[kind], rtol=1e-4, atol=1e-4)
 
 
@@ -238,7 +239,7 @@ def images(teachers: TeacherSet, seed: int, count: int = 4) -> dict[int, Tensor]
 def test_a_pool_fits_once_and_stays(rows_of_teachers, kind, monkeypatch):
     teachers = pool(rows_of_teachers, kind=kind, fit_steps=2)
     batches = [images(teachers, seed) for seed in range(3)]
-    teachers.fit(map(teachers.raw, batches))
+    teachers.fit(map(teachers.features, batches))
     state = {name: value.clone() for name, value in teachers.state_dict().items()}
     targets = [teachers(batch) for batch in batches]
     assert all(norm.moments().abs().sum() == 0 for norm in teachers.norms.values())
@@ -275,7 +276,7 @@ def test_a_teacher_that_cannot_be_standardised_is_named(rows_of_teachers, tmp_pa
     assert pool((source,), kind="phi_s", fit_steps=1, on=False).widths == {"odd": 6}
     teachers = pool((source,), fit_steps=1)
     with pytest.raises(ValueError, match="teacher 'odd': its features are not finite"):
-        teachers.fit([teachers.raw({8: torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)})])
+        teachers.fit([teachers.features({8: torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)})])
 
 
 @pytest.mark.gpu
@@ -286,9 +287,9 @@ def test_on_a_gpu_the_fit_is_the_same_and_a_step_never_waits(rows_of_teachers):
         TeacherSet(rows_of_teachers, grid=4, standardise=knobs, device=d) for d in (CPU, device)
     )
     batches = [images(here, seed) for seed in range(2)]
-    here.fit(map(here.raw, batches))
+    here.fit(map(here.features, batches))
     moved = [{size: pixels.to(device) for size, pixels in batch.items()} for batch in batches]
-    there.fit(map(there.raw, moved))
+    there.fit(map(there.features, moved))
     for name, norm in there.norms.items():
         torch.testing.assert_close(norm.scale_2.cpu(), here.norms[name].scale_2, rtol=1e-2, atol=0)
     batch = {size: pixels.to(device) for size, pixels in batches[0].items()}
@@ -318,14 +319,14 @@ build = Odd
 RANKS = """
 import sys, torch
 from unic_ds import config, dist
-from unic_ds.teachers.teacher_set import Teachers
+from unic_ds.teachers.teacher_set import TeacherSet
 dist.start()
 source, batches, out = sys.argv[1:]
 row = config.Teacher(name="vit", source=source, precision="fp32")
 cfg = config.Standardise(kind="phi_s", fit_steps=1)
-teachers = Teachers((row,), grid=4, standardise=cfg, device=torch.device("cpu"))
+teachers = TeacherSet((row,), grid=4, standardise=cfg, device=torch.device("cpu"))
 mine = torch.load(batches, weights_only=True)[dist.rank() :: dist.world()]
-teachers.fit(map(teachers.raw, mine))
+teachers.fit(map(teachers.features, mine))
 torch.save(teachers.state_dict(), f"{out}.{dist.rank()}")
 dist.stop()
 """

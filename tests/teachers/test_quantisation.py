@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 from clip_models import clip_model
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from unic_ds import cli, config
@@ -19,6 +18,8 @@ from unic_ds.config import overrides, recipes
 from unic_ds.planning.trace import teacher_cost
 from unic_ds.process import entry_point
 from unic_ds.teachers import adapters, quantisation, sources, teacher_set
+from unic_ds.teachers.sources import open_clip as open_clip_source
+from unic_ds.teachers.sources import timm as timm_source
 from unic_ds.teachers.teacher import Teacher, load
 
 CPU = torch.device("cpu")
@@ -53,7 +54,9 @@ def clip(folder):
 
 def clip_teacher(model, **keys):
     row = config.Teacher(name="c", source="open_clip:zoo-vit/random", **keys)
-    return Teacher(row, sources.clip_source(row, 64, model), grid=GRID, device=CPU, sample=noise)
+    return Teacher(
+        row, open_clip_source.visual_tower(row, 64, model), grid=GRID, device=CPU, sample=noise
+    )
 
 
 @pytest.mark.parametrize("kind", ON_CPU)
@@ -72,27 +75,6 @@ def test_quantised_blocks_say_what_they_said(vit, clip, kind):
         quantisation.check_agreement("t", kind, found)
     assert not any(p.requires_grad for p in teacher.parameters())
     assert teacher.facts()["precision"] == kind
-
-
-@pytest.mark.parametrize("kind", ON_CPU)
-def test_quantised_weights_are_written_without_pickle(vit, tmp_path, kind):
-    rows = (replace(vit, precision=kind), replace(vit, precision=kind, block="3"))
-    teacher, other = (load(row, grid=GRID, device=CPU) for row in rows)
-    quantisation.write(teacher.tower, tmp_path / "t.safetensors")
-    before = teacher(noise(64))
-    with safe_open(tmp_path / "t.safetensors", "pt") as file:
-        types = [file.get_tensor(n).dtype for n in file.keys() if n.endswith("_qdata")]  # noqa: SIM118
-    assert types == [torch.float8_e4m3fn if kind == "fp8" else torch.int8] * 24
-    with torch.no_grad():
-        for value in teacher.tower.parameters():
-            if type(value) is torch.nn.Parameter:
-                value.zero_()
-    fresh = load(replace(vit, precision="bf16"), grid=GRID, device=CPU)
-    for read_into in (teacher, fresh):
-        quantisation.read(read_into.tower, tmp_path / "t.safetensors")
-        assert all(torch.equal(x, y) for x, y in zip(before, read_into(noise(64)), strict=True))
-    with pytest.raises(ValueError, match="holds no weights of this TimmViT"):
-        quantisation.read(other.tower, tmp_path / "t.safetensors")
 
 
 def spoilt(folder):
@@ -217,7 +199,7 @@ def test_timm_teachers_attend_by_sdpa(arch):
     size = 112  # in patches of 14 and 16 pixels
     model = timm.create_model(arch, num_classes=0, img_size=size).eval()
     row = config.Teacher(name="t", source=f"timm:{arch}", precision="fp32")
-    tower, _ = sources.timm_tower(row, model)
+    tower, _ = timm_source.tower_of(row, model)
     with torch.no_grad(), Operators() as ran:
         tower(torch.zeros(1, 3, size, size))
     refuse_written_out(ran.count, ATTENDING[arch])

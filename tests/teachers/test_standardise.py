@@ -198,11 +198,15 @@ def test_non_finite_features_cannot_be_fitted():
 
 
 @pytest.mark.parametrize("floor", [0.0, 2.0])
-def test_invert_undoes_normalise(floor):
-    norm, tokens = Standardiser(6, config.Standardise(std_floor=floor)), tokens_of(13)
+def test_a_target_is_an_affine_map_of_its_features(floor):
+    norm, tokens = (
+        Standardiser(6, config.Standardise(std_floor=floor, target_clamp=0.0)),
+        tokens_of(13),
+    )
     step(norm, [tokens], 1.0)
+    target = norm(tokens).standardised()
     for kind, x_C in enumerate(tokens):
-        assert gap(norm.invert(norm.normalise(x_C, kind), kind), x_C) < 1e-5
+        assert gap(target[kind] * norm.divisor()[kind] + norm.mean_2C[kind], x_C) < 1e-5
 
 
 def test_either_running_or_fitted_or_off():

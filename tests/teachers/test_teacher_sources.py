@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unic_ds import config, demo
-from unic_ds.teachers import cache, sources, teacher_set, weight_files
+from unic_ds.teachers import cache, sources, teacher_set
+from unic_ds.teachers.sources import open_clip as open_clip_source
 from unic_ds.teachers.teacher import Teacher, load
 from unic_ds.tokens import Normalise, Tokens
 from unic_ds.training import run_dir
@@ -123,7 +124,7 @@ def test_overrides_go_before_the_sources_config(vit):
     facts = teacher.facts()
     assert (facts["mean"], facts["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert facts["licence"] == "MIT"
-    assert facts["sha256"] == weight_files.facts(vit[1])["sha256"]
+    assert facts["sha256"] == sources.facts(vit[1])["sha256"]
 
 
 @pytest.mark.parametrize("arch", ["test_convnext", "test_efficientnet"])
@@ -167,7 +168,7 @@ def test_half_a_file_is_refused(vit, tmp_path):
     state = {k: v for k, v in vit[0].state_dict().items() if "blocks.5" not in k}
     save_file(state, tmp_path / "half.safetensors")
     refused(row_of(tmp_path / "half.safetensors", "test_vit"), "do not fit test_vit", "blocks.5")
-    path = weight_files.file_path(vit[1])
+    path = sources.locate(vit[1])
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:1000])
     refused(row_of(tmp_path / "cut.safetensors", "test_vit"), "cut.safetensors")
 
@@ -393,7 +394,7 @@ def test_the_summary_is_what_open_clip_projects_to_the_text_space(name, tmp_path
     (tmp_path / f"{name}.json").write_text(json.dumps(CLIP | more | {"vision_cfg": vision}))
     open_clip.add_model_config(tmp_path / f"{name}.json")
     row = config.Teacher(name="t", source=f"open_clip:{name}/random", precision="fp32")
-    size = sources.clip_size(row, GRID, vision)
+    size = open_clip_source.image_size(row, GRID, vision)
     torch.manual_seed(0)
     model = open_clip.create_model(name, force_image_size=size).eval()
     visual = model.visual
@@ -405,7 +406,7 @@ def test_the_summary_is_what_open_clip_projects_to_the_text_space(name, tmp_path
         truth = visual(image_B3HW)
     truth_BC = truth[0] if isinstance(truth, tuple) else truth
     projection, pool = getattr(visual, "proj", None), getattr(visual, "attnpool", None)
-    teacher = Teacher(row, sources.clip_source(row, size, model), grid=GRID, device=CPU)
+    teacher = Teacher(row, open_clip_source.visual_tower(row, size, model), grid=GRID, device=CPU)
     tokens = teacher(images(size))
     assert tokens.patch_BNC.shape == (3, GRID * GRID, teacher.width)
     assert (teacher.size, teacher.summary) == (64, kind)
@@ -419,9 +420,9 @@ def test_a_clip_tower_may_stay_at_its_native_side(tmp_path):
     (tmp_path / "native-vit.json").write_text(json.dumps(CLIP | {"vision_cfg": VIT}))
     open_clip.add_model_config(tmp_path / "native-vit.json")
     row = config.Teacher(name="t", source="open_clip:native-vit/random", precision="fp32", size=96)
-    size = sources.clip_size(row, GRID, VIT)
+    size = open_clip_source.image_size(row, GRID, VIT)
     model = open_clip.create_model("native-vit", force_image_size=size)
-    teacher = Teacher(row, sources.clip_source(row, size, model), grid=GRID, device=CPU)
+    teacher = Teacher(row, open_clip_source.visual_tower(row, size, model), grid=GRID, device=CPU)
     assert (teacher.size, teacher.own_grid, teacher.grid) == (96, 6, GRID)
     own, given = teacher.on_own_grid(images(96)), teacher(images(96))
     map_BCHW = own.patch_BNC.transpose(1, 2).unflatten(2, (6, 6))
@@ -503,7 +504,7 @@ def test_checkpoints_of_before_go_on_where_the_summary_is_what_it_was():
 OFFLINE = """
 import json, sys, torch
 from unic_ds import config
-from unic_ds.teachers import weight_files
+from unic_ds.teachers import sources
 from unic_ds.teachers.teacher import load
 found = {}
 for source in sys.argv[1:]:
@@ -515,7 +516,7 @@ for source in sys.argv[1:]:
         continue
     ramp = torch.arange(3 * teacher.size**2).remainder(251).to(torch.uint8)
     tokens = teacher(ramp.view(1, 3, teacher.size, teacher.size))
-    found[source] = [teacher.size, tokens.cls_BC[0, :8].tolist(), weight_files.fetch(row)]
+    found[source] = [teacher.size, tokens.cls_BC[0, :8].tolist(), sources.fetch(row)]
 print(json.dumps(found))
 """
 
@@ -581,7 +582,7 @@ def test_pool_keeps_config_order_and_standardises(pair):
     batch = {size: images(size, 6) for size in teachers.sizes}
     assert teachers.sizes == (64, 160)
     assert list(teachers.widths) == ["vit", "cnn"]
-    raw, first = teachers.raw(batch), targets(teachers, batch)
+    raw, first = teachers.features(batch), targets(teachers, batch)
     assert list(first) == ["vit", "cnn"]
     torch.testing.assert_close(first["cnn"].patch_BNC, raw["cnn"].patch_BNC, rtol=1e-5, atol=1e-5)
     teachers.track(1.0)
@@ -637,12 +638,12 @@ def test_missing_weights_stop_the_pool_before_anything_is_read(pair, tmp_path):
 RANKS = """
 import sys, torch
 from unic_ds import config, dist
-from unic_ds.teachers import teacher_set
+from unic_ds.teachers.teacher_set import TeacherSet
 dist.start()
 path, arch, images, out = sys.argv[1:]
 row = config.Teacher(name="t", source=f"file:{path}#arch={arch}", precision="fp32")
 cfg = config.Standardise()
-teachers = teacher_set.Teachers((row,), grid=4, standardise=cfg, device=torch.device("cpu"))
+teachers = TeacherSet((row,), grid=4, standardise=cfg, device=torch.device("cpu"))
 mine = torch.load(images, weights_only=True).chunk(dist.world())[dist.rank()]
 for micro in mine.chunk(2):
     teachers({64: micro})
@@ -662,7 +663,7 @@ def free_port() -> int:
 def test_two_ranks_track_as_one(vit, tmp_path):
     torch.save(images(64, 8), tmp_path / "images.pt")
     launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    args = [str(weight_files.file_path(vit[1])), "test_vit", str(tmp_path / "images.pt")]
+    args = [str(sources.locate(vit[1])), "test_vit", str(tmp_path / "images.pt")]
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANKS, *args, str(tmp_path / "state")],

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from unic_ds import config
 from unic_ds.losses.balance import Dropping
 from unic_ds.losses.distill import distill_loss
+from unic_ds.models.encoder import grid_of
 from unic_ds.models.ladder import Head
-from unic_ds.models.student import Student, grid_of
+from unic_ds.models.student import Student
 from unic_ds.teachers import sources, teacher_set
 from unic_ds.teachers.adapters import MEAN, POOL, TOKEN
 from unic_ds.teachers.teacher import load

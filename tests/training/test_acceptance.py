@@ -13,7 +13,7 @@ from runs import ROOT, TRAIN, run
 from safetensors.torch import save_file
 
 from unic_ds import cli, config
-from unic_ds.models.student import build_encoder
+from unic_ds.models.encoder import build_encoder
 from unic_ds.process import entry_point
 
 SMALL = "a=python:small_teacher:narrow,b=python:small_teacher:wide"

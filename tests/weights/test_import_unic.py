@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from unic_ds import cli
-from unic_ds.models.student import build_encoder
+from unic_ds.models.encoder import build_encoder
 from unic_ds.process import entry_point
 from unic_ds.weights import import_unic
 

@@ -14,8 +14,9 @@ from torch import nn
 
 from unic_ds import config
 from unic_ds.config import job
+from unic_ds.models.encoder import grid_of
 from unic_ds.models.ladder import Head, Ladder
-from unic_ds.models.student import Student, grid_of
+from unic_ds.models.student import Student
 from unic_ds.teachers.teacher_set import TeacherSet
 from unic_ds.tokens import from_map
 from unic_ds.weights import warm_start
@@ -81,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
         tmp_path_factory.mktemp("run") / "student",
         beside={
-            warm_start.LADDER: student.ladder.published(),
+            warm_start.LADDER: student.ladder.export_state_dict(),
             warm_start.STATISTICS: teachers.state_dict(),
         },
     )
@@ -90,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def same(part: Any, file: Path) -> bool:
     """True if a part of a run has the file's tensors."""
     want = load_file(file)
-    state = part.published() if isinstance(part, Ladder) else part.state_dict()
+    state = part.export_state_dict() if isinstance(part, Ladder) else part.state_dict()
     return state.keys() == want.keys() and all(torch.equal(state[k], want[k]) for k in want)
 
 

@@ -117,7 +117,7 @@ def teachers_check(options: dict[str, str]) -> int:
     as_json, own = bool(take(options, "json")), take(options, "precision")
     cfg = configured(options)
     from unic_ds import dist
-    from unic_ds.models.student import grid_of
+    from unic_ds.models.encoder import grid_of
     from unic_ds.teachers.teacher_set import describe
 
     if own:
@@ -132,7 +132,7 @@ def teachers_check(options: dict[str, str]) -> int:
 def fidelity(cfg: Config, asked: str, as_json: bool) -> int:
     """Show how near teachers of eight bits stay to bf16; RuntimeError where one does not."""
     from unic_ds import dist
-    from unic_ds.models.student import grid_of
+    from unic_ds.models.encoder import grid_of
     from unic_ds.teachers import quantisation, teacher_set
 
     known = asked in EIGHT_BITS
@@ -167,7 +167,7 @@ def teachers_fetch(options: dict[str, str]) -> int:
     """Download what a recipe's teachers need, with sizes and hashes."""
     as_json = bool(take(options, "json"))
     cfg = configured(options)
-    from unic_ds.teachers.weight_files import fetch
+    from unic_ds.teachers.sources import fetch
 
     show([{"name": row.name, "source": row.source} | fetch(row) for row in cfg.teachers], as_json)
     return 0
@@ -186,8 +186,9 @@ def export(options: dict[str, str]) -> int:
 
     from unic_ds import data
     from unic_ds.engine import reshard
+    from unic_ds.models.encoder import build_encoder
     from unic_ds.models.ladder import heads_of
-    from unic_ds.models.student import build_encoder, ladder_on
+    from unic_ds.models.student import ladder_on
     from unic_ds.training import checkpoint, final_eval
     from unic_ds.weights import warm_start
     from unic_ds.weights.export import export as write
@@ -207,7 +208,7 @@ def export(options: dict[str, str]) -> int:
         images = final_eval.sample_images(data.scan(cfg.data.train), cfg, 8)
     statistics = warm_start.read(found / checkpoint.STATISTICS)
     beside = {
-        warm_start.LADDER: ladder.published(parts["ladder"]),
+        warm_start.LADDER: ladder.export_state_dict(parts["ladder"]),
         warm_start.STATISTICS: {k: v for k, v in statistics.items() if k.split(".")[0] in teachers},
     }
     out = Path(given.get("out", run / "encoders" / found.name))

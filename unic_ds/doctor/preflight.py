@@ -291,12 +291,12 @@ def images(name: str, patient: Patient) -> Row:
 
 def teachers(name: str, patient: Patient) -> Row:
     """Whether every teacher's weights are on this node."""
-    from unic_ds.teachers import weight_files
+    from unic_ds.teachers import sources
 
     rows = patient.cfg.teachers
     if not rows:
         return row_of(name, "none named", remedy="give --teachers or a --recipe", state=WARNING)
-    files = [path for path in map(weight_files.locate, rows) if path]
+    files = [path for path in map(sources.locate, rows) if path]
     size = sum(path.stat().st_size for path in files) / 1e9
     return row_of(name, f"{', '.join(row.name for row in rows)}: {size:.2f} GB")
 

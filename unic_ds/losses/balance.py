@@ -1,4 +1,4 @@
-"""How much each teacher counts for each image: losses (T, B) in, coefficients (T, B) out.
+"""Balancers weigh the teachers of each image: losses (T, B) in, coefficients (T, B) out.
 
 A micro batch's loss is the sum of loss x coefficient; it is averaged over ranks and accumulation.
 Coefficients carry no gradient. With B images, T teachers and their weights w (mean 1):
@@ -6,12 +6,16 @@ Coefficients carry no gradient. With B images, T teachers and their weights w (m
     none      1 / (B T)
     fixed     w_t / (B T)
     dropping  w_t keep_tb / (B (1 + (T - 1)(1 - p))): an image's hardest teacher is kept, others are
-              dropped with chance p (Sariyildiz et al., UNIC, arXiv 2408.05088, section 3.3)
+              dropped with probability p (Sariyildiz et al., UNIC, arXiv 2408.05088, section 3.3)
     adaloss   w_t a_t / (B T), a_t ~ 1 / running loss, mean 1 (Hu et al., arXiv 1708.06832; tried
               on several teachers by AM-RADIO, arXiv 2312.06709)
+
+To add one, give its class a name in `BALANCERS`: that name is a value of `--balance.kind`.
 """
 
 from __future__ import annotations
+
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +25,11 @@ from unic_ds.ops import FUSED, KERNELS, Ops
 
 
 class Balancer(nn.Module):
-    """All teachers equal, or as `weight_T` says; the base of the others."""
+    """Balancer with constant weights (`none`, `fixed`); base class of the others.
+
+    A subclass overrides `share` (or `forward`), `track` if it learns from the losses, and
+    `from_config` if its constructor takes more than the weights. Its buffers are checkpointed.
+    """
 
     weight_T: Tensor
 
@@ -29,9 +37,14 @@ class Balancer(nn.Module):
         super().__init__()
         self.register_buffer("weight_T", weight_T / weight_T.mean(), persistent=False)
 
+    @classmethod
+    def from_config(cls, cfg: config.Config) -> Self:
+        """Balancer of a run's teachers."""
+        return cls(teacher_weights(cfg))
+
     @torch.no_grad()
     def forward(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
-        """Coefficients (T, B) of a micro batch's losses; `uniform_TB` decides what chance does."""
+        """Coefficients (T, B) of a micro batch's losses; `uniform_TB` is noise in [0, 1)."""
         return self.weight_T[:, None] * self.share(loss_TB.detach(), uniform_TB)
 
     def share(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
@@ -39,20 +52,27 @@ class Balancer(nn.Module):
         return torch.full_like(loss_TB, 1 / loss_TB.numel())
 
     def track(self, taken: Tensor | None = None) -> None:
-        """Learn from the optimiser step that ended, where it was taken; every rank calls it."""
+        """Update running state at the end of an optimiser step, unless `taken` is false.
+
+        Every rank calls it.
+        """
 
 
 class Dropping(Balancer):
     """Teacher dropping, by image or by step.
 
     `loss.divisor`: `expected` is B (1 + (T - 1)(1 - p)), linear in the images, so ranks and
-    accumulation cannot move the answer; `kept` is the number of kept pairs, the authors' choice,
-    which depends on how a batch is split.
+    accumulation cannot move the answer; `kept` is the number of kept pairs, as in the
+    authors' code, which depends on how a batch is split.
     """
 
     def __init__(self, weight_T: Tensor, drop: config.Drop, divisor: str, ops: Ops = FUSED):
         super().__init__(weight_T)
         self.drop, self.divisor, self.ops = drop, divisor, ops
+
+    @classmethod
+    def from_config(cls, cfg: config.Config) -> Self:
+        return cls(teacher_weights(cfg), cfg.drop, cfg.loss.divisor, KERNELS[cfg.kernels])
 
     @torch.no_grad()
     def forward(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
@@ -76,14 +96,18 @@ class AdaLoss(Balancer):
     def __init__(self, weight_T: Tensor, momentum: float):
         super().__init__(weight_T)
         self.momentum = momentum
-        self.register_buffer("running_T", torch.zeros_like(weight_T))  # 0: no step was taken yet
+        self.register_buffer("running_T", torch.zeros_like(weight_T))  # 0: before the first step
         # Loss and images since the last `track`; empty at every checkpoint.
         sums_2T = torch.zeros(2, len(weight_T), dtype=torch.float64)
         self.register_buffer("sums_2T", sums_2T, persistent=False)
 
+    @classmethod
+    def from_config(cls, cfg: config.Config) -> Self:
+        return cls(teacher_weights(cfg), cfg.balance.momentum)
+
     def share(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
-        seen_TB = torch.stack([loss_TB, torch.ones_like(loss_TB)]).double()
-        self.sums_2T += seen_TB.sum(2)
+        sums_2TB = torch.stack([loss_TB, torch.ones_like(loss_TB)]).double()
+        self.sums_2T += sums_2TB.sum(2)
         inverse_T = torch.where(self.running_T > 0, 1 / self.running_T, 1.0)
         share_T = inverse_T / inverse_T.mean()
         return (share_T / loss_TB.numel())[:, None].expand_as(loss_TB)
@@ -101,11 +125,19 @@ class AdaLoss(Balancer):
         self.sums_2T.zero_()
 
 
+BALANCERS: dict[str, type[Balancer]] = {
+    "none": Balancer,
+    "fixed": Balancer,
+    "dropping": Dropping,
+    "adaloss": AdaLoss,
+}
+
+
+def teacher_weights(cfg: config.Config) -> Tensor:
+    """Weights [T] of a run's teachers, in config order."""
+    return torch.tensor([row.weight for row in cfg.teachers])
+
+
 def build(cfg: config.Config) -> Balancer:
     """The balancer of a run; its `state_dict` belongs in the checkpoint."""
-    weight_T = torch.tensor([row.weight for row in cfg.teachers])
-    if cfg.balance.kind == "dropping":
-        return Dropping(weight_T, cfg.drop, cfg.loss.divisor, KERNELS[cfg.kernels])
-    if cfg.balance.kind == "adaloss":
-        return AdaLoss(weight_T, cfg.balance.momentum)
-    return Balancer(weight_T)
+    return BALANCERS[cfg.balance.kind].from_config(cfg)

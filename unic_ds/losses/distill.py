@@ -1,81 +1,78 @@
 """The distillation loss: distances between predictions and targets per (teacher, image), balanced.
 
-Per token a weighted sum of terms (method: section 3): cosine `1 - cos`, smooth_l1 (beta 1), mse,
-and for CLS tokens contrastive: InfoNCE of an image's prediction against the targets of all images
-(Tian et al., CRD, arXiv 1910.10699, with the batch as negatives). Per teacher and image the mean of
-the CLS loss and the mean patch loss. All terms of a token on its own are one op of `unic_kernels`;
-what other images decide is added here. Tensors in, tensors out, no host read.
+A token's loss is a weighted sum of `TERMS` (method: section 3); per teacher and image it is the
+mean of the CLS loss and the mean patch loss. The terms that `unic_kernels` knows are one op; all
+others are added in plain torch. Tensors in, tensors out, no host read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from unic_ds import config
 from unic_ds.losses.balance import Balancer
+from unic_ds.losses.terms import TERMS, AllGather, Context
 from unic_ds.ops import FUSED, Ops
 from unic_ds.tokens import KINDS, Target, Tokens
 from unic_kernels.distill_loss import Distilled
 
-AllGather = Callable[[Tensor], tuple[Tensor, int]]
-"""CLS targets of this rank -> those of all ranks in rank order, and where this rank's begin."""
+FUSED_TERMS = ("cosine", "smooth_l1", "mse")
+"""Terms that `unic_kernels` computes, in both of its implementations."""
 
 
-def alone(target_BC: Tensor) -> tuple[Tensor, int]:
-    """`Everyone` of a process that has no others."""
+def no_gather(target_BC: Tensor) -> tuple[Tensor, int]:
+    """`AllGather` of a single process: its own targets, which begin at 0."""
     return target_BC, 0
 
 
 class Row(NamedTuple):
-    """One teacher's prediction and target, and what judges them."""
+    """One teacher's prediction and target, and the terms between them."""
 
     pred: Tokens
     target: Target
     distance: config.Distance
 
     def rungs(self) -> list[Tokens]:
-        """Predictions to be judged each on its own: those along a leading rung axis, or the one."""
+        """Predictions with a loss each: those along a leading rung axis, or the one."""
         kind = 0 if self.distance.cls else 1
-        if self.pred[kind].dim() == self.target.raw[kind].dim():
+        if self.pred[kind].dim() == self.target.features[kind].dim():
             return [self.pred]
         count, pairs = len(self.pred[kind]), zip(self.pred, self.distance, strict=True)
         sides = [x if terms else [x] * count for x, terms in pairs]
         return [Tokens(*pair) for pair in zip(*sides, strict=True)]
 
-    def terms(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Weights of the terms that a token's own target decides; a kind that is learned has one.
+    def fused_terms(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Weights of the terms in the fused op, for CLS and patch tokens.
 
-        A kind that only contrast judges is still looked at, for the log.
+        A kind with other terms alone has cosine at weight 0 there: the log shows its distances.
         """
-        cls = {term: weight for term, weight in self.distance.cls.items() if term != "contrastive"}
-        return cls or ({"cosine": 0.0} if self.distance.cls else {}), self.distance.patch
+        cls, patch = (
+            {term: weight for term, weight in terms.items() if term in FUSED_TERMS}
+            or ({"cosine": 0.0} if terms else {})
+            for terms in self.distance
+        )
+        return cls, patch
 
-    def contrast(self, temperature: float, everyone: AllGather) -> Tensor | None:
-        """The contrastive share of the loss per image (B), where there is one."""
-        if "contrastive" not in self.distance.cls:
-            return None
-        gap_B = contrastive(self.pred.cls_BC.float(), self.target.kind(0), temperature, everyone)
-        gap_B = gap_B if gap_B.dim() == 1 else gap_B.mean(0)
-        return self.distance.cls["contrastive"] / len(self.distance.kinds) * gap_B
+    def other_terms(self) -> Iterator[tuple[int, str, float]]:
+        """(kind of token, name, weight) of the terms that are not in the fused op."""
+        for kind, terms in enumerate(self.distance):
+            for term, weight in terms.items():
+                if term not in FUSED_TERMS:
+                    yield kind, term, weight
 
-
-def contrastive(
-    pred_BC: Tensor, target_BC: Tensor, temperature: float, everyone: AllGather
-) -> Tensor:
-    """InfoNCE per image: -log softmax over all images' targets of cos / temperature.
-
-    `pred_BC` may have leading axes. Negatives are the images that ran together: this micro batch's
-    on every rank.
-    """
-    all_NC, first = everyone(target_BC)
-    logits_BN = F.normalize(pred_BC, dim=-1) @ F.normalize(all_NC, dim=-1).T / temperature
-    own_BB = logits_BN.log_softmax(-1)[..., first : first + len(target_BC)]
-    return -own_BB.diagonal(dim1=-2, dim2=-1)
+    def other_loss(self, context: Context) -> Tensor | None:
+        """Share of the loss per image [B] that is not in the fused op; None without such terms."""
+        losses = []
+        for kind, term, weight in self.other_terms():
+            loss_LB = TERMS[term](self.pred[kind].float(), self.target.kind(kind), context)
+            loss_LB = loss_LB.mean(-1) if KINDS[kind] == "patch" else loss_LB  # of [L, B, N]
+            loss_B = loss_LB if loss_LB.dim() == 1 else loss_LB.mean(0)
+            losses.append(weight / len(self.distance.kinds) * loss_B)
+        return torch.stack(losses).sum(0) if losses else None
 
 
 def mean_of_rungs(x_E: Tensor, counts: Sequence[int]) -> Tensor:
@@ -93,7 +90,7 @@ def distill_loss(
     loss: config.Loss,
     balance: Balancer,
     distances: Mapping[str, config.Distance] | None = None,
-    everyone: AllGather = alone,
+    all_gather_fn: AllGather = no_gather,
     ops: Ops = FUSED,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a micro batch and its metrics, detached on the device.
@@ -101,46 +98,47 @@ def distill_loss(
     `pred` and `target` are keyed by teacher in config order; `uniform_TB` decides the dropping;
     `distances` are those of teachers that differ from `loss`. The loss is a mean over the micro
     batch's images: average it over ranks and accumulation. A leading rung axis in `pred` is
-    averaged: `ladder.combine = each` judges every rung on its own.
+    averaged: with `ladder.combine = each` every rung has its own loss.
     """
     rows = {
         name: Row(tokens, target[name], (distances or {}).get(name, loss.distance))
         for name, tokens in pred.items()
     }
     rungs = [row.rungs() for row in rows.values()]
-    counts = [len(own) for own in rungs]
-    each = [row for row, own in zip(rows.values(), rungs, strict=True) for _ in own]
+    counts = [len(predictions) for predictions in rungs]
+    entries = [row for row, n in zip(rows.values(), counts, strict=True) for _ in range(n)]
+    context = Context(loss.temperature, all_gather_fn)
 
     def refine(loss_EB: Tensor) -> Tensor:
         loss_TB = mean_of_rungs(loss_EB, counts)
-        gaps = [row.contrast(loss.temperature, everyone) for row in rows.values()]
-        if all(gap_B is None for gap_B in gaps):
+        others = [row.other_loss(context) for row in rows.values()]
+        if all(other_B is None for other_B in others):
             return loss_TB
         none_B = torch.zeros_like(loss_TB[0])
-        return loss_TB + torch.stack([none_B if gap_B is None else gap_B for gap_B in gaps])
+        return loss_TB + torch.stack([none_B if x_B is None else x_B for x_B in others])
 
     found = ops.distill_loss(
-        [tokens for own in rungs for tokens in own],
-        [row.target.raw for row in each],
-        [row.target.mean_2C for row in each],
-        [row.target.divisor_2C for row in each],
+        [tokens for predictions in rungs for tokens in predictions],
+        [row.target.features for row in entries],
+        [row.target.mean_2C for row in entries],
+        [row.target.divisor_2C for row in entries],
         uniform_TB,
-        distances=[row.terms() for row in each],
+        distances=[row.fused_terms() for row in entries],
         balance=balance,
         refine=refine,
-        clamp=each[0].target.clamp,
+        clamp=entries[0].target.clamp,
         eps=0.0,  # the divisor has it
     )
     return found.loss, metrics(rows, found, mean_of_rungs(found.gap_T22, counts))
 
 
 def metrics(rows: Mapping[str, Row], found: Distilled, gap_T22: Tensor) -> dict[str, Tensor]:
-    """What the log shows of a micro batch, by `{teacher}/{name}`."""
-    said = {"loss": found.loss.detach()}
+    """Logged values of a micro batch, keyed `loss` and `{teacher}/{name}`."""
+    values = {"loss": found.loss.detach()}
     kept_T, weight_T = (found.weight_TB > 0).float().mean(1), found.weight_TB.sum(1)
     for t, (name, row) in enumerate(rows.items()):
         for kind in row.distance.kinds:
             gap_2 = gap_T22[t, KINDS.index(kind)]
-            said |= {f"{name}/{kind}_cosine": gap_2[0], f"{name}/{kind}_smooth_l1": gap_2[1]}
-        said |= {f"{name}/kept": kept_T[t], f"{name}/weight": weight_T[t]}
-    return said
+            values |= {f"{name}/{kind}_cosine": gap_2[0], f"{name}/{kind}_smooth_l1": gap_2[1]}
+        values |= {f"{name}/kept": kept_T[t], f"{name}/weight": weight_T[t]}
+    return values

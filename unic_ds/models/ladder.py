@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from timm.models.vision_transformer import Block
@@ -25,7 +25,7 @@ from unic_ds.tokens import KINDS, Tokens
 
 
 class Head(NamedTuple):
-    """What the ladder learns of one teacher."""
+    """One teacher's outputs of the ladder: channels, kinds of token, student blocks."""
 
     width: int
     kinds: tuple[str, ...] = KINDS
@@ -33,10 +33,14 @@ class Head(NamedTuple):
 
 
 def heads_of(cfg: config.Config, widths: Mapping[str, int]) -> dict[str, Head]:
-    """What a run's ladder learns, by teacher; `widths` are the teachers' channels."""
+    """Heads of a run's ladder by teacher; `widths` are the teachers' channels."""
     return {
         row.name: Head(widths[row.name], cfg.distance(row).kinds, row.rungs) for row in cfg.teachers
     }
+
+
+Columns: TypeAlias = Mapping[str, Mapping[str, nn.Module]]
+"""One teacher's projectors: kind of token (or `tokens`, both) -> block -> projector."""
 
 
 class Projector(nn.Module):
@@ -75,7 +79,7 @@ class BlockProjector(nn.Module):
 
 
 class Region(NamedTuple):
-    """Where a published weight lives: a region of one of the concatenated parameters."""
+    """The part of a concatenated parameter that holds one published weight."""
 
     parameter: str
     region: tuple[slice, ...]
@@ -86,7 +90,7 @@ class Rungs(nn.Module):
 
     A block's first Linears are stacked, teacher after teacher; a teacher's second Linears stand
     side by side, block after block, so that the sum over rungs is inside of one GEMM. Their biases
-    are kept apart, flat, since each is a published weight of its own.
+    are kept apart, flat, since each is a published weight.
     """
 
     def __init__(
@@ -101,28 +105,30 @@ class Rungs(nn.Module):
         self.project, self.outs = project, outs
         self.blocks = sorted(set().union(*hidden.values()))
         self.layout = [[own.get(block, 0) for own in hidden.values()] for block in self.blocks]
-        self.parts: dict[str, Region] = {}
+        self.regions: dict[str, Region] = {}
         for block, widths in zip(self.blocks, self.layout, strict=True):
             self.register_parameter(f"fc1_weight_{block}", empty(sum(widths), width))
             self.register_parameter(f"fc1_bias_{block}", empty(sum(widths)))
-            for teacher, rows in zip(hidden, regions(widths), strict=True):
+            for teacher, rows in zip(hidden, slices(widths), strict=True):
                 if block in hidden[teacher]:
                     at = f"{teacher}.{block}.layers.0"
-                    self.parts[f"{at}.weight"] = Region(f"fc1_weight_{block}", (rows,))
-                    self.parts[f"{at}.bias"] = Region(f"fc1_bias_{block}", (rows,))
-        for teacher, own in hidden.items():
-            out, sizes = outs[teacher], [own[block] for block in sorted(own)]
+                    self.regions[f"{at}.weight"] = Region(f"fc1_weight_{block}", (rows,))
+                    self.regions[f"{at}.bias"] = Region(f"fc1_bias_{block}", (rows,))
+        for teacher, by_block in hidden.items():
+            out, sizes = outs[teacher], [by_block[block] for block in sorted(by_block)]
             self.register_parameter(f"fc2_weight_{teacher}", empty(out, sum(sizes)))
             self.register_parameter(f"fc2_bias_{teacher}", empty(out * len(sizes)))
-            places = zip(sorted(own), regions(sizes), regions([out] * len(sizes)), strict=True)
-            for block, columns, rows in places:
+            second = zip(sorted(by_block), slices(sizes), slices([out] * len(sizes)), strict=True)
+            for block, columns, rows in second:
                 at = f"{teacher}.{block}.layers.2"
-                self.parts[f"{at}.weight"] = Region(f"fc2_weight_{teacher}", (slice(None), columns))
-                self.parts[f"{at}.bias"] = Region(f"fc2_bias_{teacher}", (rows,))
+                self.regions[f"{at}.weight"] = Region(
+                    f"fc2_weight_{teacher}", (slice(None), columns)
+                )
+                self.regions[f"{at}.bias"] = Region(f"fc2_bias_{teacher}", (rows,))
 
     def forward(self, states: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Tokens [B, N, D] by block -> predictions [B, N, C] by teacher."""
-        weights: Any = self._parameters
+        weights = cast(dict[str, Tensor], self._parameters)
         y = self.project(
             [states[block] for block in self.blocks],
             [weights[f"fc1_weight_{block}"] for block in self.blocks],
@@ -135,18 +141,18 @@ class Rungs(nn.Module):
 
 
 def empty(*shape: int) -> nn.Parameter:
-    """A parameter whose values come later."""
+    """A parameter of zeros, to be initialised later."""
     return nn.Parameter(torch.zeros(shape))
 
 
-def regions(sizes: Sequence[int]) -> list[slice]:
+def slices(sizes: Sequence[int]) -> list[slice]:
     """Neighbouring slices of these sizes."""
     ends = [0, *accumulate(sizes)]
     return [slice(*pair) for pair in pairwise(ends)]
 
 
 class Ladder(nn.Module):
-    """The projectors of a run; which form they take, only this class knows."""
+    """The projectors of a run: `Rungs` (one op) in `rungs`, or a module per rung in `heads`."""
 
     def __init__(
         self,
@@ -174,7 +180,7 @@ class Ladder(nn.Module):
             for name, own in rungs.items()
         }
         self.rungs = nn.ModuleDict()
-        self.heads: Any = nn.ModuleDict()
+        self.heads = nn.ModuleDict()
         if cfg.one_op:
             project = partial(ops.ladder_projection, recompute=cfg.activation_checkpointing)
             for kind in KINDS:
@@ -200,13 +206,14 @@ class Ladder(nn.Module):
             self.heads[name] = nn.ModuleDict(columns)
 
     def forward(self, states: list[Tokens]) -> dict[str, Tokens]:
-        """Tokens of each rung -> prediction per teacher; `each` adds a leading axis L.
+        """Tokens of each rung -> prediction per teacher; `combine = each` adds a leading axis L.
 
-        A kind of token that is not learned comes out empty.
+        A kind of token that is not learned is an empty tensor.
         """
         if self.heads:
             at = dict(zip(map(str, self.blocks), states, strict=True))
-            return {name: self.climb(columns, at) for name, columns in self.heads.items()}
+            heads = cast(Mapping[str, Columns], self.heads)
+            return {name: self.project(columns, at) for name, columns in heads.items()}
         found = []
         for i, kind in enumerate(KINDS):
             at_BND = {
@@ -221,7 +228,7 @@ class Ladder(nn.Module):
             for name in self.names
         }
 
-    def climb(self, columns: Any, at: Mapping[str, Tokens]) -> Tokens:
+    def project(self, columns: Columns, at: Mapping[str, Tokens]) -> Tokens:
         """One teacher's projections, over its rungs: fp32 sum or stack."""
         if "tokens" in columns:
             rungs = [rung(at[block]) for block, rung in columns["tokens"].items()]
@@ -234,7 +241,7 @@ class Ladder(nn.Module):
         return Tokens(*found)
 
     def combine(self, projections: list[Tensor]) -> Tensor:
-        """The rungs' projections of one kind of token, summed or apart, in fp32."""
+        """fp32 sum of the rungs' projections of one kind of token, or their stack."""
         if self.cfg.combine == "each":
             return torch.stack([y.float() for y in projections])
         total = projections[0].float()
@@ -242,43 +249,39 @@ class Ladder(nn.Module):
             total = total + y
         return total
 
-    def published(self, own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Weights (or what else is keyed and shaped like them) by their published names: views.
+    def export_state_dict(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Views of the weights by their published names.
+
+        `state` may hold other tensors of the same names and shapes, such as gradients.
 
         A `transformer` projector, which sees both kinds of token, is `heads.{teacher}.tokens`.
         """
-        own = self.state_dict() if own is None else own
-        found = {name: value for name, value in own.items() if name.startswith("heads.")}
-        for name, (parameter, region) in self.places().items():
-            found[name] = own[parameter][region]
+        state = self.state_dict() if state is None else state
+        found = {name: value for name, value in state.items() if name.startswith("heads.")}
+        for name, (parameter, region) in self.export_names().items():
+            found[name] = state[parameter][region]
         return found
 
-    @torch.no_grad()
-    def load_published(self, weights: Mapping[str, Tensor]) -> None:
-        """Take up weights by their published names, all of them."""
-        ours = self.published()
-        assert ours.keys() == weights.keys()
-        for name, value in ours.items():
-            value.copy_(weights[name])
-
-    def parts(self) -> dict[str, dict[str, tuple[slice, ...]]]:
-        """Parameter -> where in it the published weights are that it holds."""
+    def regions(self) -> dict[str, dict[str, tuple[slice, ...]]]:
+        """Parameter -> published name -> region of the parameter that holds that weight."""
         found: dict[str, dict[str, tuple[slice, ...]]] = {
             name: {name: ()} for name, _ in self.heads.named_parameters(prefix="heads")
         }
-        for name, (parameter, region) in self.places().items():
+        for name, (parameter, region) in self.export_names().items():
             found.setdefault(parameter, {})[name] = region
         return found
 
-    def places(self) -> dict[str, Region]:
-        """Published name -> place, of every weight that lives concatenated."""
-        places = {}
+    def export_names(self) -> dict[str, Region]:
+        """Published name -> region, of every weight of the concatenated parameters."""
+        found = {}
         for kind, rungs in self.rungs.items():
-            for name, (parameter, region) in rungs.parts.items():  # type: ignore[operator,union-attr]
+            assert isinstance(rungs, Rungs)
+            for name, (parameter, region) in rungs.regions.items():
                 teacher, rest = name.split(".", 1)
-                place = Region(f"rungs.{kind}.{parameter}", region)
-                places[f"heads.{teacher}.{kind}.{rest}"] = place
-        return places
+                found[f"heads.{teacher}.{kind}.{rest}"] = Region(
+                    f"rungs.{kind}.{parameter}", region
+                )
+        return found
 
 
 def rung_blocks(rungs: str, depth: int) -> list[int]:
@@ -288,7 +291,7 @@ def rung_blocks(rungs: str, depth: int) -> list[int]:
 
 def require_last(blocks: list[int], depth: int) -> list[int]:
     """The blocks; ValueError unless the student's last is among them."""
-    if blocks[-1] != depth - 1:  # what lies above the last rung would learn nothing
+    if blocks[-1] != depth - 1:  # blocks above the last rung would get no gradient
         raise ValueError(
             f"ladder.rungs ends with block {blocks[-1]}; it must end with the student's last,"
             f" {depth - 1}"

@@ -21,9 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from unic_ds import config
 from unic_ds.losses import balance
 from unic_ds.losses.distill import distill_loss
+from unic_ds.models.encoder import grid_of
 from unic_ds.models.ladder import heads_of
 from unic_ds.models.meta import NoInit
-from unic_ds.models.student import Student, grid_of
+from unic_ds.models.student import Student
 from unic_ds.ops import KERNELS
 from unic_ds.planning.counters import Meter, Work, flop_counter
 from unic_ds.teachers import cache as cache_of

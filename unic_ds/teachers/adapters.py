@@ -1,28 +1,34 @@
-"""Foreign models behind one face: normalised images in, `Tokens` of the model's own grid out."""
+"""Adapters of foreign models: normalised images in, `Tokens` of the model's own grid out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 from timm.layers import AttentionPool2d, RotAttentionPool2d
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unic_ds.tokens import KINDS, Tokens, from_map, split_prefix
 
+if TYPE_CHECKING:
+    from open_clip.modified_resnet import AttentionPool2d as ClipPool
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.transformer import VisionTransformer as ClipTransformer
+
 TOKEN, MEAN = "token", "mean of patches"
 POOL, NORMED_MEAN = "attention pool", "mean of patches, normed"
-"""Kinds of a tower's summary, which stands in the place of CLS."""
+"""Kinds of a tower's summary, the token that takes the place of CLS."""
 
 
 class NotTokens(ValueError):
-    """A module's output that is no pair of tokens; its text goes on from the teacher's name."""
+    """A module's output that is not a pair of tokens; the text follows the teacher's name."""
 
 
 class Tower(nn.Module):
-    """What all towers say of themselves."""
+    """Base class of the adapters: the kind of summary, and the blocks that hold the weights."""
 
     summary = MEAN
 
@@ -47,12 +53,12 @@ LISTS = ("blocks", "resblocks", "stages", "layers")
 """What timm, open_clip and most others call the lists that hold a tower's blocks."""
 
 
-class Source(NamedTuple):
-    """What a kind of source knows of a teacher: its tower and the preprocessing it wants."""
+class TeacherModel(NamedTuple):
+    """A teacher's tower and preprocessing, as its source gives them."""
 
-    tower: Any  # a Tower: normalised images -> Tokens
+    tower: Tower  # normalised images -> Tokens
     size: int  # side of the images in pixels
-    patch: int  # pixels a patch token covers; 0: the tower does not say
+    patch: int  # pixels a patch token covers; 0: unknown
     mean: tuple[float, ...]
     std: tuple[float, ...]
     licence: str = ""
@@ -69,7 +75,7 @@ class TimmViT(Tower):
     anyway; on the demonstration's ViT the two differ by less than 0.01 in kNN, within the noise.
     """
 
-    def __init__(self, model: Any, block: int):
+    def __init__(self, model: VisionTransformer, block: int):
         super().__init__()
         self.has_cls = model.num_prefix_tokens > 0 and cls_token_of(model) is not None
         self.pools = block < 0 and getattr(model, "attn_pool", None) is not None
@@ -87,20 +93,33 @@ class TimmViT(Tower):
                 cls_BC = self.model.forward_head(tokens_BNC, pre_logits=True)
                 return Tokens(cls_BC, tokens_BNC[:, prefix:])
             return split_prefix(tokens_BNC, prefix, has_cls=self.has_cls)
-        (after,) = self.model.forward_intermediates(
+        states = self.model.forward_intermediates(
             image_B3HW,
             indices=[self.block],
             return_prefix_tokens=True,
             output_fmt="NLC",
             intermediates_only=True,
         )
-        tokens_BNC = torch.cat([after[1], after[0]], 1) if prefix else after
+        (state,) = cast(list[Tensor | tuple[Tensor, Tensor]], states)
+        tokens_BNC = state if isinstance(state, Tensor) else torch.cat([state[1], state[0]], 1)
         return split_prefix(tokens_BNC, prefix, has_cls=self.has_cls)
 
 
-def cls_token_of(model: Any) -> Any:
+def cls_token_of(model: nn.Module) -> Tensor | None:
     """The CLS token of a timm ViT, which NaFlexViT keeps in its embedding; None without one."""
     return getattr(getattr(model, "embeds", model), "cls_token", None)
+
+
+class MapModel(Protocol):
+    """A timm model whose features are a map."""
+
+    def forward_features(self, x: Tensor) -> Tensor: ...
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor: ...
+
+    def forward_intermediates(
+        self, x: Tensor, *, indices: list[int], output_fmt: str, intermediates_only: bool
+    ) -> list[Tensor]: ...
 
 
 class TimmMap(Tower):
@@ -109,7 +128,7 @@ class TimmMap(Tower):
     The last one's summary is the attention pool's, if there is one (CLIP's ResNets).
     """
 
-    def __init__(self, model: Any, block: int):
+    def __init__(self, model: MapModel, block: int):
         super().__init__()
         self.block = block
         self.channels_last = getattr(model, "output_fmt", None) == "NHWC"
@@ -147,7 +166,7 @@ class ClipViT(Tower):
     here. After `block` the summary is the CLS token.
     """
 
-    def __init__(self, visual: Any, block: int):
+    def __init__(self, visual: ClipTransformer, block: int):
         super().__init__()
         self.summary = TOKEN
         if block < 0 and visual.attn_pool is not None:
@@ -196,7 +215,7 @@ class ClipMap(Tower):
 
     summary = POOL
 
-    def __init__(self, visual: Any):
+    def __init__(self, visual: ModifiedResNet):
         super().__init__()
         self.pool = attention_pool(visual.attnpool)
         visual.attnpool = nn.Identity()
@@ -208,7 +227,7 @@ class ClipMap(Tower):
         return from_map(map_BCHW)._replace(cls_BC=self.pool(map_BCHW))
 
 
-def attention_pool(theirs: Any) -> nn.Module:
+def attention_pool(theirs: ClipPool) -> nn.Module:
     """timm's form of open_clip's AttentionPool2d, with its weights but for the output's."""
     positions_NC = theirs.positional_embedding
     side = round((len(positions_NC) - 1) ** 0.5)

@@ -257,7 +257,7 @@ class FeatureCache:
         facts: dict[str, dict[str, Any]] = {}
         for row in rows:
             theirs, ours = manifest["teachers"][row.name], own_facts(row)
-            ours |= sources.kind_of(row, math.isqrt(self.layout.tokens))
+            ours |= sources.architecture_facts(row, math.isqrt(self.layout.tokens))
             refuse_others(f"{str(self.folder)!r} ({row.name})", theirs, ours)
             facts[row.name] = theirs | {k: ours[k] for k in weight_files.HASHES if k in ours}
         if path := self.layout.broken(facts):
@@ -356,7 +356,7 @@ def own_facts(row: config.Teacher) -> dict[str, Any]:
     keys = ("size", "patch", "mean", "std", "block", "precision")
     facts = {f"teachers.{row.name}.{key}": json.dumps(getattr(row, key)) for key in keys}
     try:
-        path = weight_files.locate(row)
+        path = sources.locate(row)
     except ValueError:
         path = None
     # A file may move; what is not a file, or not here, is known by its name.

@@ -31,7 +31,7 @@ from unic_ds.tokens import Target, Tokens
 
 
 def is_prime(n: int) -> bool:
-    """Whether n is a prime number."""
+    """True if n is a prime number."""
     return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
 
 
@@ -113,17 +113,13 @@ class PhiS(Standardiser):
 
     @torch.no_grad()
     def forward(self, tokens: Tokens) -> Target:
-        """What these tokens are as a target: rotated here, since the loss knows no rotation."""
-        turned = Tokens(*(self.normalise(x_C, kind) for kind, x_C in enumerate(tokens)))
-        return Target.of(turned, self.cfg.target_clamp)
+        """Target of these tokens; they are rotated here, since the loss has no rotation."""
+        rotated = Tokens(*(self.rotate(x_C, kind) for kind, x_C in enumerate(tokens)))
+        return Target.of(rotated, self.cfg.target_clamp)
 
-    def normalise(self, x_C: Tensor, kind: int) -> Tensor:
-        """Rotate and scale the last axis, whatever axes stand before it."""
+    def rotate(self, x_C: Tensor, kind: int) -> Tensor:
+        """Rotate and scale the last axis of `x_C`, which may have leading axes."""
         return (x_C.float() - self.mean_2C[kind]) @ self.basis_2CC[kind].T / self.scale_2[kind]
-
-    def invert(self, y_C: Tensor, kind: int) -> Tensor:
-        """The features that `normalise` made `y_C` of."""
-        return y_C @ self.basis_2CC[kind] * self.scale_2[kind] + self.mean_2C[kind]
 
     @torch.no_grad()
     def observe(self, tokens: Tokens) -> None:

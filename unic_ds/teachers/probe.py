@@ -1,4 +1,4 @@
-"""A forward of two black images tells a teacher's width and grid, or why it cannot be used."""
+"""Probes a teacher with two black images: its width and grid, or the reason to refuse it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,20 @@ PLAIN = (RuntimeError, ValueError, AssertionError)
 
 @torch.no_grad()
 def measure(
-    row: config.Teacher, size: int, see: Callable[[Tensor], Tokens], *, device: torch.device
+    row: config.Teacher,
+    size: int,
+    encode: Callable[[Tensor], Tokens],
+    *,
+    device: torch.device,
+    single: bool = False,
 ) -> tuple[int, int]:
-    """(width, side of the own grid) of a teacher; `see` maps uint8 images to its tokens.
+    """(width, side of the own grid) of a teacher; `encode` maps uint8 images to its tokens.
 
     ValueError, naming the teacher, unless two images give tokens [2, C] and [2, N, C], N a square.
-    A python: teacher must give one image the same tokens' shape, too.
+    With `single` one image alone must give the same.
     """
-    counts = (2, 1) if row.source.startswith("python:") else (2,)
-    found = [shape_of(row, size, see, count, device) for count in counts]
+    counts = (2, 1) if single else (2,)
+    found = [shape_of(row, size, encode, count, device) for count in counts]
     if len(set(found)) > 1:
         (width, side), (width1, side1) = found
         raise ValueError(
@@ -47,20 +52,20 @@ def measure(
 def shape_of(
     row: config.Teacher,
     size: int,
-    see: Callable[[Tensor], Tokens],
+    encode: Callable[[Tensor], Tokens],
     count: int,
     device: torch.device,
 ) -> tuple[int, int]:
     """(width, side of the own grid) of the tokens of `count` images; ValueError as `measure`."""
     try:
         black_B3HW = torch.zeros(count, 3, size, size, dtype=torch.uint8, device=device)
-        tokens = see(black_B3HW)
+        tokens = encode(black_B3HW)
         check_kind(tokens, black_B3HW.device)
     except torch.OutOfMemoryError:
         raise
     except NotTokens as error:
         raise ValueError(f"teacher {row.name!r} {error}") from None
-    except Exception as exc:  # foreign code may fail in any way; say whose it is
+    except Exception as exc:  # foreign code may fail in any way; name it
         images = "an image" if count == 1 else f"a batch of {count} images"
         raise ValueError(
             f"teacher {row.name!r} fails on {images} of {size} px: {first_line(exc)} ({place(exc)})"
@@ -89,7 +94,7 @@ def check_kind(tokens: Tokens, device: torch.device) -> None:
 
 
 def place(exc: Exception) -> str:
-    """File and line that raised an exception: a module's author looks there first."""
+    """File and line that raised an exception, for a module's author."""
     frame = traceback.extract_tb(exc.__traceback__)[-1]
     return f"{printable(Path(frame.filename).name)}, line {frame.lineno}"
 

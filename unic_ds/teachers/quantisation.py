@@ -7,9 +7,7 @@ too, with a scale for each token, which a GPU's eight-bit units need to be faste
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as Uncalled
 
 from unic_ds import config
-from unic_ds.files import tensor_files
 from unic_ds.tokens import Tokens
 
 LEAST = 0.998
@@ -103,26 +100,3 @@ def check_agreement(name: str, precision: str, found: dict[str, float]) -> None:
                 f" tokens to those in bf16 is {found[kind]:.4f}, below {LEAST}; set"
                 f" --teachers.{name}.precision bf16"
             )
-
-
-def write(tower: nn.Module, path: Path) -> None:
-    """Write a tower's weights, quantised or not, as safetensors: plain arrays and JSON."""
-    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-
-    state, said = flatten_tensor_state_dict({k: v.data for k, v in tower.state_dict().items()})
-    tensor_files.save(state, path, said)
-
-
-def read(tower: nn.Module, path: Path) -> None:
-    """Give a tower the weights that `write` wrote; ValueError where they are of another."""
-    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
-
-    file = tensor_files.Safetensors(path)
-    state, said = dict(file), file.metadata
-    names = set(json.loads(said.get("tensor_names", "[]")))
-    if names != tower.state_dict().keys():
-        raise ValueError(f"{str(path)!r} holds no weights of this {type(tower).__name__}")
-    found, left = unflatten_tensor_state_dict(state, said)
-    assert not left
-    tower.load_state_dict(found, assign=True)
-    tower.requires_grad_(False)

@@ -55,18 +55,10 @@ class Standardiser(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens: Tokens) -> Target:
-        """What these tokens are as a target, by the statistics of now."""
+        """Target of these tokens by the current statistics."""
         if not self.cfg.on:
             return Target.of(tokens)
         return Target(tokens, self.mean_2C.clone(), self.divisor(), self.cfg.target_clamp)
-
-    def normalise(self, x_C: Tensor, kind: int) -> Tensor:
-        """(x - mean) / (std + eps) over the last axis, whatever stands before it; no clamp."""
-        return (x_C.float() - self.mean_2C[kind]) / self.divisor()[kind]
-
-    def invert(self, y_C: Tensor, kind: int) -> Tensor:
-        """The features that `normalise` made `y_C` of."""
-        return y_C * self.divisor()[kind] + self.mean_2C[kind]
 
     def divisor(self) -> Tensor:
         """Each channel's std + eps [2, C]; one that hardly varies is floored."""

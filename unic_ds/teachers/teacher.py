@@ -1,4 +1,4 @@
-"""A frozen teacher: uint8 images in, raw tokens on the student's grid out, whatever its source."""
+"""A frozen teacher of any source: uint8 images in, tokens on the student's grid out."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from unic_ds import config, dist
 from unic_ds.files.printable import printable
 from unic_ds.teachers import probe, quantisation, sources, weight_files
-from unic_ds.teachers.adapters import TOKEN
+from unic_ds.teachers.adapters import TOKEN, TeacherModel
 from unic_ds.tokens import Normalise, Tokens, to_grid
 
 DTYPE = probe.DTYPE
 
 
 class Teacher(nn.Module):
-    """A frozen model that turns uint8 images of side `size` into raw Tokens on the student's grid.
+    """A frozen model that turns uint8 images of side `size` into Tokens on the student's grid.
 
-    The tower is probed with black images, which sets `width` and `own_grid`; ValueError where it
-    does not give tokens on a square grid. A quantised one's `fidelity` to itself in bf16 is
+    The tower is probed with black images, which sets `width` and `own_grid`; ValueError unless it
+    gives tokens on a square grid. A quantised one's `fidelity` to itself in bf16 is
     measured on the images of `sample`, if given. One that is not replicated is built, and called,
     by all ranks together.
     """
@@ -28,7 +28,7 @@ class Teacher(nn.Module):
     def __init__(
         self,
         row: config.Teacher,
-        source: sources.Source,
+        model: TeacherModel,
         *,
         grid: int,
         device: torch.device,
@@ -36,28 +36,30 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         quantisation.check_device(row, device)
-        self.row, self.name, self.licence = row, row.name, printable(source.licence)
-        self.size, self.grid, self.summary = source.size, grid, str(source.tower.summary)
-        self.mean, self.std = sources.preprocessing(row, source)
+        self.row, self.name, self.licence = row, row.name, printable(model.licence)
+        self.size, self.grid, self.summary = model.size, grid, str(model.tower.summary)
+        self.mean, self.std = sources.preprocessing(row, model)
         self.dtype = DTYPE[row.precision]
         layout = torch.channels_last if row.channels_last else torch.contiguous_format
         self.layout = layout
-        # What will be spread goes to the device block by block.
-        home = device if row.placement == "replicate" else torch.device("cpu")
-        self.tower = source.tower.to(device=home, dtype=self.dtype, memory_format=layout)
+        # Weights to be sharded go to the device block by block.
+        first = device if row.placement == "replicate" else torch.device("cpu")
+        self.tower = model.tower.to(first, self.dtype).to(memory_format=layout)
         self.normalise = Normalise(self.mean, self.std).to(device)
         self.requires_grad_(False).train(False)
         self.parameter_count = sum(p.numel() for p in self.tower.parameters())
         changes = row.quantised or row.placement != "replicate"
-        of_python = row.source.startswith("python:")
-        # Of weights that will not stay as they are.
-        self.hashes = weight_files.module_hashes(self.tower) if changes and of_python else {}
+        no_file = sources.source_of(row).locate is None
+        # Hashed before they are quantised or sharded.
+        self.hashes = weight_files.module_hashes(self.tower) if changes and no_file else {}
         if row.placement != "replicate":
             offload = row.placement == "offload"
             dist.shard_over_node(self.tower, self.tower.blocks(), offload=offload)
-        self.width, self.own_grid = probe.measure(row, self.size, self.on_own_grid, device=device)
+        self.width, self.own_grid = probe.measure(
+            row, self.size, self.on_own_grid, device=device, single=not sources.has_outline(row)
+        )
         self.fidelity = self.quantise(device, sample) if row.quantised else {}
-        self.patch = source.patch or self.size // self.own_grid
+        self.patch = model.patch or self.size // self.own_grid
 
     @property
     def has_cls(self) -> bool:
@@ -65,19 +67,19 @@ class Teacher(nn.Module):
         return self.summary == TOKEN
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stay in evaluation mode, whatever is asked."""
+        """Stay in evaluation mode, whatever `mode` is."""
         return super().train(False)
 
     # Not inference_mode: its tensors cannot be saved for the loss's backward.
     @torch.no_grad()
     def forward(self, image_B3HW: Tensor) -> Tokens:
-        """Raw tokens of uint8 images [B, 3, size, size] in its precision, on the student's grid."""
+        """Tokens of uint8 images [B, 3, size, size] in its precision, on the student's grid."""
         assert image_B3HW.shape[1:] == (3, self.size, self.size), (self.name, image_B3HW.shape)
-        parts = [self.see(part) for part in image_B3HW.split(self.row.micro or len(image_B3HW))]
+        parts = [self.encode(part) for part in image_B3HW.split(self.row.micro or len(image_B3HW))]
         return parts[0] if len(parts) == 1 else Tokens(*map(torch.cat, zip(*parts, strict=True)))
 
-    def see(self, image_B3HW: Tensor) -> Tokens:
-        """Tokens of as many images as it takes at once."""
+    def encode(self, image_B3HW: Tensor) -> Tokens:
+        """Tokens of at most `row.micro` images, on the student's grid."""
         return to_grid(self.on_own_grid(image_B3HW), self.grid)
 
     def on_own_grid(self, image_B3HW: Tensor) -> Tokens:
@@ -98,7 +100,7 @@ class Teacher(nn.Module):
 
     def facts(self) -> dict[str, Any]:
         """Facts that identify the teacher, as plain values; hashes its weight file."""
-        path = weight_files.locate(self.row)
+        path = sources.locate(self.row)
         of_module = {} if path else self.hashes or weight_files.module_hashes(self.tower)
         return {
             "source": self.row.source,

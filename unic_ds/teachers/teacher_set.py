@@ -14,15 +14,15 @@ from unic_ds import config, dist
 from unic_ds.blocks import compile_each, repeated_blocks
 from unic_ds.ops import FUSED, Ops
 from unic_ds.process import console
-from unic_ds.teachers import quantisation, sources, weight_files
+from unic_ds.teachers import quantisation, sources
 from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.phi_s import PhiS
 from unic_ds.teachers.standardise import Standardiser
 from unic_ds.teachers.teacher import Teacher, load
 from unic_ds.tokens import Target, Tokens
 
-CachedTeacher = Mapping[str, Tokens] | None
-"""Tokens of teachers that are not run, on the CPU."""
+CachedTokens = Mapping[str, Tokens] | None
+"""Tokens of the cached teachers by name, on the CPU."""
 ANEW = "or start a new run in another --out, from weights alone by --student.init if you like"
 KINDS: dict[str, type[Standardiser]] = {"channel": Standardiser, "phi_s": PhiS}
 
@@ -48,25 +48,26 @@ class TeacherSet:
     ):
         """Teachers that `cache` has are not run: their tokens come with each batch.
 
-        RuntimeError where a quantised teacher is not itself any more on the images of `sample`.
+        RuntimeError if a quantised teacher's tokens differ too much from its bf16 tokens on the
+        images of `sample`.
         """
         if not rows:
             raise ValueError("no teachers; name some with --teachers NAME=SOURCE,...")
-        self.device, self.stored = device, cache.facts if cache else {}
-        online = [row for row in rows if row.name not in self.stored]
+        self.device, self.cached = device, cache.facts if cache else {}
+        online = [row for row in rows if row.name not in self.cached]
         for row in online:
-            weight_files.locate(row)
+            sources.locate(row)
             quantisation.check_device(row, device)
         self.teachers = {}
         for row in online:
             with dist.local_main_first():
-                source = sources.read(row, grid)
-            teacher = Teacher(row, source, grid=grid, device=device, sample=sample)
+                model = sources.read(row, grid)
+            teacher = Teacher(row, model, grid=grid, device=device, sample=sample)
             quantisation.check_agreement(row.name, row.precision, teacher.fidelity)
             self.teachers[row.name] = teacher
         self.widths = {  # channels of each teacher, in config order
-            row.name: int(self.stored[row.name]["width"])
-            if row.name in self.stored
+            row.name: int(self.cached[row.name]["width"])
+            if row.name in self.cached
             else self.teachers[row.name].width
             for row in rows
         }
@@ -79,29 +80,29 @@ class TeacherSet:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The image sides in pixels that the teachers eat, each once, ascending."""
+        """Image sides in pixels of the teachers that are run, each once, ascending."""
         return tuple(sorted({teacher.size for teacher in self.teachers.values()}))
 
     def __call__(
-        self, images: dict[int, Tensor], stored: CachedTeacher = None, *, observe: bool = True
+        self, images: dict[int, Tensor], cached: CachedTokens = None, *, observe: bool = True
     ) -> dict[str, Target]:
         """Targets of uint8 images [B, 3, H, H], keyed by side H in pixels.
 
-        `stored` are the tokens of teachers that are not run. `observe` adds the batch to running
+        `cached` holds the tokens of the cached teachers. `observe` adds the batch to running
         statistics: off in validation. No host sync.
         """
         targets = {}
-        for name, tokens in self.raw(images, stored).items():
+        for name, tokens in self.features(images, cached).items():
             targets[name] = self.norms[name](tokens)
             if observe and self.standardise.running:
                 self.norms[name].observe(tokens)
         return targets
 
-    def raw(self, images: dict[int, Tensor], stored: CachedTeacher = None) -> dict[str, Tokens]:
-        """Tokens as the teachers give them, each in its own precision, on the student's grid."""
+    def features(self, images: dict[int, Tensor], cached: CachedTokens = None) -> dict[str, Tokens]:
+        """Tokens of each teacher on the student's grid, not standardised, in its precision."""
         found = {
             name: Tokens(*(x.to(self.device, non_blocking=True) for x in tokens))
-            for name, tokens in (stored or {}).items()
+            for name, tokens in (cached or {}).items()
         }
         found |= {name: teacher(images[teacher.size]) for name, teacher in self.teachers.items()}
         return {name: found[name] for name in self.widths if name in found}
@@ -174,7 +175,7 @@ class TeacherSet:
     def manifest(self) -> dict[str, dict[str, Any]]:
         """What identifies each teacher, for `teachers.json`; hashes weight files: call it once."""
         return {
-            name: self.stored[name] if name in self.stored else self.teachers[name].facts()
+            name: self.cached[name] if name in self.cached else self.teachers[name].facts()
             for name in self.widths
         }
 
@@ -202,11 +203,11 @@ def fidelities(
     found = []
     for row in rows:
         quantisation.check_device(row, device)
-        source = sources.read(row, grid)
+        model = sources.read(row, grid)
         said: dict[str, Any] = {"name": row.name, "precision": row.precision}
-        said["linears"] = len(quantisation.linears(source.tower.blocks()))
+        said["linears"] = len(quantisation.linears(model.tower.blocks()))
         if said["linears"]:
-            said |= Teacher(row, source, grid=grid, device=device, sample=sample).fidelity
+            said |= Teacher(row, model, grid=grid, device=device, sample=sample).fidelity
         found.append(said)
     return found
 

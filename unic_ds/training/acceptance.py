@@ -15,18 +15,24 @@ from typing import Any
 import torch
 
 from unic_ds import config, data, dist
-from unic_ds.config import data_spec, job
+from unic_ds.config import data_spec, job, plugins
 from unic_ds.data import shards
 from unic_ds.losses import balance
+from unic_ds.losses.balance import BALANCERS
+from unic_ds.losses.terms import TERMS
+from unic_ds.models.encoder import build_encoder, grid_of
 from unic_ds.models.meta import NoInit
-from unic_ds.models.student import build_encoder, grid_of
 from unic_ds.planning import trace
 from unic_ds.process import console
-from unic_ds.teachers import quantisation, sources, teacher_set, weight_files
+from unic_ds.teachers import quantisation, sources, teacher_set
 from unic_ds.teachers.cache import FeatureCache
+from unic_ds.teachers.sources import SOURCES
 from unic_ds.teachers.teacher import Teacher
 from unic_ds.training import setup
 from unic_ds.weights import warm_start
+
+REGISTERED = plugins.Names(sources=SOURCES, terms=TERMS, balancers=BALANCERS)
+"""The names in the registries, those of plugins among them."""
 
 UNKNOWN = 8
 """Channels that a teacher is taken to have which the cache has or which is not called."""
@@ -56,6 +62,7 @@ def accept_models(
     """
     for number, cfg in enumerate(stages, 1):
         with naming(number, len(stages)):
+            plugins.check_names(cfg, REGISTERED)
             outlined, called = number > 1 or not starting, located and not starting
             widths = accept_teachers(cfg, outlined=outlined, located=located, called=called)
             accept_student(cfg, widths)
@@ -88,12 +95,12 @@ def accept_teachers(
         if row.name in stored:
             continue
         if located:
-            weight_files.locate(row)
+            sources.locate(row)
             quantisation.check_device(row, dist.device())
-        if outlined and (called or not row.source.startswith("python:")):
+        if outlined and (called or sources.has_outline(row)):
             widths[row.name] = width_of(replace(row, placement="replicate", micro=0), grid)
-        if called and row.source.startswith("file:"):
-            sources.check_fit(row, grid)
+        if called:
+            sources.check_weights(row, grid)
     return widths
 
 
@@ -105,7 +112,7 @@ def width_of(row: config.Teacher, grid: int) -> int:
     """
     whole: dict[str, Any] = {"precision": "bf16"} if row.quantised else {}
     wide = replace(row, **whole)
-    if not row.source.startswith("python:"):
+    if sources.has_outline(row):
         teacher = trace.outlined(wide, grid)
     else:
         with NoInit():

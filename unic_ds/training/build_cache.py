@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from unic_ds import config, data, dist, files
-from unic_ds.models.student import grid_of
+from unic_ds.models.encoder import grid_of
 from unic_ds.process import console
 from unic_ds.teachers import cache
 from unic_ds.teachers.teacher_set import TeacherSet
@@ -105,7 +105,7 @@ def spoken(
 ) -> Iterator[list[dict[str, Any]]]:
     """The teachers' tokens of every file's batches."""
     for batches in plan:
-        yield [teachers.raw(batch.images) for batch in batches]
+        yield [teachers.features(batch.images) for batch in batches]
 
 
 def check(layout: cache.Layout, manifest: dict[str, Any], yes: bool) -> None:

@@ -63,7 +63,7 @@ def export_student(task: job.Job, parts: Any) -> None:
     if dist.rank() != 0:
         return
     beside = {
-        export.LADDER: parts.engine.module.ladder.published(own),
+        export.LADDER: parts.engine.module.ladder.export_state_dict(own),
         export.STATISTICS: parts.teachers.state_dict(),
     }
     images, out = sample_images(parts.train, task.cfg, 8), task.out / "student"
@@ -111,13 +111,13 @@ def extract(task: job.Job, parts: Any) -> tuple[rounds.Side, rounds.Side, dict[s
         warm_start.start_encoder(task.init, before.encoder)
     warm_start.start_encoder(str(task.out / "student"), after.encoder)
     widths: dict[str, int] = {}
-    if parts.teachers.stored:
-        console.say(f"not measured, since not run: {', '.join(parts.teachers.stored)}")
+    if parts.teachers.cached:
+        console.say(f"not measured, since not run: {', '.join(parts.teachers.cached)}")
 
     def encode(images: dict[int, Tensor]) -> Tensor:
         small = images[cfg.student.size]
         columns = {"pixels": features.pixels(small)}
-        columns |= {name: tokens.cls_BC for name, tokens in parts.teachers.raw(images).items()}
+        columns |= {name: tokens.cls_BC for name, tokens in parts.teachers.features(images).items()}
         columns |= {
             "student before": before.encode(small).cls_BC,
             "student after": after.encode(small).cls_BC,

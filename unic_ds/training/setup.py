@@ -89,7 +89,7 @@ def build(task: job.Job) -> Parts:
 def find_teachers(cfg: config.Config, train: Any, cache: Any) -> tuple[Any, dict[str, Any]]:
     """The teachers on this rank's device, and their manifest, which is rank 0's."""
     from unic_ds import dist
-    from unic_ds.models.student import grid_of
+    from unic_ds.models.encoder import grid_of
     from unic_ds.ops import KERNELS
     from unic_ds.process import console
     from unic_ds.teachers.teacher_set import TeacherSet
@@ -132,7 +132,7 @@ def start_student(task: job.Job, teachers: Any) -> tuple[Any, dict[str, dict[str
         seed=cfg.seed,
         ops=KERNELS[cfg.kernels],
         compiled=cfg.run.compiles("student"),
-        whole=deepspeed_engine.gathered,
+        gathered=deepspeed_engine.gathered,
     )
     student = deepspeed_engine.partitioned(make, task.settings).to(dist.device())
     return student, warm_start.start(task.init, student, teachers) if task.init else None
@@ -265,7 +265,7 @@ def noise_images(size: int) -> Any:
 
 def augmentation_key(cfg: config.Config, train: Any) -> dict[str, Any]:
     """What the images and their augmentation depend on, but the seed."""
-    from unic_ds.models.student import grid_of
+    from unic_ds.models.encoder import grid_of
 
     science = overrides.science(cfg)
     said: dict[str, Any] = {k: v for k, v in science.items() if k.startswith("data.")}
@@ -330,7 +330,7 @@ def count_flops(cfg: config.Config, teachers: Any, device: Any) -> float:
 
     images = {s: torch.zeros(1, 3, s, s, dtype=torch.uint8, device=device) for s in teachers.sizes}
     with torch.no_grad(), flop_counter() as counter:
-        teachers.raw(images)
+        teachers.features(images)
     return counter.get_total_flops() + 3 * forward_flops(cfg, teachers.widths)
 
 
@@ -346,7 +346,7 @@ def fit_statistics(task: job.Job, parts: Parts) -> None:
     # A stream of its own: the log's share of time spent waiting is of training alone.
     teachers = parts.teachers
     stream = open_stream(task, parts.train, teachers.sizes, dist.device(), parts.cache)
-    tokens = (teachers.raw(batch.images, batch.beside) for batch in islice(stream, count))
+    tokens = (teachers.features(batch.images, batch.beside) for batch in islice(stream, count))
     teachers.fit(console.track(tokens, count, "statistics"))
     stream.close()
     console.say(f"statistics fitted in {time.monotonic() - start:.1f} s")

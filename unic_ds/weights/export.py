@@ -22,7 +22,7 @@ from torch import Tensor
 from unic_ds import config
 from unic_ds.files import apply_umask, encodable, tensor_files, write_whole
 from unic_ds.files.printable import markdown
-from unic_ds.models.student import arguments, build_encoder, has_cls
+from unic_ds.models.encoder import arguments, build_encoder, has_cls
 from unic_ds.tokens import Normalise, Tokens, split_prefix
 from unic_ds.weights.warm_start import LADDER, STATISTICS, WEIGHTS
 

@@ -23,8 +23,8 @@ from unic_ds import config
 from unic_ds.files import tensor_files
 from unic_ds.files.printable import printable
 from unic_ds.files.tensor_files import is_finite, not_floating, unlike_weights
+from unic_ds.models.encoder import build_encoder
 from unic_ds.models.ladder import Head, Ladder
-from unic_ds.models.student import build_encoder
 from unic_ds.teachers.weight_files import sha256
 from unic_ds.tokens import KINDS
 from unic_ds.weights import export
@@ -206,7 +206,7 @@ def ladder_of(
     heads = {name: Head(pair[1].shape[0]) for (name, _), pair in linears.items()}
     with torch.device("meta"):
         ladder = Ladder(width, depth, heads, cfg)
-    if wrong := misfit(state, ladder.published()):
+    if wrong := misfit(state, ladder.export_state_dict()):
         raise ValueError(f"the ladder (lp) is none of ours: {wrong}")
     return cfg, heads
 

@@ -119,11 +119,11 @@ def start_ladder(path: Path | None, ladder: Any) -> str:
     if path is None:
         return NONE
     own = dict(ladder.named_parameters())
-    want = ladder.published({k: outline(deepspeed_engine.shape(v)) for k, v in own.items()})
+    want = ladder.export_state_dict({k: outline(deepspeed_engine.shape(v)) for k, v in own.items()})
     file = Safetensors(path)
     if wrong := misfit(file, want):
         return wrong
-    for name, regions in ladder.parts().items():
+    for name, regions in ladder.regions().items():
         with deepspeed_engine.gathered(own[name]) as ours:
             for published, at in regions.items() if ours else ():
                 own[name][at].copy_(file[published])

@@ -1,31 +1,33 @@
-"""Builds the teacher of a `python:MODULE:FUNCTION` source and reads what its module says."""
+"""Teachers from the user's own code: `python:MODULE:FUNCTION`, a function that returns a module."""
 
 from __future__ import annotations
 
 import importlib
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
 from unic_ds import config
 from unic_ds.files.printable import printable
-from unic_ds.teachers.adapters import PythonTower, Source
+from unic_ds.teachers.adapters import PythonTower, TeacherModel
 from unic_ds.teachers.probe import first_line, place
+from unic_ds.teachers.sources.build import block_of
+from unic_ds.teachers.sources.contract import Source
 
 OPTION = {"image_size": "size", "patch_size": "patch"}
-"""The option of a row that goes before a module's attribute."""
+"""A module's attribute -> the option of a row that overrides it."""
 
 
-def from_python(row: config.Teacher, grid: int) -> Source:
-    """`python:MODULE:FUNCTION`: the module that the user's function makes.
+def read(row: config.Teacher, grid: int) -> TeacherModel:
+    """The module that the user's function returns.
 
     Its forward maps normalised images [B, 3, size, size] to Tokens. Its attributes image_size,
     patch_size, mean and std count where the row leaves them open; an image_size goes before the
     grid's, since a user's module may take no other. ValueError for what cannot be used.
     """
+    block_of(row, 0)  # it returns its own tokens: there is no block to choose
     model = call_python(row)
     patch = row.patch or side(row, model, "patch_size")
     size = row.size or side(row, model, "image_size") or grid * patch
@@ -37,7 +39,7 @@ def from_python(row: config.Teacher, grid: int) -> Source:
                 f"set teachers.{row.name}.{key}"
             )
     licence = getattr(model, "licence", "") or ""
-    return Source(PythonTower(model), size, patch, mean, std, printable(licence))
+    return TeacherModel(PythonTower(model), size, patch, mean, std, printable(licence))
 
 
 def side(row: config.Teacher, model: nn.Module, key: str) -> int:
@@ -45,7 +47,7 @@ def side(row: config.Teacher, model: nn.Module, key: str) -> int:
 
     ValueError for anything else.
     """
-    value: Any = getattr(model, key, None)
+    value = getattr(model, key, None)
     if value is None:
         return 0
     try:
@@ -66,7 +68,7 @@ def three(row: config.Teacher, model: nn.Module, key: str) -> tuple[float, ...]:
 
     ValueError for anything else.
     """
-    value: Any = getattr(model, key, None)
+    value = getattr(model, key, None)
     if value is None:
         return ()
     try:
@@ -83,9 +85,9 @@ def three(row: config.Teacher, model: nn.Module, key: str) -> tuple[float, ...]:
 
 def call_python(row: config.Teacher) -> nn.Module:
     """The module of a `python:` source's function; ValueError if there is none or it fails."""
-    where, _, name = row.source.removeprefix("python:").partition(":")
+    where, name = row.parsed_source.module, row.parsed_source.function
     try:
-        make: Callable[[], Any] | None = getattr(importlib.import_module(where), name, None)
+        make: Callable[[], object] | None = getattr(importlib.import_module(where), name, None)
     except ImportError as exc:
         raise ValueError(
             f"teacher {row.name!r}: cannot import {where!r} ({exc}); put its folder on PYTHONPATH"
@@ -110,3 +112,6 @@ def call_python(row: config.Teacher) -> nn.Module:
             f"got {type(model).__name__}"
         )
     return model
+
+
+SOURCE = Source(read=read)

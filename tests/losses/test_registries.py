@@ -1,0 +1,104 @@
+"""A module outside the package adds a teacher source, a loss term and a balancer."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from unic_ds import config
+from unic_ds.config import loss_terms, teacher_source
+from unic_ds.losses import balance
+from unic_ds.losses.balance import BALANCERS, Balancer
+from unic_ds.losses.distill import distill_loss
+from unic_ds.losses.terms import TERMS
+from unic_ds.teachers import sources
+from unic_ds.teachers.sources import SOURCES
+from unic_ds.teachers.teacher import load
+from unic_ds.teachers.teacher_set import TeacherSet
+from unic_ds.tokens import Target, Tokens
+
+CPU = torch.device("cpu")
+ROWS = tuple(
+    config.Teacher(name=name, source=source, precision="fp32")
+    for name, source in {"mine": "small:24", "theirs": "python:small_teacher:wide"}.items()
+)
+
+
+@pytest.fixture
+def plugin():
+    """The plugin, whose entries are taken out of the registries afterwards."""
+    yield importlib.import_module("example_plugin")
+    for registry, name in ((SOURCES, "small"), (TERMS, "charbonnier"), (BALANCERS, "hardest")):
+        del registry[name]
+    del sys.modules["example_plugin"]
+
+
+def test_the_light_names_are_those_of_the_registries():
+    assert list(SOURCES) == list(teacher_source.GRAMMAR)
+    assert tuple(TERMS) == loss_terms.TERMS
+
+
+def test_a_kind_of_source_is_one_entry(plugin):
+    standardise = config.Standardise()
+    teachers = TeacherSet(ROWS, grid=2, standardise=standardise, device=CPU)
+    assert teachers.widths == {"mine": 24, "theirs": 40}
+    image_B3HW = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    found = teachers.features({32: image_B3HW})["mine"]
+    want = plugin.Small(24)((image_B3HW / 255 - 0.5) / 0.5)
+    for x, y in zip(found, want, strict=True):
+        torch.testing.assert_close(x, y)
+    facts = teachers.manifest()["mine"]
+    assert (facts["source"], facts["licence"], facts["width"]) == ("small:24", "MIT", 24)
+    assert len(facts["sha256"]) == 64
+    assert sources.outline(ROWS[0], grid=2).size == 32
+    assert sources.fetch(ROWS[0])["bytes"] == 0
+
+
+def test_an_unknown_kind_of_source_is_refused():
+    with pytest.raises(ValueError, match=r"mine\.source .* timm:, open_clip:.*'small:24'"):
+        load(ROWS[0], grid=2, device=CPU)
+
+
+@pytest.mark.parametrize("rungs", [0, 2])
+def test_a_term_is_one_entry(plugin, rungs):
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((5, 6), (5, 4, 6))
+    leading = (rungs,) if rungs else ()
+    pred = Tokens(*(torch.randn(*leading, *s, generator=draw, requires_grad=True) for s in shapes))
+    target = Target.of(Tokens(*(torch.randn(s, generator=draw) for s in shapes)))
+    distance = config.Distance({"charbonnier": 2.0}, {"cosine": 0.5, "charbonnier": 0.25})
+    loss, metrics = distill_loss(
+        {"t": pred},
+        {"t": target},
+        torch.zeros(1, 5),
+        loss=config.Loss(),
+        balance=Balancer(torch.ones(1)),
+        distances={"t": distance},
+    )
+    gaps = [
+        np.sqrt((p - t).square().double().detach().numpy() + 1e-6).mean()
+        for p, t in zip(pred, target.features, strict=True)
+    ]
+    cosine = torch.cosine_similarity(pred.patch_BNC, target.features.patch_BNC, dim=-1).mean()
+    want = (2.0 * gaps[0] + 0.5 * (1 - cosine.item()) + 0.25 * gaps[1]) / 2
+    assert loss.item() == pytest.approx(want, rel=1e-5)
+    assert {"t/cls_cosine", "t/patch_smooth_l1"} <= metrics.keys()
+    loss.backward()
+    assert all(x.grad is not None and x.grad.abs().max() > 0 for x in pred)
+
+
+def test_a_balancer_is_one_entry(plugin):
+    cfg = config.Config(teachers=ROWS, balance=config.Balance(kind="hardest"))
+    loss_TB = torch.tensor([[1.0, 3.0], [2.0, 1.0]])
+    coefficient_TB = balance.build(cfg)(loss_TB, torch.rand(2, 2))
+    assert coefficient_TB.tolist() == [[0.0, 0.5], [0.5, 0.0]]
+
+
+def test_an_unknown_balancer_is_refused():
+    cfg = config.Config(teachers=ROWS, balance=config.Balance(kind="hardest"))
+    with pytest.raises(ValueError, match=r"--balance.kind must be one of none, .*'hardest'"):
+        balance.build(cfg)

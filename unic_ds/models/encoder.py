@@ -1,0 +1,191 @@
+"""The student's encoder: a plain timm ViT, checked on the meta device before it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import timm
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from unic_ds import config
+from unic_ds.config import overrides
+from unic_ds.files.printable import printable
+from unic_ds.models.meta import NoInit
+from unic_ds.tokens import Tokens, split_prefix
+
+T = TypeVar("T")
+
+NO_REGISTERS = (
+    "student.registers {} cannot be had of {!r}; leave it -1, or choose a plain vit_ model"
+)
+NOT_PLAIN = "student.model {!r} is not a plain ViT; choose one of timm's vit_ models"
+
+
+def arguments(cfg: config.Student) -> dict[str, Any]:
+    """Arguments of timm.create_model for an encoder, in training and in an export's config."""
+    registers = {"reg_tokens": cfg.registers} if cfg.registers >= 0 else {}
+    return {"img_size": cfg.size, "num_classes": 0} | registers
+
+
+def attention_heads(encoder: VisionTransformer) -> int:
+    """Heads of the first block's attention; StopIteration if it has none."""
+    counts = (getattr(part, "num_heads", None) for part in encoder.blocks[0].modules())
+    return next(count for count in counts if count is not None)
+
+
+def build_encoder(cfg: config.Student) -> VisionTransformer:
+    """A timm ViT without a head at `cfg.size`.
+
+    ValueError for what timm does not have, for what is not a plain ViT, and for a size or registers
+    that the model does not take.
+    """
+    check_plain(cfg.model, cfg.size, cfg.registers)
+    return create(cfg)
+
+
+def create(cfg: config.Student) -> VisionTransformer:
+    """The encoder as timm builds it; timm's own errors for arguments that it does not take."""
+    encoder = timm.create_model(cfg.model, drop_path_rate=cfg.drop_path, **arguments(cfg))
+    return cast(VisionTransformer, encoder)  # or a model with its interface: see assert_plain
+
+
+@cache
+def grid_of(cfg: config.Student) -> int:
+    """Side of the patch grid, without building weights; ValueError as `build_encoder`."""
+    return check_plain(cfg.model, cfg.size, cfg.registers)
+
+
+@cache
+def check_plain(model: str, size: int, registers: int) -> int:
+    """Side of the patch grid of a plain ViT at `size` px; ValueError for any other model.
+
+    The model runs once on the meta device, through the functions that train and export it: about
+    0.2 s.
+    """
+    if not timm.is_model(model):
+        near = overrides.nearest(model, timm.list_models("*vit*"))
+        raise ValueError(f"student.model {model!r} is not a timm model{near}")
+    cfg = config.Student(model=model, size=size, registers=registers)
+    encoder = attempt(lambda: outline(lambda: create(cfg)))
+    if isinstance(encoder, Exception):
+        raise ValueError(refusal(cfg, encoder, encoder)) from encoder
+    wrong = attempt(lambda: assert_plain(encoder, size))
+    if wrong is not None or registers not in (-1, registers_of(encoder)):
+        raise ValueError(refusal(cfg, encoder, wrong)) from wrong
+    return encoder.patch_embed.grid_size[0]
+
+
+def refusal(
+    cfg: config.Student, encoder: VisionTransformer | Exception, wrong: Exception | None
+) -> str:
+    """Message for a student that cannot be used, whose error was `wrong`."""
+    usual = attempt(lambda: outline(lambda: default_encoder(cfg.model)))
+    if isinstance(usual, Exception):  # an unknown tag
+        return f"student.model {cfg.model!r}: {printable(usual)}"
+    if attempt(lambda: assert_plain(usual, default_size(usual))) is not None:
+        return NOT_PLAIN.format(cfg.model)
+    if cfg.size % (patch := usual.patch_embed.patch_size[0]):
+        return f"student.size {cfg.size} is not a multiple of {cfg.model}'s patch size {patch}"
+    found = -1 if isinstance(encoder, Exception) else registers_of(encoder)
+    if cfg.registers >= 0 and found != cfg.registers:
+        return NO_REGISTERS.format(cfg.registers, cfg.model)
+    why = printable(wrong) or "its patch tokens do not form a square grid"
+    return f"student.model {cfg.model!r} does not take {cfg.size} px: {why}"
+
+
+def default_encoder(model: str) -> VisionTransformer:
+    """A timm model in its own image size, without a head."""
+    return cast(VisionTransformer, timm.create_model(model, num_classes=0))
+
+
+def default_size(encoder: VisionTransformer) -> int:
+    """Image side in pixels that timm has a model's weights for."""
+    return vars(encoder)["pretrained_cfg"]["input_size"][-1]
+
+
+def outline(make: Callable[[], T]) -> T:
+    """Build a model by `make` on the meta device."""
+    with torch.device("meta"), NoInit():
+        return make()
+
+
+def attempt(make: Callable[[], T]) -> T | Exception:
+    """Call `make`; its result, or the exception that it raised."""
+    try:
+        return make()
+    except Exception as error:
+        return error
+
+
+def registers_of(encoder: VisionTransformer) -> int:
+    """Number of prefix tokens other than CLS."""
+    return encoder.num_prefix_tokens - has_cls(encoder)
+
+
+@torch.no_grad()
+def assert_plain(encoder: VisionTransformer, size: int) -> None:
+    """AssertionError, or an error of the model's own, unless it can be a student at `size` px.
+
+    Its blocks give a square grid of patch tokens and a prefix, and its state is parameters alone,
+    which are what an export has.
+    """
+    image_B3HW, blocks = torch.empty(2, 3, size, size, device="meta"), range(len(encoder.blocks))
+    (rows, columns), width = encoder.patch_embed.grid_size, encoder.embed_dim
+    assert rows == columns and size % encoder.patch_embed.patch_size[0] == 0
+    assert encoder.patch_embed.proj.weight.is_floating_point()  # its type is the student's
+    assert width % attention_heads(encoder) == 0
+    assert dict(encoder.named_parameters()).keys() == encoder.state_dict().keys()
+    tokens = [*residuals(encoder, image_B3HW, blocks), features(encoder, image_B3HW)]
+    assert len(tokens) == len(blocks) + 1
+    for cls_BC, patch_BNC in tokens:
+        assert cls_BC.shape == (2, width)
+        assert patch_BNC.shape == (2, rows * columns, width)
+
+
+def residuals(encoder: VisionTransformer, x_B3HW: Tensor, blocks: Sequence[int]) -> list[Tokens]:
+    """Tokens of the residual stream after each of `blocks`, for normalised images.
+
+    timm gives (patches, prefix tokens), or the patches alone if the model has no prefix. Without a
+    CLS token the mean of the patches takes its place.
+    """
+    states = encoder.forward_intermediates(
+        x_B3HW,
+        indices=list(blocks),
+        return_prefix_tokens=True,
+        norm=False,
+        output_fmt="NLC",
+        intermediates_only=True,
+    )
+    found = []
+    for state in cast(list[Tensor | tuple[Tensor, Tensor]], states):
+        patch_BND, prefix_BRD = state if isinstance(state, tuple) else (state, None)
+        if prefix_BRD is None or not has_cls(encoder):
+            found.append(Tokens(patch_BND.mean(1), patch_BND))
+        else:
+            found.append(Tokens(prefix_BRD[:, 0], patch_BND))
+    return found
+
+
+def features(encoder: VisionTransformer, x_B3HW: Tensor) -> Tokens:
+    """Tokens after the encoder's final norm, for normalised images."""
+    x_BND = encoder.forward_features(x_B3HW)
+    return split_prefix(x_BND, encoder.num_prefix_tokens, has_cls=has_cls(encoder))
+
+
+def freeze_after_blocks(encoder: nn.Module) -> None:
+    """Freeze the modules after the last block: they get no gradient, but exports use the norm.
+
+    It keeps its initial affine, so that export = LayerNorm without scale (method: section 2).
+    """
+    for name in ("norm", "fc_norm", "attn_pool"):
+        if isinstance(module := getattr(encoder, name, None), nn.Module):
+            module.requires_grad_(False)
+
+
+def has_cls(encoder: VisionTransformer) -> bool:
+    """True if the encoder's first token is a CLS token."""
+    return getattr(encoder, "cls_token", None) is not None

@@ -1,0 +1,127 @@
+"""Teachers from open_clip: `open_clip:ARCH/TAG`, the visual tower before its projection to text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+
+from unic_ds import config
+from unic_ds.config.overrides import nearest
+from unic_ds.teachers import adapters, weight_files
+from unic_ds.teachers.adapters import TeacherModel
+from unic_ds.teachers.probe import first_line
+from unic_ds.teachers.sources import hub
+from unic_ds.teachers.sources.build import block_of, build, check_patch, vit_size
+from unic_ds.teachers.sources.contract import Source
+from unic_ds.teachers.sources.timm import stride_of, tower_of
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
+
+
+def read(row: config.Teacher, grid: int) -> TeacherModel:
+    """Published weights of the visual tower."""
+    import open_clip
+
+    weight_files.check(row, locate(row), "")
+    arch, tag = row.parsed_source.model, row.parsed_source.tag
+    with torch.device("meta"):
+        outlined = build_outline(row, grid)  # what fails below is then the weights' fault
+    try:
+        model = open_clip.create_model(arch, pretrained=tag, force_image_size=outlined.size)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as exc:
+        raise ValueError(
+            f"teacher {row.name!r}: its weights do not fit {arch} ({first_line(exc)})"
+        ) from exc
+    return visual_tower(row, outlined.size, model)
+
+
+def outline(row: config.Teacher, grid: int) -> TeacherModel:
+    """The visual tower without its weights, on meta."""
+    published(row)
+    with torch.device("meta"):
+        return build_outline(row, grid)
+
+
+def locate(row: config.Teacher) -> Path:
+    """The weight file in the hub's or open_clip's cache."""
+    return hub.locate(row, published(row))
+
+
+def fetch(row: config.Teacher) -> None:
+    """Download the weight file."""
+    hub.fetch(row, published(row))
+
+
+def published(row: config.Teacher) -> hub.Published:
+    """The weight file that open_clip publishes for a tag; ValueError for unknown names."""
+    import open_clip
+
+    arch, tag = row.parsed_source.model, row.parsed_source.tag
+    if arch not in open_clip.list_models():
+        near = nearest(arch, open_clip.list_models())
+        raise ValueError(f"teachers.{row.name}.source names no open_clip model: {arch!r}{near}")
+    cfg = open_clip.get_pretrained_cfg(arch, tag)
+    if not cfg:
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
+        raise ValueError(
+            f"teachers.{row.name}.source: open_clip has no {tag!r}; of {arch} it has {known}"
+        )
+    repo, _, name = cfg.get("hf_hub", "").rpartition("/")
+    names = hub.safe_first(name, "open_clip_pytorch_model.bin", "open_clip_model.safetensors")
+    return hub.Published(repo, None, names, cfg.get("url", ""), Path("~/.cache/clip").expanduser())
+
+
+def build_outline(row: config.Teacher, grid: int) -> TeacherModel:
+    """The visual tower without its weights."""
+    import open_clip
+
+    arch = row.parsed_source.model
+    size = image_size(row, grid, open_clip.get_model_config(arch)["vision_cfg"])
+    model = build(row, open_clip.create_model, arch, force_image_size=size, device="meta")
+    return visual_tower(row, size, model)
+
+
+def visual_tower(row: config.Teacher, size: int, model: CLIP) -> TeacherModel:
+    """The visual tower of an open_clip model: its own ViT or ResNet, or a timm trunk."""
+    import open_clip
+
+    visual = model.visual
+    wants = open_clip.get_model_preprocess_cfg(model)
+    tower: adapters.Tower
+    patch: int
+    if isinstance(visual, open_clip.transformer.VisionTransformer):
+        block = block_of(row, len(visual.transformer.resblocks))
+        tower, patch = adapters.ClipViT(visual, block), visual.patch_size[0]
+    elif isinstance(visual, open_clip.timm_model.TimmModel):
+        tower, patch = tower_of(row, visual.trunk)
+    else:
+        block_of(row, 0)
+        tower, patch = adapters.ClipMap(visual), 0
+    return TeacherModel(tower, size, patch, tuple(wants["mean"]), tuple(wants["std"]))
+
+
+def image_size(row: config.Teacher, grid: int, vision: dict[str, Any]) -> int:
+    """The image side for an open_clip tower, from its own config."""
+    patch = vision.get("patch_size", 16)
+    name = vision.get("timm_model_name")
+    if name:
+        with torch.device("meta"):
+            patch = stride_of(build(row, timm.create_model, name))
+    elif isinstance(vision["layers"], list):  # ModifiedResNet
+        patch = 0
+        if row.size not in (0, vision["image_size"]):
+            raise ValueError(
+                f"teachers.{row.name}.size must be 0 or the tower's own {vision['image_size']}, got"
+                f" {row.size}: its attention pool has positions for that side alone"
+            )
+    check_patch(row, patch, "this tower")
+    return vit_size(row, grid, patch) if patch else row.size or vision["image_size"]
+
+
+SOURCE = Source(read=read, outline=outline, locate=locate, fetch=fetch)
