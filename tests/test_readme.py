@@ -1,13 +1,14 @@
 """The README's words hold: its options exist, its code runs, its files are there."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
+from unic_ds import cli
 from unic_ds.config import Teacher, job, overrides
-from unic_ds.planning import search
 from unic_ds.teachers.teacher import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,11 +28,12 @@ TEXT = (ROOT / "README.md").read_text()
 
 @pytest.mark.parametrize("file", ["README.md", *(f"docs/{name}.md" for name in DOCS)])
 def test_every_option_named_is_one(file):
+    own = {f.name for module in cli.VERBS.values() for f in fields(module.VERB.options)}
     known = {*job.JOB_OPTIONS, *overrides.option_names(), "run", "logdir"}
     others = {"num_gpus", "json", "help", "seed", "views", "dtype", "hash"}
     if file in ("docs/slurm.md", "docs/reliability.md"):
         others |= LAUNCHERS
-    others |= {"shard_mb", "max_side", "images", "rounds", "master_port", *search.VERB_OPTIONS}
+    others |= {"shard_mb", "max_side", "images", "rounds", "master_port", *own}
     others |= {"readers", "latency_ms", "only", "minutes", "op", "case", "check"}
     for name in re.findall(r"--([a-z_]+(?:\.[A-Za-z_]+)*)", (ROOT / file).read_text()):
         general = re.sub(r"^teachers\.\w+\.", "teachers.NAME.", name)

@@ -21,18 +21,18 @@ if __name__ == "__main__":
 
 from unic_ds import config
 from unic_ds.config import args, job, recipes
+from unic_ds.config.verb import NoOptions, Verb
 from unic_ds.engine import optim
 from unic_ds.process import entry_point, interrupt
 
-USAGE = """\
-Distil frozen vision teachers into one ViT student.
-
-  deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json                     the quickstart
-  deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json --recipe unic_b --data.train DIR
-  unic-ds train --ds_config ds_configs/zero2.json                                  the same in one
-  process
-
-The same command again resumes; a finished run prints its table."""
+VERB = Verb(
+    name="train",
+    summary="train a student; the same command again resumes, a finished run prints its table",
+    options=NoOptions,
+    takes="job",
+    usage="deepspeed unic_ds/train.py --ds_config FILE [--recipe R] [--section.key VALUE ...]\n"
+    "       unic-ds train --ds_config FILE ...    (one process)",
+)
 
 COLLECT_EVERY = 50
 """Steps after which Python's garbage is collected, if no log line came before."""
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     interrupt.install()
     words, options = args.parse(argv)
     if args.wants_help(options):
-        print(job.help_text(USAGE))
+        print(VERB.help())
         return 0
     if words:
         raise ValueError(

@@ -383,13 +383,13 @@ def test_the_reader_of_dali_opens_it(whole):
 )
 def test_mistakes_cost_a_sentence(words, said, pictures, tmp_path, capsys):
     out = tmp_path / "out"
-    assert entry_point.run(cli.verb, [w.format(pictures=pictures, out=out) for w in words]) == 2
+    assert entry_point.run(cli.dispatch, [w.format(pictures=pictures, out=out) for w in words]) == 2
     assert said in capsys.readouterr().err
     assert not out.exists()
 
 
 def test_a_damaged_pack_is_a_failure(copy, capsys):
-    assert entry_point.run(cli.verb, ["pack", "verify", str(copy)]) == 0
+    assert entry_point.run(cli.dispatch, ["pack", "verify", str(copy)]) == 0
     _flip(Path(copy))
-    assert entry_point.run(cli.verb, ["pack", "verify", str(copy)]) == 1
+    assert entry_point.run(cli.dispatch, ["pack", "verify", str(copy)]) == 1
     assert "000001.tar: its bytes have changed" in capsys.readouterr().err

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from pictures import encode, photo
 
-from unic_ds import cli
 from unic_ds.config import Config, Data
 from unic_ds.data import scan, split
 from unic_ds.data.reader import Reader
+from unic_ds.training import teacher_check
 
 
 def touch(root, *names):
@@ -76,7 +76,7 @@ def test_hidden_names_are_no_images_and_other_files_are_counted(tmp_path, capsys
 
 def test_a_verb_that_prints_json_prints_nothing_else(tmp_path, capsys):
     (touch(tmp_path, "notes.md") / "1.jpg").write_bytes(encode(photo()).tobytes())
-    cli.judges(Config(data=Data(train=str(tmp_path), backend="torch")))
+    teacher_check.sample_images(Config(data=Data(train=str(tmp_path), backend="torch")))
     said = capsys.readouterr()
     assert said.out == "" and "1 file was passed over: 1 .md" in said.err
 

@@ -30,7 +30,9 @@ def checks_of(printed: str) -> dict[str, dict]:
 @DEMONSTRATION
 @pytest.mark.slow
 def test_this_machine_could_run_the_quickstart(tmp_path, capsys):
-    assert cli.verb(["doctor", "--json", "--precision", "fp32", "--out", str(tmp_path / "r")]) == 0
+    assert (
+        cli.dispatch(["doctor", "--json", "--precision", "fp32", "--out", str(tmp_path / "r")]) == 0
+    )
     rows = checks_of(capsys.readouterr().out)
     assert rows.keys() == CHECKS
     assert torch.cuda.is_available() or rows["kernels"]["result"] == "none: plain torch"
@@ -98,28 +100,28 @@ def test_a_slow_disk_and_a_wrong_clock_are_told_so(
     tmp_path, monkeypatch, check, limit, met, unmet, remedy
 ):
     """Measured here, against limits that everything and nothing meets."""
-    patient = preflight.Patient(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
+    intended = preflight.IntendedRun(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
     monkeypatch.setattr(preflight, limit, met)
-    row = preflight.CHECKS[check](check, patient)
+    row = preflight.CHECKS[check](check, intended)
     assert (row.state, row.remedy) == ("ok", "")
     monkeypatch.setattr(preflight, limit, unmet)
-    row = preflight.CHECKS[check](check, patient)
+    row = preflight.CHECKS[check](check, intended)
     assert row.state == "warning" and remedy in row.remedy
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA comes up here")
 def test_a_node_whose_cuda_does_not_come_up_fails(tmp_path, monkeypatch):
-    patient = preflight.Patient(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
+    intended = preflight.IntendedRun(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
     monkeypatch.setattr(preflight, "CHECKS", {"GPU": preflight.CHECKS["GPU"]})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.delenv("CROSS_SIZE", raising=False)
-    (row,) = preflight.here(patient)
+    (row,) = preflight.check_this_node(intended)
     assert (row.check, row.state) == ("GPU", "fails")
     assert "should have GPUs" in row.result and "sees none: " in row.result
     assert "CUDA_VISIBLE_DEVICES= (empty)" in row.remedy
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (row,) = preflight.here(patient)
+    (row,) = preflight.check_this_node(intended)
     assert (row.state, row.result) == ("ok", "none: a run on the CPU")
 
 
@@ -141,10 +143,10 @@ def test_ranks_that_cannot_meet_still_print_what_the_first_node_found(monkeypatc
 
 @pytest.mark.gpu
 def test_a_kernel_is_tried_on_the_gpu(tmp_path):
-    patient = preflight.Patient(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
-    assert "Triton compiles" in preflight.kernels("kernels", patient).result
+    intended = preflight.IntendedRun(cfg=recipes.get("quickstart"), file={}, out=tmp_path / "run")
+    assert "Triton compiles" in preflight.check_kernels("kernels", intended).result
 
 
 def test_an_unknown_option_is_refused_before_anything_is_checked():
     with pytest.raises(ValueError, match=r"unknown option --recip .*did you mean recipe"):
-        cli.verb(["doctor", "--recip", "unic_b"])
+        cli.dispatch(["doctor", "--recip", "unic_b"])

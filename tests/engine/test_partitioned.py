@@ -62,7 +62,7 @@ def model_folder(folder: Path) -> str:
         config.Config(student=cfg),
         torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
         folder / "student",
-        beside={warm_start.LADDER: student.ladder.export_state_dict()},
+        extras={warm_start.LADDER: student.ladder.export_state_dict()},
     )
     return str(path)
 

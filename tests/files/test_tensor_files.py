@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unic_ds import cli, config, demo
+from unic_ds import cli, config
 from unic_ds.files import tensor_files
 from unic_ds.process import entry_point
 from unic_ds.teachers import sources, weight_files
@@ -47,7 +47,8 @@ def test_the_same_weights_are_the_same_bytes_with_the_umask_s_mode(tmp_path: Pat
     before = os.umask(0o027)
     try:
         for i in range(8):
-            demo.write_weights(tmp_path / f"{i}.safetensors", state, "MIT é\n", "a package")
+            file = tmp_path / f"{i}.safetensors"
+            tensor_files.save(state, file, {"licence": "MIT é\n", "origin": "a package"})
     finally:
         os.umask(before)
     files = sorted(tmp_path.iterdir())
@@ -210,7 +211,7 @@ def check(path: Path, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """(exit code, what was printed) of `unic-ds teachers check`."""
     options = ["--recipe", "unic_b", "--student.size", "64", "--teachers.t.precision", "fp32"]
     source = f"t=file:{path}#arch={ARCH}"
-    code = entry_point.run(cli.verb, ["teachers", "check", *options, "--teachers", source])
+    code = entry_point.run(cli.dispatch, ["teachers", "check", *options, "--teachers", source])
     out, err = capfd.readouterr()
     return code, out + err.splitlines()[-1] if err else out
 

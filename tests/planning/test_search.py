@@ -22,7 +22,7 @@ TEACHER = ["--teachers", "t=timm:vit_tiny_patch16_224", "--student.size", "64"]
 def ask(capfd, *options):
     """(exit code, what was printed) of a plan."""
     given = [] if "--teachers" in options else TEACHER
-    code = entry_point.run(cli.verb, [*SMALL, *given, *options])
+    code = entry_point.run(cli.dispatch, [*SMALL, *given, *options])
     out, err = capfd.readouterr()
     return code, out or err
 
@@ -118,7 +118,9 @@ def test_measured_efficiencies_replace_the_assumed(capfd):
 
 def test_a_large_run_takes_what_its_arithmetic_says(capfd):
     """UNIC-L on 64 H100 by hand: 340 ms a step at 336 px, 163 + 85 + 34 of them in models."""
-    assert entry_point.run(cli.verb, ["plan", "--recipe", "unic_l", "--gpus", "64", "--json"]) == 0
+    assert (
+        entry_point.run(cli.dispatch, ["plan", "--recipe", "unic_l", "--gpus", "64", "--json"]) == 0
+    )
     small, large = json.loads(capfd.readouterr()[0])
     assert sum(small["seconds"].values()) == pytest.approx(0.150, rel=0.15)
     assert sum(large["seconds"].values()) == pytest.approx(0.340, rel=0.15)

@@ -1,16 +1,20 @@
 """The command line from outside: real processes, exit codes, sentences and speed."""
 
 import os
+import re
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pictures
 import pytest
 
 from unic_ds import cli
+from unic_ds import train as entry_train
 from unic_ds.config import args as entry
+from unic_ds.config import overrides
 from unic_ds.process import entry_point
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +67,14 @@ def test_fire_hands_over_raw_strings():
     }
 
 
-@pytest.mark.parametrize("args", [("unic_ds/train.py", "--help"), ("-m", "unic_ds.cli", "--help")])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("unic_ds/train.py", "--help"),
+        ("-m", "unic_ds.cli", "--help"),
+        ("-m", "unic_ds.cli", "plan", "--help"),
+    ],
+)
 def test_help_answers_at_once_and_imports_nothing_heavy(args):
     command(*args)  # byte code is written once
     wall, cpu = [], []
@@ -75,7 +86,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy(args):
         cpu.append(used.children_user - before.children_user)
         cpu[-1] += used.children_system - before.children_system
     assert done.returncode == 0
-    assert "--ds_config" in done.stdout
+    assert "usage: " in done.stdout
     # On a machine that others keep busy the wall clock tells of them, the CPU time of the program.
     assert min(wall) < 0.5 or min(cpu) < 0.3, (wall, cpu)
     traced = command("-X", "importtime", *args).stderr
@@ -83,11 +94,45 @@ def test_help_answers_at_once_and_imports_nothing_heavy(args):
         assert f" {heavy}\n" not in traced
 
 
-def test_help_lists_every_option_with_its_default():
-    text = train("--help").stdout
-    assert "--optim.batch_size" in text
-    assert "[512]" in text
-    assert "--teachers.NAME.KEY" in text
+def help_of(*words, capsys, monkeypatch, columns="100"):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert entry_point.run(cli.dispatch, [*words, "--help"]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_help_explains_every_option_and_legal_word(name, capsys, monkeypatch):
+    text = help_of(*name.split(), capsys=capsys, monkeypatch=monkeypatch)
+    verb = cli.VERBS[name].VERB
+    explained = {"--help", *re.findall(r"^  (--\S+|\S+) .*\S", text, re.M)}
+    assert {f"--{f.name}" for f in fields(verb.options)} <= explained
+    assert set(verb.arguments) <= explained
+    if verb.takes == "nothing":
+        assert "science" not in text
+        return
+    options = {f"--{option}" for option in overrides.option_names()} - {"--recipe"}
+    assert options - {"--teachers.NAME.name"} <= set(re.findall(r"^  (--\S+)", text, re.M))
+    assert "[512]" in text and "replicate|shard|offload" in text and "dropping|none|fixed" in text
+    assert (
+        text.index("\nscience: optim:") < text.index("\nmachinery:") < text.index("--run.compile")
+    )
+
+
+def test_train_py_and_the_verb_print_the_same_help(capsys, monkeypatch):
+    text = help_of("train", capsys=capsys, monkeypatch=monkeypatch)
+    assert entry_point.run(entry_train.main, ["--help"]) == 0
+    assert capsys.readouterr().out == text
+    assert "--ds_config" in text and "--resume" in text
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "100"])
+def test_only_verbs_stand_in_the_column_of_verbs(columns, capsys, monkeypatch):
+    text = help_of(capsys=capsys, monkeypatch=monkeypatch, columns=columns)
+    rows = text.partition("verbs:\n")[2].partition("\n\n")[0].splitlines()
+    begun = [row[2:] for row in rows if row[2] != " "]
+    assert len(begun) == len(cli.VERBS)
+    assert all(row.startswith(name) for row, name in zip(begun, cli.VERBS, strict=True))
+    assert all(len(row) <= int(columns) for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -207,9 +252,9 @@ def test_a_command_can_be_checked_without_training(tmp_path, capsys):
     told = ["check", "--ds_config", ZERO2, "--recipe", "unic_l", "--out", str(tmp_path / "run")]
     told += ["--data.train", str(images), "--optim.batch_size", "96"]
     told += ["--teachers", "t=python:small_teacher:narrow"]
-    assert entry_point.run(cli.verb, [*told, "--ranks", "32"]) == 0
+    assert entry_point.run(cli.dispatch, [*told, "--ranks", "32"]) == 0
     assert "can be trained by 32 ranks" in capsys.readouterr().out
     for ranks, sentence in (("64", "is not a multiple of 64 ranks"), ("0", "must be positive")):
-        assert entry_point.run(cli.verb, [*told, "--ranks", ranks]) == 2
+        assert entry_point.run(cli.dispatch, [*told, "--ranks", ranks]) == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

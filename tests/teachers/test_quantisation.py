@@ -125,7 +125,7 @@ def test_what_cannot_be_is_refused_before_weights_are_read(vit, folder):
 
 def check(capfd, *options):
     """(exit code, what was printed) of `unic-ds teachers check` of an online recipe."""
-    code = entry_point.run(cli.verb, ["teachers", "check", *options])
+    code = entry_point.run(cli.dispatch, ["teachers", "check", *options])
     out, err = capfd.readouterr()
     return code, out or err.splitlines()[-1]
 

@@ -705,9 +705,11 @@ def test_a_step_never_waits_for_the_gpu(pair):
 )
 def test_real_teachers(tmp_path, monkeypatch):
     monkeypatch.setenv("UNIC_DS_CACHE", str(tmp_path))
+    from unic_ds.demo import conversion  # which imports onnx
+
     efficientnet, dinov2 = tmp_path / "e.safetensors", tmp_path / "d.safetensors"
-    demo.write_weights(efficientnet, demo.efficientnet_lite0(), "Apache-2.0", "package")
-    demo.write_weights(dinov2, demo.dinov2_s14(), "MIT", "package")
+    conversion.write_weights(efficientnet, conversion.efficientnet_lite0(), "Apache-2.0", "package")
+    conversion.write_weights(dinov2, conversion.dinov2_s14(), "MIT", "package")
     rows = (
         row_of(
             efficientnet,

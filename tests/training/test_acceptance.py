@@ -117,7 +117,7 @@ def command(there: Path, **changes: str) -> list[str]:
 
 def refused(capfd, words: list[str], sentences: str) -> None:
     """Assert that a verb prints one of the sentences, alone, and has exit code 2."""
-    code = entry_point.run(cli.verb, words)
+    code = entry_point.run(cli.dispatch, words)
     out, err = capfd.readouterr()
     assert code == 2, out + err
     assert any(sentence in err for sentence in sentences.split("|")), err
@@ -158,7 +158,10 @@ def test_what_can_be_trained_is_said_and_nothing_is_written(there, capfd):
         ({"data.val": "{photos}"}, ""),
         ({"data.train": "{tars}"}, "its tar shards have no index yet"),
     ):
-        assert entry_point.run(cli.verb, ["check", *command(there, **changes), "--ranks", "2"]) == 0
+        assert (
+            entry_point.run(cli.dispatch, ["check", *command(there, **changes), "--ranks", "2"])
+            == 0
+        )
         out, err = capfd.readouterr()
         assert out.splitlines()[-1] == f"unic_b in {there / 'run'} can be trained by 2 ranks", err
         assert line in out

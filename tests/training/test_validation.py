@@ -43,7 +43,7 @@ def test_broken_images_are_met_before_the_first_step(made):
     data = config.Data(train=str(made / "train"), val=str(made / "val"))
     cfg = config.Config(data=data, student=config.Student(size=32))
     with pytest.raises(ValueError, match="8 of 8 validation images that were tried"):
-        preflight.images("images", preflight.Patient(cfg=cfg, file={}, out=made))
+        preflight.check_images("images", preflight.IntendedRun(cfg=cfg, file={}, out=made))
 
     printed = run(command(made, "run", eval__on="false"))
     said = f"finished; student in {str(made / 'run' / 'student')!r}; it was not evaluated"

@@ -127,7 +127,7 @@ def test_files_have_the_mode_of_the_umask(encoder: torch.nn.Module, tmp_path: Pa
             CFG,
             photographs(),
             tmp_path / "student",
-            beside={"ladder.safetensors": {"x": torch.ones(1)}},
+            extras={"ladder.safetensors": {"x": torch.ones(1)}},
         )
     finally:
         os.umask(before)

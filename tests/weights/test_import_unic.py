@@ -53,7 +53,7 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
 def refuse(file: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """The one sentence with which the verb refuses `file`; nothing may be written."""
     before = sorted(file.parent.iterdir())
-    code = entry_point.run(cli.verb, ["import-unic", str(file), str(file.parent / "out")])
+    code = entry_point.run(cli.dispatch, ["import-unic", str(file), str(file.parent / "out")])
     said = capsys.readouterr().err
     assert code == 2, said
     assert said.startswith("unic_ds: error: ") and said.count("\n") == 1
@@ -337,19 +337,21 @@ def test_what_the_verb_wants(
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b")
     for nameless in ("", ".", "c/.."):
-        assert entry_point.run(cli.verb, ["import-unic", str(specimen), nameless]) == 2
+        assert entry_point.run(cli.dispatch, ["import-unic", str(specimen), nameless]) == 2
         assert "names no new folder" in capsys.readouterr().err
-    assert entry_point.run(cli.verb, ["import-unic", str(specimen)]) == 2
-    assert "import-unic needs PATH" in capsys.readouterr().err
-    assert entry_point.run(cli.verb, ["import-unic", "a", "b", "--fast", "1"]) == 2
+    assert entry_point.run(cli.dispatch, ["import-unic", str(specimen)]) == 2
+    assert "import-unic needs PATH and OUT" in capsys.readouterr().err
+    assert entry_point.run(cli.dispatch, ["import-unic", "a", "b", "--fast", "1"]) == 2
     assert "unknown option --fast" in capsys.readouterr().err
-    assert entry_point.run(cli.verb, ["import-unik", "a", "b"]) == 2
+    assert entry_point.run(cli.dispatch, ["import-unik", "a", "b"]) == 2
     assert "unknown verb" in capsys.readouterr().err
-    assert entry_point.run(cli.verb, ["import-unic", "--help"]) == 0
+    assert entry_point.run(cli.dispatch, ["import-unic", "--help"]) == 0
     assert "import-unic PATH OUT" in capsys.readouterr().out
-    assert entry_point.run(cli.verb, ["import-unic", str(specimen), "/proc/out"]) == 1
+    assert entry_point.run(cli.dispatch, ["import-unic", str(specimen), "/proc/out"]) == 1
     assert "'/proc/out' cannot be written" in capsys.readouterr().err
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
-    assert entry_point.run(cli.verb, ["import-unic", str(specimen), str(tmp_path / "thesis")]) == 2
+    assert (
+        entry_point.run(cli.dispatch, ["import-unic", str(specimen), str(tmp_path / "thesis")]) == 2
+    )
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "years of work"

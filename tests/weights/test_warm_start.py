@@ -81,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config.Config(student=cfg),
         torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
         tmp_path_factory.mktemp("run") / "student",
-        beside={
+        extras={
             warm_start.LADDER: student.ladder.export_state_dict(),
             warm_start.STATISTICS: teachers.state_dict(),
         },

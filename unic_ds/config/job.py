@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unic_ds import demo
@@ -20,7 +20,7 @@ from unic_ds.config import (
 )
 from unic_ds.config.ds_config import DeepSpeedSettings
 from unic_ds.config.option import nearest
-from unic_ds.config.overrides import options_of, override_all
+from unic_ds.config.overrides import override_all
 from unic_ds.files.printable import printable
 
 JOB_OPTIONS = {
@@ -223,24 +223,3 @@ def check_room(out: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--out {str(out)!r} cannot be written ({error.strerror})") from None
-
-
-def help_text(usage: str) -> str:
-    """Every option with its default and meaning, for a terminal."""
-    lines = [usage, "", "The job:"]
-    lines += [f"  --{name:<24} {text}" for name, text in JOB_OPTIONS.items()]
-    lines += ["", "The science (dotted overrides of the recipe; defaults in brackets):"]
-    section = ""
-    for name, default, text in options_of():
-        if name == "recipe":
-            continue
-        if "." in name and name.split(".")[0] != section:
-            section = name.split(".")[0]
-            lines.append("")
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        lines.append(f"  --{name:<24} {text} [{shown}]")
-    lines += [
-        "",
-        f"  --teachers.NAME.KEY       one teacher's {', '.join(f.name for f in fields(Teacher))}",
-    ]
-    return "\n".join(lines)

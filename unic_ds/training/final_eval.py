@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unic_ds import config, data, dist, rng
+from unic_ds import data, dist, rng
 from unic_ds.config import job
 from unic_ds.engine import deepspeed_engine
 from unic_ds.evaluate import features, rounds, table
 from unic_ds.models.student import Student
 from unic_ds.process import console, entry_point
-from unic_ds.training import run_log
+from unic_ds.training import run_log, student_folder
 from unic_ds.training.setup import can_evaluate
-from unic_ds.weights import export, warm_start
+from unic_ds.weights import warm_start
 
 
 def export_and_evaluate(task: job.Job, parts: Any) -> None:
@@ -62,12 +62,16 @@ def export_student(task: job.Job, parts: Any) -> None:
     state, own = (deepspeed_engine.weights(parts.engine, part) for part in ("encoder.", "ladder."))
     if dist.rank() != 0:
         return
-    beside = {
-        export.LADDER: parts.engine.module.ladder.export_state_dict(own),
-        export.STATISTICS: parts.teachers.state_dict(),
-    }
-    images, out = sample_images(parts.train, task.cfg, 8), task.out / "student"
-    path = export.export(state, task.cfg, images, out, teachers=parts.manifest, beside=beside)
+    path = student_folder.write(
+        state,
+        parts.engine.module.ladder,
+        own,
+        parts.teachers.state_dict(),
+        cfg=task.cfg,
+        source=parts.train,
+        out=task.out / "student",
+        teachers=parts.manifest,
+    )
     console.say(f"exported encoder: {path}")
 
 
@@ -77,16 +81,6 @@ def free_training_memory(parts: Any) -> None:
     parts.engine = None
     gc.collect()  # DeepSpeed's objects know each other
     torch.cuda.empty_cache()  # DALI takes memory beside torch's; nothing where there is no GPU
-
-
-def sample_images(source: Any, cfg: config.Config, count: int) -> Tensor:
-    """A few real images at the student's size, uint8 B3HW."""
-    indices = np.arange(min(count, len(source)))
-    size = cfg.student.size
-    batches = data.passes(
-        source, cfg.data, sizes=(size,), batch=count, indices=indices, device=torch.device("cpu")
-    )
-    return next(iter(batches)).images[size]
 
 
 def measure(task: job.Job, parts: Any) -> rounds.Rows:

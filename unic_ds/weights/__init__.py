@@ -1,1 +1,1 @@
-"""Weights that come from, or go to, other programs."""
+"""Conversion of weights from and to the formats of other programs."""

@@ -1,7 +1,7 @@
-"""The trained encoder as a folder that timm loads, proven equal before it takes its name.
+"""Export of a trained encoder as a folder that timm loads, compared with the encoder first.
 
-The folder is timm's own hub format: `model.safetensors`, `config.json`, and a model card. Ladder
-and statistics stand beside them, so that another run may start there. The final norm keeps its
+The folder is in timm's own hub format: `model.safetensors`, `config.json`, and a model card. It
+also holds ladder and statistics, so that another run may start from it. The final norm keeps its
 initial affine (arXiv 2408.05088: it gets no gradient), so exported features are the residual
 stream, normalised.
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import save_for_hf
+from timm.models import VisionTransformer, save_for_hf
 from torch import Tensor
 
 from unic_ds import config
@@ -29,9 +29,9 @@ from unic_ds.weights.warm_start import LADDER, STATISTICS, WEIGHTS
 TOLERANCE = 1e-5
 FILES = {WEIGHTS, "config.json", "README.md", LADDER, STATISTICS}
 PLAIN = re.compile(r"[A-Za-z0-9_ .,:;/()#=@+-]{,400}")
-"""Text that Markdown and HTML show as it is, in a line that something else begins."""
+"""Text that Markdown and HTML show unchanged, unless it begins a line."""
 FOREIGN = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "description")
-"""What timm's registry says of the weights it would have downloaded: not true of these."""
+"""Keys of timm's registry that describe its own weights, not these."""
 
 
 def export(
@@ -41,24 +41,24 @@ def export(
     out: Path,
     *,
     teachers: Mapping[str, Mapping[str, Any]] | None = None,
-    beside: Mapping[str, Mapping[str, Tensor]] | None = None,
+    extras: Mapping[str, Mapping[str, Tensor]] | None = None,
     origin: str = "",
 ) -> Path:
-    """Write the encoder's fp32 `state` to the folder `out` and prove that timm loads it; `out`.
+    """Write the encoder's fp32 `state` to the folder `out`, check that timm loads it; return `out`.
 
     `images` are uint8 B3HW at `cfg.student.size`; features of both ways of loading must be within
     1e-5 of the encoder's own. `teachers` is the run's manifest, for the model card's licences;
-    `origin` says there where the weights are from, if not of the run. `beside` are ladder and
-    statistics, tensors by file name.
-    RuntimeError where features differ: nothing is left at `out`, but an earlier export stays.
-    ValueError where `out` holds something that is no export, or weights or images do not fit;
-    OSError where it cannot be written.
+    `origin` is its text about the source of the weights, if they are not a run's. `extras` are
+    ladder and statistics, tensors by file name.
+    RuntimeError if features differ: nothing is left at `out`, but an earlier export stays.
+    ValueError if `out` holds something that is no export, or weights or images do not fit;
+    OSError if it cannot be written.
     """
     refuse_foreign(out)
     size = cfg.student.size
     if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
         raise ValueError(
-            f"the export is proven on uint8 images of 3 x {size} x {size},"
+            f"the export is checked on uint8 images of 3 x {size} x {size},"
             f" got {images.dtype} {tuple(images.shape)}"
         )
     part = out.with_name(f".{out.name}.partial")
@@ -69,9 +69,9 @@ def export(
         write(encoder, cfg, part)
         text = card(encoder, cfg, teachers or {}, origin)
         write_whole(part / "README.md", text)
-        for name, tensors in (beside or {}).items():
-            tensor_files.save({k: whole(v) for k, v in tensors.items()}, part / name)
-        prove(encoder, cfg.student, part, images.cpu())
+        for name, tensors in (extras or {}).items():
+            tensor_files.save({k: copy_of(v) for k, v in tensors.items()}, part / name)
+        check_loading(encoder, cfg.student, part, images.cpu())
         refuse_foreign(out)  # something may be there by now
         shutil.rmtree(out, ignore_errors=True)
         return part.rename(out)
@@ -81,22 +81,22 @@ def export(
         shutil.rmtree(part, ignore_errors=True)
 
 
-def whole(x: Tensor) -> Tensor:
-    """A copy on the CPU that shares its memory with nothing, as safetensors wants it."""
+def copy_of(x: Tensor) -> Tensor:
+    """A contiguous copy on the CPU that shares its memory with no tensor, as safetensors needs."""
     return x.cpu().clone(memory_format=torch.contiguous_format)
 
 
 def refuse_foreign(out: Path) -> None:
-    """ValueError unless `out`, which will be replaced, is absent, empty or an earlier export."""
+    """Raise ValueError unless `out`, which will be replaced, is absent, empty or an export."""
     if out.name in ("", ".."):
         raise ValueError(f"{str(out)!r} names no new folder; give the export one, as ./student")
     if out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= FILES):
         raise ValueError(f"{str(out)!r} holds something that is no export; choose another folder")
 
 
-def load(state: dict[str, Tensor], cfg: config.Student) -> Any:
-    """The encoder in eval mode with these weights; ValueError unless all are there, in fp32."""
-    encoder = build_encoder(cfg)
+def load(state: dict[str, Tensor], cfg: config.Student) -> VisionTransformer:
+    """Build the encoder in eval mode with these weights; ValueError unless all are in fp32."""
+    encoder: VisionTransformer = build_encoder(cfg)
     want = encoder.state_dict()
     missing, foreign = sorted(want.keys() - state.keys()), sorted(state.keys() - want.keys())
     if missing or foreign:
@@ -113,11 +113,11 @@ def load(state: dict[str, Tensor], cfg: config.Student) -> Any:
     return encoder.eval()
 
 
-def write(encoder: Any, cfg: config.Config, folder: Path) -> None:
+def write(encoder: VisionTransformer, cfg: config.Config, folder: Path) -> None:
     """Fill `folder` with weights and timm's config."""
     student = cfg.student
     for key in FOREIGN:
-        encoder.pretrained_cfg.pop(key, None)
+        vars(encoder)["pretrained_cfg"].pop(key, None)
     preprocessing = {
         "input_size": (3, student.size, student.size),
         "mean": student.mean,
@@ -129,9 +129,11 @@ def write(encoder: Any, cfg: config.Config, folder: Path) -> None:
     apply_umask(folder / WEIGHTS)
 
 
-def prove(encoder: Any, cfg: config.Student, folder: Path, image_B3HW: Tensor) -> None:
-    """RuntimeError unless both ways of loading `folder` give the encoder's tokens on the images."""
-    loaders = {
+def check_loading(
+    encoder: VisionTransformer, cfg: config.Student, folder: Path, image_B3HW: Tensor
+) -> None:
+    """Raise RuntimeError unless both ways of loading `folder` give the encoder's tokens."""
+    loaders: dict[str, Callable[[], Any]] = {
         "local-dir": lambda: timm.create_model(f"local-dir:{folder}", pretrained=True),
         "checkpoint_path": lambda: timm.create_model(
             cfg.model,
@@ -153,14 +155,16 @@ def prove(encoder: Any, cfg: config.Student, folder: Path, image_B3HW: Tensor) -
 
 
 @torch.inference_mode()
-def tokens(encoder: Any, cfg: config.Student, image_B3HW: Tensor) -> Tokens:
-    """fp32 tokens after the encoder's final norm."""
+def tokens(encoder: VisionTransformer, cfg: config.Student, image_B3HW: Tensor) -> Tokens:
+    """Tokens in fp32 after the encoder's final norm."""
     x_BND = encoder.forward_features(Normalise(cfg.mean, cfg.std)(image_B3HW, torch.float32))
     return split_prefix(x_BND, encoder.num_prefix_tokens, has_cls=has_cls(encoder))
 
 
-def card(encoder: Any, cfg: config.Config, teachers: Mapping[str, Any], origin: str) -> str:
-    """The model card in Markdown; it has a row for each teacher that is known by name."""
+def card(
+    encoder: VisionTransformer, cfg: config.Config, teachers: Mapping[str, Any], origin: str
+) -> str:
+    """Model card in Markdown, with a row for each teacher of the manifest or the settings."""
     student = cfg.student
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
     sources = dict.fromkeys(teachers, "unknown") | {t.name: source(t.source) for t in cfg.teachers}
@@ -184,8 +188,8 @@ def card(encoder: Any, cfg: config.Config, teachers: Mapping[str, Any], origin: 
     )
 
 
-def has_initial_norm(encoder: Any) -> bool:
-    """Whether the final norm has the affine it was built with, scale 1 and offset 0."""
+def has_initial_norm(encoder: VisionTransformer) -> bool:
+    """True if the final norm has its initial affine, scale 1 and offset 0."""
     return all(
         bool((value == float(name == "weight")).all())
         for name, value in encoder.norm.named_parameters()
@@ -193,18 +197,18 @@ def has_initial_norm(encoder: Any) -> bool:
 
 
 def source(text: str) -> str:
-    """A teacher's source without the folders of the machine that trained."""
+    """A teacher's source without the folders of the training machine."""
     kind, _, rest = text.partition(":")
     return f"file:{Path(rest).name}" if kind == "file" else text
 
 
 def cell(text: str) -> str:
-    """Foreign text in Markdown, as it is unless it has characters that could be markup."""
+    """Foreign text for Markdown, escaped if it has characters that could be markup."""
     return text if PLAIN.fullmatch(text) else markdown(text)
 
 
 def code(text: str) -> str:
-    """Foreign text as code in Markdown, where it has no character that could end the code."""
+    """Foreign text as code in Markdown; escaped text if it could end the code."""
     return f"`{text}`" if PLAIN.fullmatch(text) else markdown(text)
 
 

@@ -1,9 +1,9 @@
-"""The authors' published checkpoints (`unic.pth`, `unic_l.pth`), turned into a model folder.
+"""Import of the authors' published checkpoints (`unic.pth`, `unic_l.pth`) as a model folder.
 
 Their file is a pickle of `model` (`module.encoder.*` in DINOv2's names with chunked blocks, and
 `module.lp.*`), `teacher_ft_stats` and the program's `args` (method: section 7). A pickle is a
 program: torch's restricted unpickler reads it, which runs tensor rebuilders alone. What `args`
-names beside (argparse, NumPy) is admitted by name and thrown away: inert objects stand in for it.
+names (argparse, NumPy) is admitted by name and discarded: inert objects stand in for it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ADMITTED = (
     "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray._reconstruct",  # files written by NumPy 1
 )
-"""Beside what torch's own list admits: tensor rebuilders, OrderedDict, `_codecs.encode`."""
+"""Names admitted in addition to torch's list: tensor rebuilders, OrderedDict, `_codecs.encode`."""
 
 FAMILIES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1536: "giant"}
 """The ViTs of the authors' program by width; its number of heads is timm's, and in no tensor."""
@@ -50,7 +50,7 @@ LICENCE = "the published weights are CC BY-NC-SA 4.0"
 
 
 class Discarded:
-    """What a pickle may name and nobody needs: takes any arguments and state, keeps nothing."""
+    """Stand-in for an object that is not needed: takes arguments and state, keeps none."""
 
     def __init__(self, *arguments: object) -> None:
         pass
@@ -60,7 +60,7 @@ class Discarded:
 
 
 class Published(NamedTuple):
-    """A published checkpoint in our terms."""
+    """A published checkpoint as settings, weights and statistics of this package."""
 
     student: config.Student
     ladder: config.Ladder
@@ -71,7 +71,7 @@ class Published(NamedTuple):
 
 
 def import_unic(path: Path, out: Path) -> Path:
-    """Write the published checkpoint `path` as the model folder `out`, proven with timm; `out`."""
+    """Write the published checkpoint `path` as the model folder `out`; return `out`."""
     export.refuse_foreign(out)
     found = read(path)
     size = found.student.size
@@ -84,13 +84,13 @@ def import_unic(path: Path, out: Path) -> Path:
         images,
         out,
         teachers={name: {} for name in found.heads},
-        beside={LADDER: found.ladder_state, STATISTICS: found.statistics},
+        extras={LADDER: found.ladder_state, STATISTICS: found.statistics},
         origin=f"imported from {path.name} (SHA-256 {sha256(path)}; {LICENCE})",
     )
 
 
 def read(path: Path) -> Published:
-    """What the published checkpoint `path` holds; ValueError for what is not in their layout."""
+    """Read the published checkpoint `path`; ValueError if it is not in their layout."""
     checkpoint = unpickle(path)
     try:
         encoder, projectors = parts_of(checkpoint.get("model"))
@@ -106,7 +106,7 @@ def read(path: Path) -> Published:
 
 
 def unpickle(path: Path) -> dict[str, Any]:
-    """The dict that a checkpoint file holds; ValueError as `tensor_files.unpickle`."""
+    """Load the dict of a checkpoint file; ValueError as `tensor_files.unpickle`."""
     if not path.exists():
         raise ValueError(f"there is no file {str(path)!r}; give a published checkpoint")
     admitted = [(Discarded, name) for name in ADMITTED]
@@ -121,13 +121,13 @@ def unpickle(path: Path) -> dict[str, Any]:
 
 
 def statistics_in(found: object) -> Iterator[object]:
-    """The dicts of each teacher and kind of token in a checkpoint's statistics."""
+    """Yield the dict of each teacher and kind of token in a checkpoint's statistics."""
     for kinds in found.values() if isinstance(found, dict) else ():
         yield from kinds.values() if isinstance(kinds, dict) else ()
 
 
 def parts_of(model: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of the encoder, its blocks unchunked, and of the ladder, in fp32."""
+    """Split weights into the encoder's, with blocks unchunked, and the ladder's, in fp32."""
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "lp": {}}
     for name, value in tensors(model, "model").items():
         part, _, rest = name.removeprefix("module.").partition(".")
@@ -138,7 +138,7 @@ def parts_of(model: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def tensors(found: object, what: str) -> dict[str, Tensor]:
-    """A dict of finite tensors as fp32 copies; ValueError for anything else."""
+    """Copy a dict of finite tensors in fp32; ValueError for anything else."""
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{what} is missing")
     for name, value in found.items():
@@ -157,7 +157,7 @@ def tensors(found: object, what: str) -> dict[str, Tensor]:
 
 
 def student_of(state: dict[str, Tensor]) -> tuple[config.Student, dict[str, Tensor]]:
-    """The timm ViT that these encoder weights are of, and the weights in its names."""
+    """Find the timm ViT of these encoder weights; its settings, and the weights under its names."""
     for name, ndim in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4)):
         if name not in state or state[name].ndim != ndim:
             raise ValueError(f"the encoder has no {name}")
@@ -185,7 +185,7 @@ def student_of(state: dict[str, Tensor]) -> tuple[config.Student, dict[str, Tens
 def ladder_of(
     state: dict[str, Tensor], width: int, depth: int
 ) -> tuple[config.Ladder, dict[str, Head]]:
-    """The ladder that these weights are of, and what it learns of each teacher."""
+    """Find the settings and heads of the ladder that these weights belong to."""
     layers: dict[tuple[str, int], list[Tensor]] = {}
     for name, value in state.items():
         if said := CLS_HEAD.fullmatch(name):
@@ -212,7 +212,7 @@ def ladder_of(
 
 
 def statistics_of(found: object, heads: dict[str, Head]) -> dict[str, Tensor]:
-    """Running statistics as `TEACHER.mean_2C` and `.std_2C`."""
+    """Convert running statistics to `TEACHER.mean_2C` and `.std_2C`."""
     if not isinstance(found, dict) or found.keys() != heads.keys():
         raise ValueError(f"teacher_ft_stats is not of the ladder's teachers {', '.join(heads)}")
     statistics = {}

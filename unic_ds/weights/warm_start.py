@@ -1,9 +1,9 @@
-"""Weights that a run starts from (`--student.init`).
+"""Start of a run from given weights (`--student.init`).
 
 A model folder is what a finished run writes as `student/` and what `import-unic` writes: encoder,
 ladder and statistics. A bare `.safetensors` file holds an encoder in timm's names. The encoder must
-fit, save for its position embeddings, which timm resamples to the run's grid; ladder and statistics
-are taken whole, or start anew and a line says so.
+fit, except for its position embeddings, which timm resamples to the run's grid. Ladder and
+statistics are loaded if all of them fit; otherwise they start from the seed, and a line says so.
 """
 
 from __future__ import annotations
@@ -11,22 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models import VisionTransformer
 from torch import Tensor
 
 from unic_ds import dist
 from unic_ds.engine import deepspeed_engine
 from unic_ds.files.printable import printable
 from unic_ds.files.tensor_files import Safetensors, is_finite, not_floating, read, unlike_weights
+from unic_ds.models.ladder import Ladder
+from unic_ds.models.student import Student
 from unic_ds.process import console
 from unic_ds.teachers import weight_files
-
-if TYPE_CHECKING:
-    from unic_ds.models.student import Student
-    from unic_ds.teachers.teacher_set import TeacherSet
+from unic_ds.teachers.teacher_set import TeacherSet
 
 WEIGHTS, LADDER = "model.safetensors", "ladder.safetensors"
 STATISTICS = "statistics.safetensors"
@@ -34,13 +33,13 @@ NONE = "there are none"
 
 
 def start(path: str, student: Student, teachers: TeacherSet) -> dict[str, dict[str, str]]:
-    """Start `student` and the teachers' statistics from `path`; `weights.hashes` of each file.
+    """Load the weights at `path` into `student` and the teachers' statistics, as far as they fit.
 
-    Every rank calls it. ValueError where the encoder's weights are missing, do not fit or are not
-    finite.
+    Every rank calls it. Returns `weight_files.hashes` of each file. ValueError if the encoder's
+    weights are missing, do not fit or are not finite.
     """
     files = files_of(path)
-    hashes = dist.on_rank_0(lambda: examined(files))
+    hashes = dist.on_rank_0(lambda: check_files(files))
     start_encoder(path, student.encoder)
     taken = ["encoder"]
     if wrong := start_ladder(files.get(LADDER), student.ladder):
@@ -57,18 +56,18 @@ def start(path: str, student: Student, teachers: TeacherSet) -> dict[str, dict[s
     return hashes
 
 
-def examined(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
-    """`weights.hashes` of files; ValueError for unsound weights."""
+def check_files(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+    """Check the weights of files; return `weight_files.hashes` of each. ValueError for unsound."""
     found = {}
     for name, file in files.items():
-        if problem := unsound(Safetensors(file)):
+        if problem := find_unsound(Safetensors(file)):
             raise ValueError(f"student.init {str(file)!r} holds no sound weights: {problem}")
         found[name] = weight_files.hashes(file)
     return found
 
 
-def unsound(state: Mapping[str, Tensor]) -> str:
-    """The first tensor that is not floating or not finite, in words; or nothing."""
+def find_unsound(state: Mapping[str, Tensor]) -> str:
+    """Describe the first tensor that is not floating or not finite; empty if there is none."""
     for name, value in state.items():
         if name.endswith(".num_batches_tracked"):
             continue
@@ -83,7 +82,7 @@ def unsound(state: Mapping[str, Tensor]) -> str:
 
 
 def files_of(path: str) -> dict[str, Path]:
-    """The files of a model folder, or of a bare file of encoder weights, by their name there."""
+    """Files of a model folder by name; a bare file of encoder weights counts as the encoder's."""
     given = Path(path).expanduser()
     if not given.is_dir():
         return {WEIGHTS: given}
@@ -92,11 +91,11 @@ def files_of(path: str) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def start_encoder(path: str, encoder: Any) -> None:
-    """Give a timm ViT the encoder weights at `path`; ValueError unless all fit.
+def start_encoder(path: str, encoder: VisionTransformer) -> None:
+    """Load the encoder weights at `path` into a timm ViT; ValueError unless all fit.
 
-    A classifier is left behind: supervised weights of timm have one, an encoder has not. Weights
-    are read one at a time, under ZeRO-3 by rank 0 alone.
+    A classifier, which supervised weights of timm have, is ignored. Weights are read one at a time,
+    under ZeRO-3 by rank 0 alone.
     """
     own = encoder.state_dict(keep_vars=True)
     file = Safetensors(files_of(path)[WEIGHTS])
@@ -105,7 +104,7 @@ def start_encoder(path: str, encoder: Any) -> None:
     if "pos_embed" in found and getattr(encoder, "pos_embed", None) is not None:
         changed["pos_embed"] = resized(found["pos_embed"], encoder, path)
     if wrong := misfit(found | changed, own):
-        model = encoder.pretrained_cfg.get("architecture", "the student")
+        model = vars(encoder)["pretrained_cfg"].get("architecture", "the student")
         raise ValueError(f"student.init {path!r} does not fit {model}: {wrong}")
     for name, value in own.items():
         with deepspeed_engine.gathered(value) as ours:
@@ -114,12 +113,12 @@ def start_encoder(path: str, encoder: Any) -> None:
 
 
 @torch.no_grad()
-def start_ladder(path: Path | None, ladder: Any) -> str:
-    """Give a ladder the weights at `path`, all of them; or how they do not fit, in words."""
+def start_ladder(path: Path | None, ladder: Ladder) -> str:
+    """Load the weights at `path` into a ladder if all fit; otherwise describe how they differ."""
     if path is None:
         return NONE
     own = dict(ladder.named_parameters())
-    want = ladder.export_state_dict({k: outline(deepspeed_engine.shape(v)) for k, v in own.items()})
+    want = ladder.export_state_dict({k: empty(deepspeed_engine.shape(v)) for k, v in own.items()})
     file = Safetensors(path)
     if wrong := misfit(file, want):
         return wrong
@@ -130,13 +129,13 @@ def start_ladder(path: Path | None, ladder: Any) -> str:
     return ""
 
 
-def outline(shape: Any) -> Tensor:
-    """A tensor of that shape, and nothing in it."""
-    return torch.empty(tuple(shape), device="meta")
+def empty(shape: torch.Size) -> Tensor:
+    """A tensor of that shape without storage."""
+    return torch.empty(shape, device="meta")
 
 
-def resized(pos_1ND: Tensor, encoder: Any, path: str) -> Tensor:
-    """Position embeddings on the encoder's grid, by timm's own resampling."""
+def resized(pos_1ND: Tensor, encoder: VisionTransformer, path: str) -> Tensor:
+    """Resample position embeddings to the encoder's grid, as timm does."""
     prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
     grid, side = encoder.patch_embed.grid_size, math.isqrt(max(pos_1ND.shape[1] - prefix, 0))
     if pos_1ND.ndim != 3 or side == 0 or side * side + prefix != pos_1ND.shape[1]:
@@ -151,9 +150,9 @@ def resized(pos_1ND: Tensor, encoder: Any, path: str) -> Tensor:
 
 
 def misfit(state: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> str:
-    """How names and shapes of weights differ from those wanted, in words; nothing where they fit.
+    """Describe how names and shapes of weights differ from those wanted; empty if they fit.
 
-    Of every kind of difference the first is named.
+    Of each kind of difference the first is named.
     """
     shapes = [
         f"{printable(k)} is {tuple(v.shape)}, not {tuple(deepspeed_engine.shape(want[k]))}"

@@ -1,0 +1,45 @@
+"""`unic-ds check`: refuses what train would refuse before its first step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from unic_ds import train
+from unic_ds.config import check, job
+from unic_ds.config.option import option
+from unic_ds.config.verb import Verb
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options beside those of train."""
+
+    ranks: int = option(1, "ranks that the command is to be started on")
+
+    def __post_init__(self) -> None:
+        check(self.ranks > 0, "--ranks", "positive", self.ranks)
+
+
+VERB = Verb(
+    name="check",
+    summary="find in 10 s what a training command would be refused for, without training",
+    options=Options,
+    takes="job",
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Check a training command on a lone process; return the exit code."""
+    call = VERB.read(argv)
+    ranks = call.options.ranks
+    task = job.resolve(call.overrides, ranks=ranks)
+    if not task.finished:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # as for train: nothing is downloaded
+        from unic_ds.training import acceptance
+
+        acceptance.accept(train.waiting(task))
+    verdict = "is finished" if task.finished else f"can be trained by {ranks} ranks"
+    print(f"{task.cfg.recipe} in {task.out} {verdict}")
+    return 0

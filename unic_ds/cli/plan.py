@@ -1,0 +1,77 @@
+"""`unic-ds plan`: predicts memory, traffic and time of a run, and searches for what suits it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from unic_ds.cli import plan_tables
+from unic_ds.config import Config, check, ds_config, job
+from unic_ds.config.data import IMAGENET
+from unic_ds.config.option import option
+from unic_ds.config.verb import Verb
+from unic_ds.planning import gpus
+from unic_ds.planning.gpus import GPUS, Efficiency
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options beside a recipe's."""
+
+    gpus: int | None = option(None, "number of GPUs; default: those of a node")
+    gpu: str = option("h100-80", f"{', '.join(GPUS)}, or a .yaml file that describes one")
+    ds_config: str = option("ds_configs/zero2.json", "DeepSpeed configuration")
+    images: int = option(IMAGENET, "training images, for the length of an epoch")
+    efficiency: str = option(
+        "",
+        "measured shares of the GPU's peaks in place of the assumed, as in student=0.4,links=0.7:"
+        f" {', '.join(f.name for f in fields(Efficiency))}",
+    )
+    search: bool = option(False, "list what fits, the fastest first")
+    json: bool = option(False, "print one JSON list")
+    out: str = option("", "ignored, so that a training command can be planned as it stands")
+    resume: str = option("", "ignored likewise")
+
+    def __post_init__(self) -> None:
+        check(self.gpus is None or self.gpus > 0, "--gpus", "positive", self.gpus)
+        check(self.images > 0, "--images", "positive", self.images)
+
+
+VERB = Verb(
+    name="plan",
+    summary="predict memory, traffic and time of a run before it is queued",
+    options=Options,
+    takes="recipe",
+    exit_codes={1: "the run does not fit"},
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print a plan for each stage of a run, or what a search found; return the exit code."""
+    call = VERB.read(argv)
+    cfg, options = call.config(), call.options
+    gpu, rates = gpus.get(options.gpu), Efficiency.parse(options.efficiency)
+    count = gpu.per_node if options.gpus is None else options.gpus
+    if not cfg.teachers:
+        raise ValueError("plan needs teachers; a --recipe has some")
+    file = ds_config.read(options.ds_config)
+    accept(cfg)
+    from unic_ds.planning import search
+
+    if options.search:
+        found = search.search(cfg, file, gpu, count, images=options.images, efficiency=rates)
+        if not found:
+            raise RuntimeError(f"nothing fits {count} x {gpu.name}; take more or larger GPUs")
+        plan_tables.show_search(found, as_json=options.json)
+        return 0
+    plans = search.plan_stages(cfg, file, gpu, count, images=options.images, efficiency=rates)
+    plan_tables.show_stages(plans, as_json=options.json)
+    return 0 if all(plan.fits for plan in plans) else 1
+
+
+def accept(cfg: Config) -> None:
+    """Raise ValueError for models that a training command would be refused for, of any stage."""
+    from unic_ds.training import acceptance
+
+    acceptance.accept_models([stage for stage, _ in job.staged(cfg, Path())])
