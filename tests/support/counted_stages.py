@@ -7,20 +7,21 @@ from pathlib import Path
 import torch
 
 from unic_ds import train
+from unic_ds.training import loop
 
 
 def main(out: Path, argv: list[str]) -> int:
     """Write how many graphs each stage compiled, its evaluation with it."""
     graphs: list[int] = []
-    distil, stats = train.distil, torch._dynamo.utils.counters["stats"]
+    run_stage, stats = loop.run_stage, torch._dynamo.utils.counters["stats"]
 
     def counting(*given, **more):
         before = stats["unique_graphs"]
-        done = distil(*given, **more)
+        done = run_stage(*given, **more)
         graphs.append(stats["unique_graphs"] - before)
         return done
 
-    train.distil = counting
+    loop.run_stage = counting
     code = train.main(argv)
     out.write_text(json.dumps(graphs))
     return code

@@ -17,20 +17,23 @@ from typing import Any
 
 import torch
 
-from unic_ds import config, dist, train
+from unic_ds import dist
 from unic_ds.config import args, job
 from unic_ds.engine import deepspeed_engine, optim
 from unic_ds.losses.distill import distill_loss
 from unic_ds.ops import KERNELS
 from unic_ds.process import entry_point
-from unic_ds.training import setup
+from unic_ds.training import loop, setup
+from unic_ds.training.state import RunContext, TrainState
 
 TURNS, STEPS = 8, 6  # the first step of a turn is not counted, nor the last, which saves
 
 
-def ours(task: job.Job, made: setup.Parts, first: int, **more: Any) -> list[float]:
+def ours(run: RunContext, state: TrainState, first: int, votes: dist.StepVotes) -> list[float]:
     """Seconds of steps of the trainer's loop, from the begin of each to that of the next."""
-    run = replace(task.cfg.run, stop_at=first + STEPS - 1)
+    cadence = replace(run.cfg.run, stop_at=first + STEPS - 1)
+    cfg = replace(run.cfg, run=cadence)
+    state.step = first - 1
     begins: list[float] = []
     apply = optim.apply
 
@@ -40,34 +43,34 @@ def ours(task: job.Job, made: setup.Parts, first: int, **more: Any) -> list[floa
 
     optim.apply = applying
     try:
-        train.learn(replace(task, cfg=replace(task.cfg, run=run)), made, first, **more)
+        loop.train_loop(replace(run, job=replace(run.job, cfg=cfg)), state, votes)
     finally:
         optim.apply = apply
     return [end - begin for begin, end in pairwise(begins[1:])]
 
 
-def bare(cfg: config.Config, made: setup.Parts, student: Any, first: int) -> list[float]:
+def bare(run: RunContext, state: TrainState, student: Any, first: int) -> list[float]:
     """Seconds of steps that do nothing but learn by the method."""
-    seconds, taken = [], torch.tensor(True, device=dist.device())
+    cfg, seconds, taken = run.cfg, [], torch.tensor(True, device=dist.device())
     for step in range(first, first + STEPS):
-        begun = time.perf_counter()
-        optim.apply(student.optimizer, optim.learning_rate(step, cfg.optim, made.train.per_epoch))
+        begun, state.step = time.perf_counter(), step
+        optim.apply(student.optimizer, optim.learning_rate(step, cfg.optim, run.train.per_epoch))
         for _ in range(student.gradient_accumulation_steps()):
-            batch = next(made.stream)
-            drop_TB, path_BK = train.uniforms(cfg, step, batch.position_B, student)
-            target = made.teachers(batch.images, batch.beside)
+            batch = next(run.stream)
+            drop_TB, path_BK = loop.draw_noise(run, state, batch.position_B)
+            target = state.teachers(batch.images, batch.beside)
             loss, _ = distill_loss(
                 student(batch.images[cfg.student.size], path_BK),
                 target,
                 drop_TB,
                 loss=cfg.loss,
-                balance=made.balance,
+                balance=state.balancer,
                 distances=cfg.distances,
                 ops=KERNELS[cfg.kernels],
             )
             student.backward(loss)
             student.step()
-        made.teachers.track(optim.momentum(step, cfg.standardise, made.steps), taken)
+        state.teachers.track(optim.momentum(step, cfg.standardise, run.steps), taken)
         seconds.append(time.perf_counter() - begun)
     return seconds[1:-1]
 
@@ -76,16 +79,16 @@ def main(argv: list[str]) -> int:
     """Take turns, and print what came of it."""
     task = job.resolve(args.parse(argv)[1])
     found: dict[str, list[list[float]]] = {"ours": [], "bare": []}
-    with train.heart(task) as beat:
-        made = setup.build(task)
-        student, _ = setup.start_student(task, made.teachers)
+    with loop.start_watchdog(task) as set_phase:
+        run, state = setup.build(task, set_phase)
+        student, _ = setup.start_student(task, state.teachers)
         other = deepspeed_engine.build(student, task.cfg.optim, task.settings)
         votes = dist.StepVotes(*job.stop_files(task.out, ""))
         for turn in range(TURNS):
             first = 1 + turn * STEPS
-            found["ours"].append(ours(task, made, first, votes=votes, beat=beat))
-            found["bare"].append(bare(task.cfg, made, other, first))
-        made.stream.close()
+            found["ours"].append(ours(run, state, first, votes))
+            found["bare"].append(bare(run, state, other, first))
+        run.stream.close()
     if dist.rank() == 0:
         print(json.dumps(summary(found)))
     return 0

@@ -1,6 +1,6 @@
 """Records a ZeRO-3 run's memory after every eighth step: `steady_memory.py OUT [train's options]`.
 
-Steps are those of unic_ds/train.py, with teachers beside, and the student is asked without
+Steps are those of unic_ds/training/loop.py, with teachers beside, and the student is asked without
 gradients in between, as an evaluation does.
 """
 
@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from held_memory import held
 
-from unic_ds import dist, train
+from unic_ds import dist
 from unic_ds.config import args, job
+from unic_ds.training import loop
 from unic_ds.training.setup import build
 
 EVERY = 8
@@ -28,18 +29,18 @@ def main(out: Path, argv: list[str]) -> None:
     """Write a row of (tensors' bytes, process's bytes) for every eighth step."""
     task = job.resolve(args.parse(argv)[1])
     dist.start()
-    cfg, parts, rows = task.cfg, build(task), []
+    cfg, rows = task.cfg, []
+    run, state = build(task, lambda *_: None)
     side = cfg.student.size
     image_B3HW = torch.zeros(cfg.optim.batch_size, 3, side, side, dtype=torch.uint8)
-    for step in range(1, cfg.optim.steps + 1):
-        for _ in train.optimise(cfg, parts, step, beat=lambda *_: None):
-            pass
-        if step % EVERY == 0:
-            parts.guard.verdicts()  # as at a log line
+    for state.step in range(1, cfg.optim.steps + 1):
+        loop.train_step(run, state)
+        if state.step % EVERY == 0:
+            state.guard.take_reasons()  # as at a log line
             with torch.no_grad():
-                parts.engine(image_B3HW)
+                state.engine(image_B3HW)
             rows.append((held(), resident()))
-    parts.stream.close()
+    run.stream.close()
     out.write_text(json.dumps(rows))
 
 

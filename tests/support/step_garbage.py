@@ -1,6 +1,6 @@
 """Measure the cyclic garbage of steps: `step_garbage.py OUT [train's options]`.
 
-Steps are those of unic_ds/train.py, without any collection in between.
+Steps are those of unic_ds/training/loop.py, without any collection in between.
 """
 
 import gc
@@ -11,8 +11,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from unic_ds import dist, train
+from unic_ds import dist
 from unic_ds.config import args, job
+from unic_ds.training import loop
 from unic_ds.training.setup import build
 
 WARM, STEPS = 3, 5  # the first steps leave what is made once
@@ -22,19 +23,18 @@ def main(out: Path, argv: list[str]) -> None:
     """Write the bytes of tensors in cycles, and how many objects of each kind, of all steps."""
     task = job.resolve(args.parse(argv)[1])
     dist.start()
-    cfg, parts = task.cfg, build(task)
+    run, state = build(task, lambda *_: None)
 
     def steps(first: int, last: int) -> None:
-        for step in range(first, last + 1):
-            for _ in train.optimise(cfg, parts, step, beat=lambda *_: None):
-                pass
+        for state.step in range(first, last + 1):
+            loop.train_step(run, state)
 
     steps(1, WARM)
-    with train.garbage_kept():
+    with loop.garbage_kept():
         steps(WARM + 1, WARM + STEPS)
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
-    parts.stream.close()
+    run.stream.close()
     nbytes = sum(found.nbytes for found in gc.garbage if isinstance(found, Tensor))
     kinds = Counter(type(found).__name__ for found in gc.garbage)
     out.write_text(json.dumps({"tensor_bytes": nbytes, "objects": dict(kinds.most_common(10))}))

@@ -346,14 +346,14 @@ def test_other_ranks_and_stages_go_on_with_the_same_curve(ended):
 def test_the_average_of_the_weights_moves_along(ended):
     folder, *_ = ended
     whole = reshard.ZeroShards(after(folder, "whole", STEPS) / "zero")
-    average, masters = whole.whole("average"), whole.whole("")
+    average, masters = whole.full("average"), whole.full("")
     assert largest_gap(average, masters) > 1e-3  # another thing than the weights
     for name in (*ENDED, "2_offload"):
         shards = after(folder, name, STEPS) / "zero"
         saved = (reshard.PlainState if "zero0" in name else reshard.ZeroShards)(shards)
         assert saved.step == STEPS
-        assert largest_gap(saved.whole("average"), average) < 1e-6, name
-        assert largest_gap(saved.whole(""), masters) < 1e-5, name
+        assert largest_gap(saved.full("average"), average) < 1e-6, name
+        assert largest_gap(saved.full(""), masters) < 1e-5, name
 
 
 def largest_gap(one, other):

@@ -33,15 +33,17 @@ from unic_ds.training import rollback, step_guard
 
 def judged(one: step_guard.StepGuard, loss: float, norm: float = 1.0) -> bool:
     """True if a step of one micro batch is taken."""
-    one.see(torch.tensor(loss))
-    skip = one.skip(torch.tensor(norm))
-    taken = bool(one.close())
+    one.observe(torch.tensor(loss))
+    skip = one.found_inf(torch.tensor(norm))
+    taken = bool(one.end_step())
     assert bool(skip) != taken
     return taken
 
 
 def alone_guard(spike: float = 8.0) -> step_guard.StepGuard:
-    return step_guard.StepGuard(spike, everyone=lambda own: own[None], device=torch.device("cpu"))
+    return step_guard.StepGuard(
+        spike, all_gather_fn=lambda local: local[None], device=torch.device("cpu")
+    )
 
 
 def test_the_score_is_the_robust_z_score():
@@ -68,17 +70,17 @@ def test_spikes_are_skipped_once_there_is_enough_to_judge_by_and_are_not_learned
     assert judged(alone_guard(spike=0.0), 1e30)
 
 
-def test_what_is_not_finite_is_skipped_and_the_host_hears_why():
+def test_what_is_not_finite_is_skipped_and_reported_with_the_reason():
     one = alone_guard(spike=0.0)
     steps = [(1.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan), (1.0, 1.0)]
     assert [judged(one, *step) for step in steps] == [True, False, False, False, True]
-    heard = one.hear([one.verdicts().tolist()], step=14)
-    assert heard == [(11, "loss", (0,)), (12, "gradient", ()), (13, "loss", (0,))]
+    found = one.report([one.take_reasons().tolist()], step=14)
+    assert found == [(11, "loss", (0,)), (12, "gradient", ()), (13, "loss", (0,))]
     assert one.streak == 0
     judged(one, math.nan)
-    one.see(torch.tensor(1.0))
-    assert not one.close()  # DeepSpeed refused it without asking
-    assert one.hear([one.verdicts().tolist()], step=16) == [
+    one.observe(torch.tensor(1.0))
+    assert not one.end_step()  # DeepSpeed refused it without calling `found_inf`
+    assert one.report([one.take_reasons().tolist()], step=16) == [
         (15, "loss", (0,)),
         (16, "gradient", ()),
     ]
@@ -93,13 +95,13 @@ def test_what_is_not_finite_is_skipped_and_the_host_hears_why():
 def test_all_ranks_skip_and_know_whose_loss_it_was():
     losses_P = torch.tensor([1.0, math.nan, 2.0])
     guards = [
-        step_guard.StepGuard(0.0, everyone=lambda own: losses_P, device=torch.device("cpu"))
+        step_guard.StepGuard(0.0, all_gather_fn=lambda local: losses_P, device=torch.device("cpu"))
         for _ in losses_P
     ]
     for one, loss in zip(guards, losses_P.tolist(), strict=True):
         assert not judged(one, loss)
-    verdict_PK = [one.verdicts().tolist() for one in guards]
-    assert [one.hear(verdict_PK, 1) for one in guards] == [[(1, "loss", (1,))]] * 3
+    reason_PK = [one.take_reasons().tolist() for one in guards]
+    assert [one.report(reason_PK, 1) for one in guards] == [[(1, "loss", (1,))]] * 3
 
 
 spans = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 5)), max_size=5)

@@ -18,16 +18,17 @@ from unic_ds import config, dist
 from unic_ds.config.ds_config import DeepSpeedSettings
 from unic_ds.engine import optim
 from unic_ds.engine.ema import AveragedAdamW, swapped_in
+from unic_ds.engine.protocol import Engine
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def partitioned(make: Callable[[], Module], settings: DeepSpeedSettings) -> Module:
-    """What `make` makes; under ZeRO-3 no rank ever holds all of it.
+    """The module that `make` makes; under ZeRO-3 it is initialised already partitioned.
 
     Each parameter is partitioned at the end of its module's constructor, in the precision of the
-    settings; what else is computed there stays in fp32, as under the other stages. Values written
-    later are written through `whole`.
+    settings; other values computed there stay in fp32, as under the other stages. Later writes to
+    a parameter are made inside `gathered`.
     """
     if settings.stage < 3:
         return make()
@@ -37,19 +38,18 @@ def partitioned(make: Callable[[], Module], settings: DeepSpeedSettings) -> Modu
     deepspeed.init_distributed(backend, dist_init_required=False)
     init: Any = deepspeed.zero.Init
 
-    class Birth(init):
+    class PartitionedInit(init):
         def _post_init_method(self, module: nn.Module) -> None:
             if any(p.is_meta for p in module.parameters(recurse=False)):
-                return  # an outline, not the student
+                return  # a module on the meta device, not the student
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(self.dtype)
             super()._post_init_method(module)
 
-    own = settings.raw["zero_optimization"] | {"override_module_apply": False}
-    raw = settings.raw | {"zero_optimization": own}
-    linear = F.linear
+    zero = settings.raw["zero_optimization"] | {"override_module_apply": False}
+    changed, linear = settings.raw | {"zero_optimization": zero}, F.linear
     try:
-        with Birth(config_dict_or_path=raw, tensor_overrides=[]):
+        with PartitionedInit(config_dict_or_path=changed, tensor_overrides=[]):
             student = make()
         if F.linear is not linear:
             use_zero3_linear_in_student_only(student, F.linear)
@@ -60,9 +60,10 @@ def partitioned(make: Callable[[], Module], settings: DeepSpeedSettings) -> Modu
 
 @contextmanager
 def gathered(parameter: nn.Parameter) -> Iterator[bool]:
-    """All of a parameter while the body runs, and whether what this rank writes there counts.
+    """Context manager that gathers a ZeRO-3 parameter; True on the rank whose writes are kept.
 
-    Of one that ZeRO-3 has partitioned rank 0's values go to all; every rank must enter.
+    Every rank must enter it, and gets rank 0's values. A parameter that is not partitioned is
+    written by every rank.
     """
     if not hasattr(parameter, "ds_id"):
         yield True
@@ -74,16 +75,17 @@ def gathered(parameter: nn.Parameter) -> Iterator[bool]:
 
 
 def shape(value: Tensor) -> torch.Size:
-    """What a tensor's shape is where it is whole."""
+    """The full shape of a tensor, which ZeRO-3 may have partitioned."""
     return getattr(value, "ds_shape", value.shape)
 
 
-def build(student: nn.Module, cfg: config.Optim, settings: DeepSpeedSettings) -> Any:
+def build(student: Module, cfg: config.Optim, settings: DeepSpeedSettings) -> Engine[Module]:
     """A DeepSpeed engine around `student` with AdamW on its trained parameters."""
     deepspeed = load_deepspeed()
     groups = optim.groups(student, cfg.weight_decay, layer_decay=cfg.layer_decay)
     optimizer = adamw(groups, cfg)
     linear = F.linear
+    engine: Engine[Module]
     engine, *_ = deepspeed.initialize(
         model=student, optimizer=optimizer, config=settings.raw, dist_init_required=False
     )
@@ -131,7 +133,7 @@ def wait_on_device(optimizer: Any, accelerator: Any) -> None:
 def queue_waits(optimizer: Any, name: str, accelerator: Any, stream: Any) -> None:
     """Let the current stream and `stream` wait for each other during and after a method.
 
-    Within it they do so in the place of `synchronize`, of the accelerator and of `stream`.
+    Within the method they do so instead of `synchronize`, of the accelerator and of `stream`.
     """
     method = getattr(optimizer, name, None)
     if method is None:
@@ -171,7 +173,7 @@ def mask_norm_on_device() -> None:
 
 
 def adamw(groups: list[dict[str, Any]], cfg: config.Optim) -> torch.optim.AdamW:
-    """AdamW, with an average of the weights where `cfg.ema` asks; its rate comes with each step."""
+    """AdamW, with a moving average of the weights if `cfg.ema`; `optim.apply` sets its rate."""
     options: dict[str, Any] = {
         "lr": 0.0,
         "betas": (cfg.beta1, cfg.beta2),
@@ -184,10 +186,10 @@ def adamw(groups: list[dict[str, Any]], cfg: config.Optim) -> torch.optim.AdamW:
 
 
 def use_zero3_linear_in_student_only(student: nn.Module, linear: Any) -> None:
-    """Give the student's Linears, and nothing else of this process, the `linear` of ZeRO-3.
+    """Use the `linear` of ZeRO-3 in the student's Linears, and nowhere else in this process.
 
-    DeepSpeed replaces `F.linear` for everybody by one that keeps no gathered weight. In bf16 it
-    rounds before it adds the bias, so frozen teachers would give other targets than under ZeRO-2.
+    DeepSpeed replaces `F.linear` globally by one that keeps no gathered weight. In bf16 it rounds
+    before it adds the bias, so frozen teachers would give other targets than under ZeRO-2.
     """
 
     def forward(module: nn.Linear, x: Tensor) -> Tensor:
@@ -199,10 +201,10 @@ def use_zero3_linear_in_student_only(student: nn.Module, linear: Any) -> None:
 
 
 def load_deepspeed() -> Any:
-    """DeepSpeed, without its chatter, and without the C++ all-reduce it would compile on a CPU box.
+    """Import DeepSpeed without its log lines, and without its C++ all-reduce for CPUs.
 
-    That op costs a compiler and half a minute at the first start, and serves one node only; gloo
-    does the job.
+    That op needs a compiler and half a minute at the first start, and works on one node only; gloo
+    is used instead.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -216,12 +218,12 @@ def load_deepspeed() -> Any:
     return deepspeed
 
 
-def weights(engine: Any, prefix: str) -> dict[str, Tensor]:
-    """What is exported: fp32 weights under `prefix` (cut off), on the CPU of rank 0; others: none.
+def weights(engine: Engine[nn.Module], prefix: str) -> dict[str, Tensor]:
+    """fp32 weights for export, named without `prefix`, on the CPU of rank 0; none on other ranks.
 
-    Their average where the run keeps one. Every rank must call it: weights are gathered one by one.
+    Their average if the run keeps one. Every rank must call it: weights are gathered one by one.
     """
-    masters, found = whole_masters(engine.optimizer), {}
+    masters, found = full_masters(engine.optimizer), {}
     with swapped_in(engine.basic_optimizer):
         for name, parameter in engine.module.named_parameters():
             if name.startswith(prefix):
@@ -233,7 +235,7 @@ def weights(engine: Any, prefix: str) -> dict[str, Tensor]:
 
 
 def gather(parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]) -> Tensor:
-    """The whole of a parameter, in fp32 where it is trained."""
+    """The full value of a parameter, in fp32 if it is trained."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -246,8 +248,8 @@ def gather(parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]) -> Tens
     return full.detach()
 
 
-def whole_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
-    """Each bf16 parameter's fp32 master where every rank holds all of it: under ZeRO-0."""
+def full_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
+    """Each bf16 parameter's fp32 master under ZeRO-0; empty under the stages that partition it."""
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
     if not isinstance(optimizer, FP16_UnfusedOptimizer):
@@ -256,56 +258,56 @@ def whole_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
     return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
 
 
-def param_order(engine: Any) -> list[str]:
-    """Trained weights in the order that ZeRO-0 saves their state in, which it saves no names of."""
+def param_order(engine: Engine[nn.Module]) -> list[str]:
+    """Names of trained weights in the order in which ZeRO-0 saves their state without names."""
     if engine.zero_optimization_stage():
         return []
-    masters = whole_masters(engine.optimizer)
+    masters = full_masters(engine.optimizer)
     names = {masters.get(p, p): name for name, p in engine.module.named_parameters()}
     return [names[p] for group in engine.basic_optimizer.param_groups for p in group["params"]]
 
 
-def state_copies(engine: Any) -> int:
+def state_copies(engine: Engine[nn.Module]) -> int:
     """fp32 numbers that a checkpoint holds for each weight: itself, two moments, an average."""
     return 4 if isinstance(engine.basic_optimizer, AveragedAdamW) else 3
 
 
-def set_found_inf(engine: Any, skip: Callable[[Tensor | float], Tensor]) -> None:
-    """Let the optimiser ask before each of its steps whether to leave everything as it is.
+def set_found_inf(engine: Engine[nn.Module], found_inf: Callable[[Tensor | float], Tensor]) -> None:
+    """Make the optimiser skip the steps for which `found_inf` returns 1 on the device, not 0.
 
-    `skip` is told the gradient's norm over all ranks and says 1 or 0 on the device. DeepSpeed
-    refuses gradients that are not finite by itself under most settings; then `skip` is not asked.
+    It gets the gradient's norm over all ranks. Under most settings DeepSpeed itself refuses
+    gradients that are not finite; then it is not called.
     """
-    whole, inner = engine.optimizer, engine.basic_optimizer
+    outer, inner = engine.optimizer, engine.basic_optimizer
 
     def ask(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        norm = local_grad_norm(weights) if whole is inner else whole._global_grad_norm
-        optimizer.found_inf = skip(norm).to(weights[0].device)  # type: ignore[attr-defined]
+        norm = local_grad_norm(weights) if outer is inner else outer._global_grad_norm
+        optimizer.found_inf = found_inf(norm).to(weights[0].device)  # type: ignore[attr-defined]
 
-    # Where a part of the state is offloaded, DeepSpeed steps the rest by an AdamW of its own.
-    for optimizer in filter(None, (inner, getattr(whole, "backup_optimizer", None))):
+    # If a part of the state is offloaded, DeepSpeed steps the rest by a second AdamW.
+    for optimizer in filter(None, (inner, getattr(outer, "backup_optimizer", None))):
         optimizer.register_step_pre_hook(ask)
 
 
 def local_grad_norm(weights: list[Tensor]) -> Tensor:
-    """The gradient's norm where DeepSpeed takes none: under ZeRO-0 in fp32."""
+    """The gradient's norm for ZeRO-0 in fp32, under which DeepSpeed computes none."""
     return nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
 
 
-def free_memory(engine: Any) -> None:
-    """Free what training holds; the engine cannot be used again.
+def free_memory(engine: Engine[nn.Module]) -> None:
+    """Free the memory of training; the engine cannot be used again.
 
-    ZeRO-3 makes autograd functions of the modules, which torch keeps for ever, so references to
-    what is large are cut.
+    ZeRO-3 makes autograd functions of the modules, which torch never frees, so references to large
+    tensors are cut.
     """
     engine.destroy()
     for parameter in engine.module.parameters():
-        vars(parameter).clear()  # what DeepSpeed hung there: a rank's part, the optimiser
+        vars(parameter).clear()  # DeepSpeed's attributes: the partition, the optimiser
         parameter.data, parameter.grad = torch.empty(0, dtype=parameter.dtype), None
     vars(engine).clear()
 
 
-def grad_norm(engine: Any) -> Tensor | float | None:
-    """The last step's gradient norm over all ranks as DeepSpeed kept it, if it did; not read."""
+def grad_norm(engine: Engine[nn.Module]) -> Tensor | float | None:
+    """The last step's gradient norm over all ranks, if DeepSpeed kept it; may be on the device."""
     return engine.get_global_grad_norm()

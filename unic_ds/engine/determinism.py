@@ -16,14 +16,14 @@ import torch.utils.deterministic
 from unic_ds.files.printable import printable
 
 REFUSED = " does not have a deterministic implementation"
-"""What torch says after the name of an operation that it refuses to run."""
+"""Follows the name of an operation in torch's message about refusing it."""
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 FIXED = ":4096:8", ":16:8"
 """Values of it with which cuBLAS adds in one order."""
 
 
 def choose(on: bool) -> None:
-    """Let torch use deterministic kernels alone, or any again; before CUDA and the ranks start.
+    """Let torch use deterministic kernels only, or any; call it before CUDA and the ranks start.
 
     Flash and memory-efficient attention have a deterministic backward in this mode, cuDNN's has
     none. NCCL's reductions in the switch (NVLS) are left out by torch if the mode is on when a
@@ -39,14 +39,14 @@ def choose(on: bool) -> None:
             )
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(on)
-    # What it fills is overwritten; a property of the module, which its types do not say.
+    # Every tensor that it would fill is written later. The module's types lack this property.
     torch.utils.deterministic.fill_uninitialized_memory = not on  # type: ignore[attr-defined]
     torch.backends.cuda.enable_cudnn_sdp(not on)
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Context manager: what has no deterministic kernel is a RuntimeError with the remedy."""
+    """Context manager: an operation without a deterministic kernel is an error with a remedy."""
     try:
         yield
     except RuntimeError as error:

@@ -26,13 +26,12 @@ class AveragedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of AdamW and of the averages.
+        """Take one step of AdamW and of the averages; if `found_inf` is 1 both stay as they are.
 
-        Under ZeRO-1 to 3 DeepSpeed steps one partition at a time: only those in the groups now.
-        Where `found_inf` is 1 both stay as they are.
+        Under ZeRO-1 to 3 DeepSpeed steps one partition at a time, which is then in the groups.
         """
         stepped = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        # AdamW starts its own state where there is none at all, so ours waits until it has
+        # AdamW initialises its state if a weight has none at all, so the average is added after it
         starts = {p: p.detach().clone() for p in stepped if KEY not in self.state.get(p, {})}
         loss = super().step(closure)
         for weight, start in starts.items():
@@ -46,8 +45,8 @@ class AveragedAdamW(torch.optim.AdamW):
 
 @contextmanager
 @torch.no_grad()
-def swapped_in(optimizer: Any) -> Iterator[None]:
-    """Exchange weights and averages while the body runs; nothing where no average is kept."""
+def swapped_in(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Context manager that exchanges weights and averages, of the weights that have one."""
 
     def exchange() -> None:
         for weight, state in optimizer.state.items():

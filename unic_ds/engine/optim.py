@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from timm.models import group_parameters
+from torch import nn
 
 from unic_ds import config
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def warmup_cosine(i: int, *, steps: int, peak: float, end: float, warmup: int = 0) -> float:
@@ -31,9 +31,9 @@ def learning_rate(step: int, cfg: config.Optim, images: int) -> float:
 
 
 def momentum(step: int, cfg: config.Standardise, steps: int) -> float:
-    """How far the targets' statistics move at step `step` (from 1); 0 once they are frozen.
+    """The momentum of the targets' statistics at step `step` (from 1); 0 once they are frozen.
 
-    Statistics that will be frozen settle over the steps before: the same cosine, run over those.
+    Statistics that will be frozen have the same cosine over the steps before that.
     """
     if cfg.freeze_after and step > cfg.freeze_after:
         return 0.0
@@ -44,10 +44,10 @@ def momentum(step: int, cfg: config.Standardise, steps: int) -> float:
 def groups(
     module: nn.Module, weight_decay: float, *, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Trained parameters in groups: decayed, and (biases and 1-D tensors) not; timm's rule.
+    """Parameter groups with and without weight decay (biases and 1-D tensors); timm's rule.
 
-    With a `layer_decay` below 1 each layer of `module.encoder` has two of its own, and its scale.
-    timm's own functions would take what ZeRO-3 has partitioned for 1-D tensors.
+    With a `layer_decay` below 1 each layer of `module.encoder` has two groups, with its scale.
+    timm's functions would take tensors that ZeRO-3 has partitioned for 1-D tensors.
     """
     scales = layer_scales(module.encoder, layer_decay) if layer_decay < 1 else {}
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -62,12 +62,10 @@ def groups(
 
 
 def layer_scales(encoder: Any, decay: float) -> dict[str, float]:
-    """Scale of the rate by parameter of `encoder.`: 1 in the last block, `decay` a layer deeper.
+    """Learning-rate scale by parameter of `encoder.`: 1 in the last block, times `decay` a layer.
 
     Layers are timm's: the embeddings, then each block (after BEiT, arXiv 2106.08254).
     """
-    from timm.models import group_parameters
-
     layer = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)
     top = max(layer.values())
     return {f"encoder.{name}": decay ** (top - i) for name, i in layer.items()}

@@ -1,4 +1,4 @@
-"""A checkpoint put together from the parts that other ranks, or another ZeRO stage, saved."""
+"""Load a checkpoint of another number of ranks or ZeRO stage: gather its shards, shard anew."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unic_ds import dist
-from unic_ds.engine.deepspeed_engine import whole_masters
+from unic_ds.engine.deepspeed_engine import full_masters
 from unic_ds.engine.ema import KEY
+from unic_ds.engine.protocol import Engine
 
 
 def weights(shards: Path) -> dict[str, Tensor]:
-    """What `engine.weights` gives, by full names, from the ZeRO shards of our own checkpoint."""
+    """Weights from a checkpoint's shards, as `deepspeed_engine.weights`, by their full names."""
     from deepspeed.utils.zero_to_fp32 import to_torch_tensor
 
     if not any(shards.glob("*_optim_states.pt")):
@@ -27,20 +28,20 @@ def weights(shards: Path) -> dict[str, Tensor]:
             " the training command itself exports at its end"
         )
     saved = ZeroShards(shards)
-    state = saved.whole(KEY if KEY in saved.keys else "")
+    state = saved.full(KEY if KEY in saved.keys else "")
     if saved.stage != 3:  # ZeRO-1 saves frozen weights with the module alone
-        state = whole_file(shards)["module"] | state
+        state = read_model_states(shards)["module"] | state
     return to_torch_tensor(state, dtype=torch.float32)
 
 
-def whole_file(shards: Path) -> dict[str, Any]:
-    """What ZeRO-0 to 2 save once: the module's weights, in the precision that it computes in."""
+def read_model_states(shards: Path) -> dict[str, Any]:
+    """The file that ZeRO-0 to 2 save once: the module's weights, in its compute precision."""
     file = shards / "mp_rank_00_model_states.pt"
     return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
 
 
 class ZeroShards:
-    """A checkpoint of ZeRO 1 to 3: flat partitions that whole tensors are put together from."""
+    """A checkpoint of ZeRO 1 to 3: flat partitions, from which full tensors are gathered."""
 
     def __init__(self, folder: Path):
         from deepspeed.utils import zero_to_fp32 as disk
@@ -68,9 +69,10 @@ class ZeroShards:
         saved = shard["optimizer_state_dict"]
         return saved.get("optimizer_state_dict", saved.get("base_optimizer_state"))["state"]
 
-    def whole(self, key: str) -> dict[str, Any]:
-        """Name -> whole tensor of that optimiser state, or of the fp32 masters where `key` is
-        empty; under ZeRO-3 each is put together when its `contiguous` is called.
+    def full(self, key: str) -> dict[str, Any]:
+        """Full tensors of an optimiser state by name, or of the fp32 masters if `key` is empty.
+
+        Under ZeRO-3 each is gathered when its `contiguous` is called.
         """
         from deepspeed.utils import zero_to_fp32 as disk
 
@@ -89,18 +91,18 @@ class ZeroShards:
 
 
 class PlainState:
-    """A checkpoint of ZeRO-0, which saves everything whole, in the order of the groups."""
+    """A checkpoint of ZeRO-0, which saves full tensors, in the order of the groups."""
 
     def __init__(self, folder: Path):
-        self.saved = whole_file(folder)
+        self.saved = read_model_states(folder)
         optimizer = self.saved["optimizer"]
         self.states = optimizer.get("optimizer_state_dict", optimizer)["state"]
         self.masters = [m for group in optimizer.get("fp32_groups", []) for m in group]
         self.step = float(self.states[0]["step"])
         self.keys = [key for key, value in self.states[0].items() if key != "step"]
 
-    def whole(self, key: str) -> dict[str, Any]:
-        """Name -> tensor, as `ZeroShards.whole`."""
+    def full(self, key: str) -> dict[str, Any]:
+        """Full tensors by name, as `ZeroShards.full`."""
         names = self.saved["order"]
         if not key and not self.masters:
             return {name: self.saved["module"][name] for name in names}
@@ -109,11 +111,11 @@ class PlainState:
 
 
 @torch.no_grad()
-def load_anew(engine: Any, shards: Path) -> None:
-    """Load weights and optimiser state that other ranks or another ZeRO stage saved.
+def load_resharded(engine: Engine[nn.Module], shards: Path) -> None:
+    """Load weights and optimiser state of another number of ranks or ZeRO stage.
 
-    Each parameter is put together from the shards where they lie, and every rank keeps its part of
-    it. What is not trained is not loaded: this run made it as that one did.
+    Each parameter is gathered from the shards on disk, and every rank keeps its partition of it.
+    Frozen weights are not loaded: this run initialised them as that one did.
     """
     if engine.zero_nvme_offload_optimizer():
         raise ValueError(
@@ -122,19 +124,20 @@ def load_anew(engine: Any, shards: Path) -> None:
         )
     zero, stage = any(shards.glob("*_optim_states.pt")), engine.zero_optimization_stage()
     saved: ZeroShards | PlainState = ZeroShards(shards) if zero else PlainState(shards)
-    begin_state(engine, saved)
+    init_optimizer_state(engine, saved)
     set_weight, set_state = setters(engine)
     if stage == 3:
         engine.optimizer.checkpoint_event_prologue()
     for key in ("", *saved.keys):
-        whole = saved.whole(key)
+        full = saved.full(key)
         for name, parameter in engine.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            value, computed_with = whole[name].contiguous(), parameter
+            value: Tensor = full[name].contiguous()
+            computed_with: Any = parameter
             if stage == 3:
-                computed_with = parameter.ds_tensor
-                value = part_of(value, computed_with.numel())
+                computed_with = computed_with.ds_tensor
+                value = local_partition(value, computed_with.numel())
             if key:
                 set_state(parameter, value, key)
             else:
@@ -144,8 +147,8 @@ def load_anew(engine: Any, shards: Path) -> None:
         engine.optimizer.checkpoint_event_epilogue()
 
 
-def begin_state(engine: Any, saved: ZeroShards | PlainState) -> None:
-    """Give the optimiser the state that its first step would make, of zeros, and the saved step."""
+def init_optimizer_state(engine: Engine[nn.Module], saved: ZeroShards | PlainState) -> None:
+    """Initialise the optimiser's state as its first step would, with zeros and the saved step."""
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
     base, zero, stage = engine.basic_optimizer, engine.optimizer, engine.zero_optimization_stage()
@@ -162,16 +165,16 @@ def begin_state(engine: Any, saved: ZeroShards | PlainState) -> None:
             lazy_init_hp_params_optimizer_state(parameters, weight, base.state)
 
 
-def setters(engine: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What sets a parameter's fp32 master, and its optimiser state of a key, at this stage."""
+def setters(engine: Engine[nn.Module]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Functions that set a parameter's fp32 master, and its optimiser state, at this stage."""
     from deepspeed import utils
 
     if engine.zero_optimization_stage() == 3:
-        # Those of whole values fail on sizes that the ranks do not divide.
+        # The functions for full values fail on sizes that the ranks do not divide.
         return utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
     if engine.zero_optimization_stage():
         return utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
-    masters, state = whole_masters(engine.optimizer), engine.basic_optimizer.state
+    masters, state = full_masters(engine.optimizer), engine.basic_optimizer.state
 
     def set_weight(parameter: nn.Parameter, value: Tensor) -> None:
         masters.get(parameter, parameter).copy_(value)
@@ -182,14 +185,14 @@ def setters(engine: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return set_weight, set_state
 
 
-def part_of(value: Tensor, size: int) -> Tensor:
-    """This rank's `size` numbers of a flattened value, the last of them padded by zeros."""
+def local_partition(value: Tensor, size: int) -> Tensor:
+    """This rank's `size` numbers of a flattened value, padded with zeros at its end."""
     flat = value.flatten()[dist.rank() * size :][:size]
     return F.pad(flat, (0, size - len(flat)))
 
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Nothing printed: DeepSpeed's readers tell every rank's terminal of each file and group."""
+    """Context manager that drops output: DeepSpeed's readers print each file and group."""
     with io.StringIO() as sink, redirect_stdout(sink), redirect_stderr(sink):
         yield

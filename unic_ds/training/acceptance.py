@@ -1,4 +1,4 @@
-"""Refuses a run that would fail in its first minute: for `check`, `plan` and `train` alike.
+"""Refuse a run that would fail in its first minute; `check`, `plan` and `train` call it.
 
 Models are built and run on the meta device, without weights; nothing is downloaded or written.
 """
@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,7 +24,6 @@ from unic_ds.models.meta import NoInit
 from unic_ds.planning import trace
 from unic_ds.process import console
 from unic_ds.teachers import quantisation, sources, teacher_set
-from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.sources import SOURCES
 from unic_ds.teachers.teacher import Teacher
 from unic_ds.training import setup
@@ -35,21 +33,21 @@ REGISTERED = plugins.Names(sources=SOURCES, terms=TERMS, balancers=BALANCERS)
 """The names in the registries, those of plugins among them."""
 
 UNKNOWN = 8
-"""Channels that a teacher is taken to have which the cache has or which is not called."""
+"""Channels that are assumed of a teacher that is cached or not called."""
 
 
 def accept(stages: Sequence[job.Job], *, starting: bool = False) -> None:
-    """ValueError for what one of a run's stages that are left would be refused for.
+    """ValueError if one of a run's unfinished stages would be refused.
 
-    `starting`: the first of them is about to be built, which finds what is wrong with its teachers'
-    towers, its images and its initial weights within the same minute; it is not done twice.
+    `starting`: the first of them is about to be built, which checks its teachers' towers, its
+    images and its initial weights within the same minute; they are not checked twice.
     """
     for number, stage in enumerate(stages, 1):
-        with naming(number, len(stages)):
+        with naming_stage(number, len(stages)):
             data.backend(stage.cfg.data)
     accept_models([stage.cfg for stage in stages], located=True, starting=starting)
     for number, stage in enumerate([] if starting else stages, 1):
-        with naming(number, len(stages)):
+        with naming_stage(number, len(stages)):
             accept_files(stage)
 
 
@@ -61,7 +59,7 @@ def accept_models(
     `located`: teachers' weights must be on this machine, which must be able to compute them.
     """
     for number, cfg in enumerate(stages, 1):
-        with naming(number, len(stages)):
+        with naming_stage(number, len(stages)):
             plugins.check_names(cfg, REGISTERED)
             outlined, called = number > 1 or not starting, located and not starting
             widths = accept_teachers(cfg, outlined=outlined, located=located, called=called)
@@ -71,8 +69,8 @@ def accept_models(
 
 
 @contextmanager
-def naming(number: int, count: int) -> Iterator[None]:
-    """A ValueError of the body, with the stage that it is about where there are several."""
+def naming_stage(number: int, count: int) -> Iterator[None]:
+    """Context manager that adds the stage, of several, to a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -84,7 +82,7 @@ def naming(number: int, count: int) -> Iterator[None]:
 def accept_teachers(
     cfg: config.Config, *, outlined: bool, located: bool, called: bool
 ) -> dict[str, int]:
-    """Channels of each teacher, `UNKNOWN` where it is not built; ValueError for one that cannot be.
+    """Channels of each teacher, `UNKNOWN` if it is not built; ValueError if one cannot be built.
 
     `outlined`: timm's and open_clip's are built; `called`: those of python: sources, too.
     `located`: their weights must be on this machine, and this machine be able to compute them.
@@ -106,25 +104,24 @@ def accept_teachers(
 
 @cache
 def width_of(row: config.Teacher, grid: int) -> int:
-    """Channels of a teacher; ValueError where it cannot be built or fails on an image.
+    """Channels of a teacher; ValueError if it cannot be built or fails on an image.
 
     A python: source is called, and runs on this rank's device.
     """
-    whole: dict[str, Any] = {"precision": "bf16"} if row.quantised else {}
-    wide = replace(row, **whole)
+    unquantised = replace(row, precision="bf16") if row.quantised else row
     if sources.has_outline(row):
-        teacher = trace.outlined(wide, grid)
+        teacher = trace.outlined(unquantised, grid)
     else:
         with NoInit():
-            source = sources.outline(wide, grid=grid)
-        teacher = Teacher(wide, source, grid=grid, device=dist.device())
+            source = sources.outline(unquantised, grid=grid)
+        teacher = Teacher(unquantised, source, grid=grid, device=dist.device())
     if row.quantised:
         quantisation.check_tower(row, teacher.tower.blocks())
     return teacher.width
 
 
 def accept_student(cfg: config.Config, widths: dict[str, int]) -> None:
-    """ValueError for a student, ladder or standardisation that cannot be."""
+    """ValueError if a student, ladder or standardisation cannot be built."""
     trace.outline(cfg, widths)
     balance.build(cfg)
     kind = teacher_set.KINDS[cfg.standardise.kind if cfg.standardise.on else "channel"]
@@ -134,7 +131,7 @@ def accept_student(cfg: config.Config, widths: dict[str, int]) -> None:
 
 
 def accept_successor(before: config.Config, after: config.Config) -> None:
-    """ValueError where a stage cannot start from the student of the stage before it."""
+    """ValueError if a stage cannot start from the student of the stage before it."""
     with torch.device("meta"), NoInit():
         given, want = (build_encoder(cfg.student).state_dict() for cfg in (before, after))
     if given.keys() >= {"pos_embed"} <= want.keys():  # which is resized
@@ -147,7 +144,7 @@ def accept_successor(before: config.Config, after: config.Config) -> None:
 
 
 def accept_files(stage: job.Job) -> None:
-    """ValueError for images, a feature cache or initial weights that the run cannot use."""
+    """ValueError if the run cannot use its images, feature cache or initial weights."""
     cfg = stage.cfg
     if stage.init and Path(stage.init).expanduser().exists():  # a stage's is still to be made
         with torch.device("meta"), NoInit():
@@ -160,10 +157,7 @@ def accept_files(stage: job.Job) -> None:
         return
     train, val = setup.find_images(cfg)
     setup.check_validation(cfg, train, val)
-    if cfg.cache:
-        FeatureCache(
-            cfg.cache, cfg.teachers, setup.augmentation_key(cfg, train), samples=len(train)
-        )
+    setup.open_cache(cfg, train)
 
 
 def listed(path: Path) -> bool:

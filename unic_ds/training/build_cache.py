@@ -1,7 +1,7 @@
-"""Store what the teachers say of drawn views, for training that does not run them.
+"""Store the teachers' features of augmented views, for training that does not run them.
 
-All ranks of a launcher share the work by files; one that stands there whole is not made again, so
-the same command goes on after it was stopped.
+The ranks of a launcher divide the work by files. A complete file is not written again, so the same
+command resumes after it was stopped.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from unic_ds.models.encoder import grid_of
 from unic_ds.process import console
 from unic_ds.teachers import cache
 from unic_ds.teachers.teacher_set import TeacherSet
+from unic_ds.tokens import Tokens
 from unic_ds.training.setup import augmentation_key, find_images, sample_images
 
-ASK_OVER = 100e9  # bytes
+ASK_OVER = 100e9  # bytes that are not written without --yes
 
 
 def store(cfg: config.Config, out: Path, *, views: int, dtype: str, yes: bool, batch: int) -> None:
     """Write the feature cache of a recipe's teachers to `out`; every rank calls it.
 
-    ValueError where it would not fit, is larger than may be written unasked, or the folder holds
+    ValueError if it would not fit, is larger than `ASK_OVER` without `yes`, or the folder holds
     something else.
     """
     dist.start()
     train, _ = find_images(cfg)
     teachers = TeacherSet(
-        apart(cfg.teachers),
+        replicated(cfg.teachers),
         grid=grid_of(cfg.student),
         standardise=cfg.standardise,
         device=dist.device(),
@@ -43,12 +44,12 @@ def store(cfg: config.Config, out: Path, *, views: int, dtype: str, yes: bool, b
     layout = cache.layout_of(out, manifest)
     check(layout, manifest, yes)
     dist.barrier()  # all have looked at the folder as it was
-    left = layout.missing()
-    if dist.rank() == 0 and left:
+    missing = layout.missing()
+    if dist.rank() == 0 and missing:
         out.mkdir(parents=True, exist_ok=True)
         write_manifest(out, manifest)
     dist.barrier()
-    mine, start = left[dist.rank() :: dist.world()], time.monotonic()
+    mine, start = missing[dist.rank() :: dist.world()], time.monotonic()
     plan = data.drawn(
         train,
         cfg.data,
@@ -59,30 +60,30 @@ def store(cfg: config.Config, out: Path, *, views: int, dtype: str, yes: bool, b
         device=dist.device(),
     )
     bar = console.track(mine, len(mine), "teachers' features")
-    for (view, span), tokens in zip(bar, spoken(plan, teachers), strict=True):
+    for (view, span), tokens in zip(bar, features_of(plan, teachers), strict=True):
         for name in layout.widths:
             layout.write(name, view, span, [batch[name] for batch in tokens])
     dist.barrier()
-    if dist.rank() == 0 and left:
+    if dist.rank() == 0 and missing:
         write_manifest(out, manifest | {"whole": True})
     dist.barrier()
-    count, seconds = sum(len(span) for _, span in left), time.monotonic() - start
+    count, seconds = sum(len(span) for _, span in missing), time.monotonic() - start
     console.say(
         f"{out}: {count} views stored in {seconds:.0f} s; train with --teachers.cache {out}"
     )
 
 
-def apart(rows: tuple[config.Teacher, ...]) -> tuple[config.Teacher, ...]:
-    """Teachers whole on every rank where there are several: each has other files to write."""
+def replicated(rows: tuple[config.Teacher, ...]) -> tuple[config.Teacher, ...]:
+    """Teachers that are not sharded over several ranks, since each rank writes other files."""
     if dist.world() == 1:
         return rows
     return tuple(replace(row, placement="replicate") for row in rows)
 
 
 def describe(
-    cfg: config.Config, train: Any, teachers: TeacherSet, views: int, dtype: str
+    cfg: config.Config, train: data.Source, teachers: TeacherSet, views: int, dtype: str
 ) -> dict[str, Any]:
-    """The manifest of a cache that is not whole yet."""
+    """The manifest of a cache that is not complete yet."""
     grid = grid_of(cfg.student)
     facts = teachers.manifest()
     manifest = {
@@ -100,16 +101,16 @@ def describe(
     return json.loads(json.dumps(manifest))  # as it will be read
 
 
-def spoken(
+def features_of(
     plan: Iterator[list[data.Batch]], teachers: TeacherSet
-) -> Iterator[list[dict[str, Any]]]:
+) -> Iterator[list[dict[str, Tokens]]]:
     """The teachers' tokens of every file's batches."""
     for batches in plan:
         yield [teachers.features(batch.images) for batch in batches]
 
 
 def check(layout: cache.Layout, manifest: dict[str, Any], yes: bool) -> None:
-    """Say how large it is; ValueError for what cannot or should not be written."""
+    """Say how large the cache is; ValueError if it cannot or should not be written."""
     folder = layout.folder
     there = cache.read_manifest(folder)
     if there is not None:
@@ -121,13 +122,13 @@ def check(layout: cache.Layout, manifest: dict[str, Any], yes: bool) -> None:
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{str(folder)!r} holds something else; choose another folder")
-    need = left = layout.total()
+    total = left = layout.total()
     if there is not None:
         missing = layout.missing()
         left = sum(layout.size(name, len(span)) for name in layout.widths for _, span in missing)
     console.say(
         f"{layout.samples} images x {layout.views} views x {len(layout.widths)} teachers in"
-        f" {layout.dtype}: {need / 1e9:.2f} GB, {left / 1e9:.2f} GB to write"
+        f" {layout.dtype}: {total / 1e9:.2f} GB, {left / 1e9:.2f} GB to write"
     )
     above = (folder.absolute(), *folder.absolute().parents)
     free = shutil.disk_usage(next(path for path in above if path.exists())).free
@@ -141,5 +142,5 @@ def check(layout: cache.Layout, manifest: dict[str, Any], yes: bool) -> None:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest in one piece."""
+    """Write the manifest atomically."""
     files.write_whole(folder / cache.MANIFEST, json.dumps(manifest, indent=1) + "\n")

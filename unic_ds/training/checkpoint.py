@@ -1,9 +1,9 @@
-"""What a run must remember: saved whole or not at all, verified before it is trusted.
+"""Checkpoints: saved completely or not at all, verified before they are loaded.
 
 A checkpoint is `checkpoints/step_NNNNNNN/`: DeepSpeed's shards under `zero/`, the teachers'
-statistics, `run.json` (position and what it belongs to) and a manifest of sizes and SHA-256. It is
-written under another name and renamed when every rank is done, so a folder of that name is always
-whole; `latest` names the newest.
+statistics, `run.json` (the step, and the settings and data it belongs to) and a manifest of sizes
+and SHA-256. It is written under another name and renamed when every rank is done, so a folder of
+that name is always complete; `latest` names the newest.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from unic_ds import config, dist
 from unic_ds.engine.deepspeed_engine import param_order, state_copies
-from unic_ds.engine.reshard import load_anew
+from unic_ds.engine.protocol import Engine
+from unic_ds.engine.reshard import load_resharded
 from unic_ds.files import read_text, tensor_files, write_whole
 from unic_ds.files.printable import printable
 from unic_ds.process import console
@@ -34,11 +35,39 @@ from unic_ds.process import console
 LOG = logging.getLogger("unic_ds.training.checkpoint")
 MANIFEST, FACTS, STATISTICS, SHARDS = "manifest.json", "run.json", "statistics.safetensors", "zero"
 LAYOUT = ("ranks", "zero_stage")
-"""Facts that may differ from those of the run that goes on: its shards are put together anew."""
+"""Facts that may differ from those of the run that resumes: the shards are laid out anew."""
+
+
+class RollbackRow(TypedDict):
+    """A row of rollbacks.json."""
+
+    at: int  # the last of the skipped steps
+    to: int  # the step of the checkpoint that was loaded
+    left_out: list[int]  # first and last step of the data order that are skipped from then on
+
+
+class CheckpointFacts(TypedDict, total=False):
+    """A checkpoint's run.json; beside these keys `--SECTION.KEY` for each setting of the science,
+    as text, and `feature cache`.
+    """
+
+    step: int
+    samples: int
+    seed: int
+    loss: float
+    summaries: dict[str, str]  # kind of each teacher's CLS target
+    rollbacks: list[RollbackRow]
+    images: str
+    teachers: list[list[str]]  # name and hash of each
+    init: dict[str, str] | None
+    decoder: str
+    ranks: int
+    zero_stage: int
+    bf16: bool
 
 
 def save(
-    engine: Any,
+    engine: Engine[nn.Module],
     folder: Path,
     step: int,
     *,
@@ -46,12 +75,12 @@ def save(
     statistics: dict[str, Tensor],
     keep: config.Run,
 ) -> Path:
-    """Write the checkpoint of `step`, then forget what `keep` does not want; every rank calls it.
+    """Write the checkpoint of `step`, then remove those that `keep` does not; every rank calls it.
 
-    OSError, with the last good one untouched, where the disk is full or may not be written.
+    OSError, with the last good one untouched, if the disk is full or may not be written.
     """
     final = folder / f"step_{step:07d}"
-    part, begun = folder / f".saving_{final.name}", time.monotonic()
+    part, start = folder / f".saving_{final.name}", time.monotonic()
     create_partial(part, needed_bytes(engine))
     try:
         engine.save_checkpoint(
@@ -63,22 +92,22 @@ def save(
     except (OSError, RuntimeError) as error:
         raise OSError(f"cannot save {final.name} ({error}); {newest_name(folder)}") from error
     dist.barrier()
-    hashes = fingerprints(part, written=True)
-    problem = unread(hashes)
+    hashes = hash_files(part, sync=True)
+    problem = first_unreadable(hashes)
     if dist.rank() == 0:
-        problem = problem or publish(part, final, hashes)
+        problem = problem or commit(part, final, hashes)
     if problem := dist.broadcast_object(problem):
         raise OSError(f"cannot save {final.name} ({problem}); {newest_name(folder)}")
     if dist.rank() == 0:
         remove_old(folder, final, keep)
     dist.barrier()
     size = sum(file["bytes"] for file in hashes.values()) / 1e6
-    console.say(f"saved {final.name} in {time.monotonic() - begun:.1f} s ({size:.0f} MB)")
+    console.say(f"saved {final.name} in {time.monotonic() - start:.1f} s ({size:.0f} MB)")
     return final
 
 
-def publish(part: Path, final: Path, hashes: dict[str, Any]) -> str:
-    """Give what is whole its name; what went wrong, or nothing."""
+def commit(part: Path, final: Path, hashes: dict[str, Any]) -> str:
+    """Rename a complete checkpoint to its final name; the error if that fails, else ""."""
     try:
         write_whole(part / MANIFEST, json.dumps(hashes, indent=1))
         if final.exists():
@@ -90,23 +119,23 @@ def publish(part: Path, final: Path, hashes: dict[str, Any]) -> str:
     return ""
 
 
-def needed_bytes(engine: Any) -> int:
-    """What this rank is about to write, at most.
+def needed_bytes(engine: Engine[nn.Module]) -> int:
+    """Upper bound of the bytes that this rank is about to write.
 
-    Its share of fp32 weights and optimiser state, which is all or nothing under ZeRO-0; on rank 0
-    the whole weights too.
+    Its partition of fp32 weights and optimiser state, which is all or nothing under ZeRO-0; on
+    rank 0 the full weights too.
     """
     count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    whole = count if dist.rank() == 0 else 0
-    share = count // dist.world() if engine.zero_optimization_stage() else whole
-    return 4 * whole + 4 * state_copies(engine) * share + (1 << 20)
+    full = count if dist.rank() == 0 else 0
+    partition = count // dist.world() if engine.zero_optimization_stage() else full
+    return 4 * full + 4 * state_copies(engine) * partition + (1 << 20)
 
 
 def create_partial(part: Path, size: int) -> None:
-    """Make `part` anew and prove that every rank's `size` bytes fit there; OSError on all if not.
+    """Make an empty folder `part` and check that every rank's `size` bytes fit there.
 
-    DeepSpeed's save has barriers inside, where one rank's full disk would leave the others waiting;
-    so ask first, all at once.
+    OSError on all ranks if not. DeepSpeed's save has barriers inside, where one rank's full disk
+    would leave the others waiting, so all ranks check before it.
     """
     if dist.rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
@@ -136,10 +165,10 @@ def create_partial(part: Path, size: int) -> None:
 
 
 def reserve(file: int, size: int) -> float:
-    """Have the file system set `size` bytes aside; OSError where it has no room for them.
+    """Reserve `size` bytes on the file system; OSError if it has no room for them.
 
-    What is free, quotas aside, where it cannot set anything aside (NFS before 4.2), else infinity.
-    This is not posix_fallocate, which would there write a byte into every 4 KiB.
+    Returns infinity, or the free bytes, quotas aside, if it cannot reserve any (NFS before 4.2).
+    posix_fallocate is not used: there it would write a byte into every 4 KiB.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     number = errno.EINTR
@@ -154,7 +183,7 @@ def reserve(file: int, size: int) -> float:
 
 
 def newest_name(folder: Path) -> str:
-    """What a user can still count on."""
+    """A clause that names the last good checkpoint."""
     steps = steps_in(folder)
     return (
         f"the last good checkpoint is {steps[-1].name}"
@@ -164,30 +193,30 @@ def newest_name(folder: Path) -> str:
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """Whole checkpoints under `folder`, oldest first."""
+    """Checkpoints under `folder`, oldest first."""
     return sorted(p for p in folder.glob(f"step_{'[0-9]' * 7}") if p.is_dir())
 
 
-def fingerprints(folder: Path, *, written: bool = False) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file in `folder`, the same on all ranks, which share the work.
+def hash_files(folder: Path, *, sync: bool = False) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in `folder`, or the error of reading it.
 
-    Or the error that reading a file ends with. What was just `written` is on the disk when this
-    returns: a power cut finds it there.
+    The ranks share the work, and all return the same. `sync` flushes the files to the disk, so
+    that they survive a power cut.
     """
     # One rank lists, and all agree: a network file system may show each another listing.
     listed = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     files = dist.on_rank_0(lambda: sorted(listed))
     mine = {}
     for file in files[dist.rank() :: dist.world()]:
-        mine[str(file.relative_to(folder))] = fingerprint(file, written=written)
+        mine[str(file.relative_to(folder))] = hash_file(file, sync=sync)
     return {k: v for part in dist.all_gather_objects(mine) for k, v in part.items()}
 
 
-def fingerprint(file: Path, *, written: bool) -> dict[str, Any]:
-    """One file's; raised on one rank alone, an error would leave the others waiting."""
+def hash_file(file: Path, *, sync: bool) -> dict[str, Any]:
+    """Size and SHA-256 of a file, or its error: raised on one rank, it would hang the others."""
     try:
         with file.open("rb") as stream:
-            if written:
+            if sync:
                 os.fsync(stream.fileno())
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": digest}
@@ -195,19 +224,19 @@ def fingerprint(file: Path, *, written: bool) -> dict[str, Any]:
         return {"error": error.strerror or str(error)}
 
 
-def unread(found: dict[str, dict[str, Any]]) -> str:
-    """The first file that could not be read, and why; or nothing."""
+def first_unreadable(found: dict[str, dict[str, Any]]) -> str:
+    """A clause about the first file that could not be read, or ""."""
     wrong = {name: row["error"] for name, row in found.items() if "error" in row}
     return next((f"{name} cannot be read: {why}" for name, why in wrong.items()), "")
 
 
 def verify(folder: Path) -> str:
-    """What is wrong with a checkpoint, or nothing; the same on all ranks."""
+    """A clause about the damage of a checkpoint, or ""; the same on all ranks."""
     expected = dist.on_rank_0(lambda: read_manifest(folder))
     if not expected:
         return f"no readable {MANIFEST}"
-    found = fingerprints(folder)
-    if problem := unread(found):
+    found = hash_files(folder)
+    if problem := first_unreadable(found):
         return problem
     for name in sorted(expected):
         if found.get(name) != expected[name]:
@@ -216,7 +245,7 @@ def verify(folder: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a checkpoint's files; nothing where that cannot be read."""
+    """Size and SHA-256 of a checkpoint's files; empty if its manifest is missing or damaged."""
     try:
         rows = json.loads(read_text(folder / MANIFEST))
     except (OSError, ValueError, RecursionError):
@@ -229,14 +258,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def find(folder: Path, resume: str) -> Path | None:
-    """The newest whole checkpoint, naming the damaged ones it passes over; None to start anew.
+    """Find the newest undamaged checkpoint, with a warning for each damaged one; None: start anew.
 
-    `resume` is auto, or the path of a checkpoint or run folder to start from as long as `folder`
-    has none of its own; ValueError where nothing there is whole.
+    `resume` is auto, never, or the path of a checkpoint or run folder to start from as long as
+    `folder` has no checkpoint. ValueError if all are damaged.
     """
-    own = dist.broadcast_object(steps_in(folder))
-    given = None if own or resume in ("auto", "never") else Path(resume)
-    candidates = own
+    candidates = dist.broadcast_object(steps_in(folder))
+    given = None if candidates or resume in ("auto", "never") else Path(resume)
     if given:
         inside = steps_in(given / "checkpoints")
         candidates = dist.broadcast_object([given] if (given / MANIFEST).is_file() else inside)
@@ -259,17 +287,17 @@ def find(folder: Path, resume: str) -> Path | None:
 
 
 def load(
-    engine: Any,
+    engine: Engine[nn.Module],
     folder: Path,
     expected: dict[str, Any],
     *,
     content_of: Mapping[str, str] | None = None,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[CheckpointFacts, dict[str, Tensor]]:
     """Load a checkpoint's weights and optimiser state; returns its facts and statistics.
 
-    One that other ranks or another ZeRO stage saved is laid out anew. `content_of` maps the hash of
-    a weight file, which older versions recorded, to that of its tensors. ValueError where it
-    belongs to other images, teachers or settings.
+    One of another number of ranks or ZeRO stage is laid out anew. `content_of` maps the hash of a
+    weight file, which older versions recorded, to that of its tensors. ValueError if it belongs to
+    other images, teachers or settings.
     """
     facts = in_contents(json.loads((folder / FACTS).read_text()), content_of or {})
     for key, value in expected.items():
@@ -286,43 +314,43 @@ def load(
             for d in (facts, expected)
         )
         console.say(f"{folder.name} was saved by {there}; laid out anew for {here}")
-        load_anew(engine, folder / SHARDS)
+        load_resharded(engine, folder / SHARDS)
     elif engine.load_checkpoint(str(folder), tag=SHARDS)[0] is None:
         raise OSError(f"DeepSpeed found nothing to load in {str(folder)!r}")
-    return facts, tensor_files.read(folder / STATISTICS)
+    return cast(CheckpointFacts, facts), tensor_files.read(folder / STATISTICS)
 
 
 def in_contents(facts: dict[str, Any], content_of: Mapping[str, str]) -> dict[str, Any]:
-    """Facts with hashes of weight files replaced by those of their tensors."""
-    teachers = [[name, content_of.get(found, found)] for name, found in facts.get("teachers") or ()]
+    """Facts with the hashes of weight files replaced by those of their tensors."""
+    teachers = [[name, content_of.get(saved, saved)] for name, saved in facts.get("teachers") or ()]
     init = facts.get("init")
-    init = init and {file: content_of.get(found, found) for file, found in init.items()}
+    init = init and {file: content_of.get(saved, saved) for file, saved in init.items()}
     return facts | {"teachers": teachers, "init": init}
 
 
 def remove_old(folder: Path, newest: Path, keep: config.Run) -> None:
-    """Remove the checkpoints up to `newest` that `keep` does not want, and what interrupted saves
-    left.
+    """Remove the checkpoints that `keep` does not keep, and what interrupted saves left.
 
-    Later steps are of a branch that was given up. What cannot be removed stays: the run goes on.
+    Those after `newest` are of a branch that a roll-back abandoned. One that cannot be removed
+    stays, without an error.
     """
     steps = steps_in(folder)
     branch = [step for step in steps if step.name <= newest.name]
     kept = {*branch[-keep.keep_last :], *lowest_loss(branch, keep.keep_best)}
     if keep.keep_every:
         kept |= {step for step in branch if int(step.name[5:]) % keep.keep_every == 0}
-    for rest in folder.glob(".saving_*"):
-        shutil.rmtree(rest, ignore_errors=True)
+    for unfinished in folder.glob(".saving_*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     for old in set(steps) - kept:
         with suppress(OSError):
             remove(old)
 
 
 def remove(step: Path) -> None:
-    """Remove a checkpoint; were we killed, nothing half removed would have its name."""
-    gone = step.with_name(f".saving_old_{step.name}")  # `forget` removes what a kill leaves of it
-    shutil.rmtree(gone, ignore_errors=True)
-    shutil.rmtree(step.rename(gone))
+    """Rename, then delete, so that a kill never leaves a partial checkpoint under its name."""
+    removed = step.with_name(f".saving_old_{step.name}")  # `remove_old` removes what a kill leaves
+    shutil.rmtree(removed, ignore_errors=True)
+    shutil.rmtree(step.rename(removed))
 
 
 def lowest_loss(steps: list[Path], count: int) -> list[Path]:

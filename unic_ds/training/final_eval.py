@@ -22,32 +22,33 @@ from unic_ds.models.student import Student
 from unic_ds.process import console, entry_point
 from unic_ds.training import run_log, student_folder
 from unic_ds.training.setup import can_evaluate
+from unic_ds.training.state import RunContext, TrainState
 from unic_ds.weights import warm_start
 
 
-def export_and_evaluate(task: job.Job, parts: Any) -> None:
+def export_and_evaluate(run: RunContext, state: TrainState) -> None:
     """Write `student/`, then `results.json`, `results.png` and the table; every rank calls it.
 
     RuntimeError, on every rank, if the evaluation fails: `student/` is there then, and no
     `results.json`.
     """
-    export_student(task, parts)
+    export_student(run, state)
     dist.barrier()
-    free_training_memory(parts)
-    student, on = task.out / "student", task.cfg.eval.on
+    free_training_memory(state)
+    student, on = run.out / "student", run.cfg.eval.on
     rows: rounds.Rows = {}
-    if on and can_evaluate(parts.train, parts.val):
-        rows = evaluate(task, parts, student)
+    if on and can_evaluate(run.train, run.val):
+        rows = evaluate(run, state, student)
     if dist.rank() == 0:
-        table.write(rows, task.out, run_log.read(task.out / "log.jsonl"))
+        table.write(rows, run.out, run_log.read(run.out / "log.jsonl"))
         end = f"\n{table.render(rows)}" if rows else table.unevaluated(student, on=on)
         print(end, flush=True)
 
 
-def evaluate(task: job.Job, parts: Any, student: Path) -> rounds.Rows:
+def evaluate(run: RunContext, state: TrainState, student: Path) -> rounds.Rows:
     """The rows of `measure`; RuntimeError with the way on where it cannot read what it needs."""
     try:
-        return measure(task, parts)
+        return measure(run, state)
     except (OSError, RuntimeError, ValueError) as error:
         if not entry_point.is_expected(error):
             raise
@@ -57,37 +58,39 @@ def evaluate(task: job.Job, parts: Any, student: Path) -> rounds.Rows:
         ) from error
 
 
-def export_student(task: job.Job, parts: Any) -> None:
+def export_student(run: RunContext, state: TrainState) -> None:
     """Write `student/`: rank 0 does, of weights that all ranks give."""
-    state, own = (deepspeed_engine.weights(parts.engine, part) for part in ("encoder.", "ladder."))
+    weights, own = (
+        deepspeed_engine.weights(state.engine, part) for part in ("encoder.", "ladder.")
+    )
     if dist.rank() != 0:
         return
     path = student_folder.write(
-        state,
-        parts.engine.module.ladder,
+        weights,
+        state.engine.module.ladder,
         own,
-        parts.teachers.state_dict(),
-        cfg=task.cfg,
-        source=parts.train,
-        out=task.out / "student",
-        teachers=parts.manifest,
+        state.teachers.state_dict(),
+        cfg=run.cfg,
+        source=run.train,
+        out=run.out / "student",
+        teachers=run.manifest,
     )
     console.say(f"exported encoder: {path}")
 
 
-def free_training_memory(parts: Any) -> None:
+def free_training_memory(state: TrainState) -> None:
     """Free what training held: every rank is about to hold the whole encoder, twice."""
-    deepspeed_engine.free_memory(parts.engine)
-    parts.engine = None
+    deepspeed_engine.free_memory(state.engine)
+    del state.engine
     gc.collect()  # DeepSpeed's objects know each other
     torch.cuda.empty_cache()  # DALI takes memory beside torch's; nothing where there is no GPU
 
 
-def measure(task: job.Job, parts: Any) -> rounds.Rows:
+def measure(run: RunContext, state: TrainState) -> rounds.Rows:
     """kNN and linear accuracy (%) of pixels, each teacher, the student before and after."""
     from unic_ds.evaluate import knn, linear  # scikit-learn takes seconds, and few starts get here
 
-    cfg, (train, val, widths) = task.cfg, extract(task, parts)
+    cfg, (train, val, widths) = run.cfg, extract(run, state)
     evaluators = (
         partial(knn.knn, k=cfg.eval.k, temperature=cfg.eval.temperature),
         partial(linear.linear, seed=cfg.seed),
@@ -95,9 +98,10 @@ def measure(task: job.Job, parts: Any) -> rounds.Rows:
     return rounds.evaluate(train, val, widths, evaluators, dist.device())
 
 
-def extract(task: job.Job, parts: Any) -> tuple[rounds.Side, rounds.Side, dict[str, int]]:
+def extract(run: RunContext, state: TrainState) -> tuple[rounds.Side, rounds.Side, dict[str, int]]:
     """Features of the training and the validation images, and how wide each model's are."""
-    cfg, device = task.cfg, dist.device()
+    task, cfg, device = run.job, run.cfg, dist.device()
+    assert run.val is not None
     before, after = (
         Student(cfg.student, cfg.ladder, {}, seed=cfg.seed).to(device).eval() for _ in range(2)
     )
@@ -105,13 +109,13 @@ def extract(task: job.Job, parts: Any) -> tuple[rounds.Side, rounds.Side, dict[s
         warm_start.start_encoder(task.init, before.encoder)
     warm_start.start_encoder(str(task.out / "student"), after.encoder)
     widths: dict[str, int] = {}
-    if parts.teachers.cached:
-        console.say(f"not measured, since not run: {', '.join(parts.teachers.cached)}")
+    if state.teachers.cached:
+        console.say(f"not measured, since not run: {', '.join(state.teachers.cached)}")
 
     def encode(images: dict[int, Tensor]) -> Tensor:
         small = images[cfg.student.size]
         columns = {"pixels": features.pixels(small)}
-        columns |= {name: tokens.cls_BC for name, tokens in parts.teachers.features(images).items()}
+        columns |= {name: tokens.cls_BC for name, tokens in state.teachers.features(images).items()}
         columns |= {
             "student before": before.encode(small).cls_BC,
             "student after": after.encode(small).cls_BC,
@@ -119,10 +123,10 @@ def extract(task: job.Job, parts: Any) -> tuple[rounds.Side, rounds.Side, dict[s
         widths.update({name: value.shape[1] for name, value in columns.items()})
         return torch.cat([value.float() for value in columns.values()], 1)
 
-    sizes = (cfg.student.size, *parts.teachers.sizes)
+    sizes = (cfg.student.size, *state.teachers.sizes)
     train, val = (
         side_of(task, source, limit, sizes, encode)
-        for source, limit in ((parts.train, cfg.eval.max_train), (parts.val, cfg.eval.max_val))
+        for source, limit in ((run.train, cfg.eval.max_train), (run.val, cfg.eval.max_val))
     )
     return train, val, widths
 

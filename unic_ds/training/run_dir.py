@@ -1,4 +1,4 @@
-"""A run's folder: what it says the run is, and the checkpoints that it goes on from."""
+"""The folder of a run: its lock, the files that describe it, and saving and resuming in it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ import time
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
-from unic_ds.config import extension, job, overrides, recipes
+import yaml
+
+from unic_ds import dist, files
+from unic_ds.config import extension, overrides, recipes
+from unic_ds.config.job import Job
 from unic_ds.engine import optim
-from unic_ds.training.setup import Parts, decoder_of, fit_statistics
+from unic_ds.process import console
+from unic_ds.teachers.weight_files import known_by
+from unic_ds.training import checkpoint, events, rollback
+from unic_ds.training.setup import decoder_of, fit_statistics
+from unic_ds.training.state import RunContext, TrainState
 
 BALANCE, GUARD = "balance/", "guard/"
-"""Before the entries of others among a checkpoint's statistics; no teacher's name has a slash."""
+"""Prefixes of what is no teacher's among a checkpoint's statistics; teachers' names lack slashes.
+"""
 
 EXTENDED = (
     "extended from step {step} of {of} to {to} steps; the learning rate goes from {lr_before:.4g}"
@@ -23,92 +32,101 @@ EXTENDED = (
 )
 
 LEASE_S = 120.0
-"""So long a file server may keep the lock of a node that is lost."""
+"""Seconds for which a file server may keep the lock of a node that is lost."""
 
 
-def write_run_files(task: job.Job, parts: Parts, whole: job.Job) -> IO[str]:
-    """Write what the run is: config.yaml, teachers.json, ds_config.json; the folder's lock.
+class Extension(TypedDict):
+    """The length that a run had, and has from now on: the event `extended`."""
 
-    `whole` is the run that `task` is a stage of. The results of a shorter run are set aside first.
-    ValueError where another job holds the lock; where a launcher tries again by itself, after a
-    while: it may be a lost node's.
+    step: int  # of the checkpoint that it resumes from
+    of: int  # steps before
+    to: int  # steps now
+    lr_before: float
+    lr: float
+
+
+def write_run_files(run: RunContext, extended: Extension | None, *, parent_job: Job) -> IO[str]:
+    """Lock the folder of a stage; write config.yaml, teachers.json and ds_config.json to it.
+
+    Returns the lock. `parent_job` is the run that the stage is of, or the same job. The results of
+    a shorter run are renamed first. ValueError if another job holds the lock; if torchrun restarts
+    ranks, only after a while, since a lost node may hold it.
     """
-    from unic_ds import dist, files
-    from unic_ds.process import console
-    from unic_ds.training import events
-
-    task.out.mkdir(parents=True, exist_ok=True)
-    lock = (task.out / ".lock").open("a")
+    out = run.out
+    out.mkdir(parents=True, exist_ok=True)
+    lock = (out / ".lock").open("a")
     if dist.rank() != 0:
         return lock
-    try:
-        free = acquire_lock(lock, 0.0)
-        if not free and events.tries() is not None:
-            console.say(
-                f"another job, or a lost node, holds the lock of {str(task.out)!r};"
-                f" waiting up to {LEASE_S:.0f} s for it"
-            )
-            free = acquire_lock(lock, LEASE_S)
-        if not free:
-            raise ValueError(
-                f"another job trains in {str(task.out)!r}; end it, or choose another --out"
-            )
-    except OSError as error:  # Lustre without -o flock, for one
-        console.say(
-            f"{str(task.out)!r} cannot be locked ({error.strerror}): start no second job there"
-        )
-    extended = extension.pending(task.cfg, task.out) or not (task.out / "config.yaml").exists()
-    set_aside(task, parts)
+    acquire_lock_or_fail(lock, out)
+    first_of_length = extension.pending(run.cfg, out) or not (out / "config.yaml").exists()
+    set_aside(run)
     contents = {
-        task.out / "config.yaml": settings_of(task),
-        task.out / "teachers.json": json.dumps(parts.manifest, indent=1) + "\n",
-        task.out / "ds_config.json": json.dumps(task.settings.raw, indent=1) + "\n",
+        out / "config.yaml": settings_of(run.job),
+        out / "teachers.json": json.dumps(run.manifest, indent=1) + "\n",
+        out / "ds_config.json": json.dumps(run.job.settings.raw, indent=1) + "\n",
     }
-    if not extension.pending(whole.cfg, whole.out):
-        contents |= {whole.out / "config.yaml": settings_of(whole)}
-    if parts.extension and extended:
-        events.write(task.out, "extended", **parts.extension)
+    if not extension.pending(parent_job.cfg, parent_job.out):
+        contents |= {parent_job.out / "config.yaml": settings_of(parent_job)}
+    if extended and first_of_length:
+        events.write(out, "extended", **extended)
     for file, text in contents.items():
         files.write_whole(file, text)
     return lock
 
 
-def settings_of(task: job.Job) -> str:
-    """The text of a run's config.yaml; --run.extend is of one start, not of the run."""
-    import yaml
+def acquire_lock_or_fail(lock: IO[str], out: Path) -> None:
+    """Take the lock of a run folder, or say that there are no locks; ValueError if it is taken."""
+    try:
+        free = acquire_lock(lock, 0.0)
+        if not free and events.tries() is not None:
+            console.say(
+                f"another job, or a lost node, holds the lock of {str(out)!r};"
+                f" waiting up to {LEASE_S:.0f} s for it"
+            )
+            free = acquire_lock(lock, LEASE_S)
+        if not free:
+            raise ValueError(f"another job trains in {str(out)!r}; end it, or choose another --out")
+    except OSError as error:  # Lustre without -o flock, for one
+        console.say(f"{str(out)!r} cannot be locked ({error.strerror}): start no second job there")
 
-    cfg = replace(task.cfg, run=replace(task.cfg.run, extend=False))
+
+def settings_of(job: Job) -> str:
+    """The text of a run's config.yaml, without --run.extend, which is of one start alone."""
+    cfg = replace(job.cfg, run=replace(job.cfg.run, extend=False))
     return yaml.safe_dump(overrides.to_dict(cfg), sort_keys=False)
 
 
-def set_aside(task: job.Job, parts: Parts) -> None:
-    """Rename the results of the shorter run that `task` extends, by the step they are of.
+def set_aside(run: RunContext) -> None:
+    """Rename the results of the shorter run that this one extends, by the step they are of.
 
-    Before config.yaml says the new length, and results.json first: after a kill at any moment the
+    Before config.yaml has the new length, and results.json first: after a kill at any moment the
     run is either still the old one or an extended one that is not finished.
     """
-    if not extension.pending(task.cfg, task.out):
+    if not extension.pending(run.cfg, run.out):
         return
-    shorter = recipes.read(task.out / "config.yaml").optim
-    step = f"step_{shorter.step_count(parts.train.per_epoch):07d}"
+    shorter = recipes.read(run.out / "config.yaml").optim
+    step = f"step_{shorter.step_count(run.train.per_epoch):07d}"
     for name, aside in (
         ("results.json", f"results_{step}.json"),
         ("results.png", f"results_{step}.png"),
         ("student", f"encoders/{step}"),
     ):
-        if (task.out / name).exists():
-            (task.out / aside).parent.mkdir(exist_ok=True)
-            (task.out / name).rename(unused(task.out / aside))
+        if (run.out / name).exists():
+            (run.out / aside).parent.mkdir(exist_ok=True)
+            (run.out / name).rename(unused(run.out / aside))
 
 
 def unused(path: Path) -> Path:
-    """That path, or the first with _2, _3, ... before its suffix at which there is nothing."""
+    """The path, or the first with _2, _3, ... before its suffix, that does not exist."""
     numbered = (path.with_name(f"{path.stem}_{n}{path.suffix}") for n in count(2))
     return next(free for free in chain([path], numbered) if not free.exists())
 
 
 def acquire_lock(lock: IO[str], wait_s: float) -> bool:
-    """Take a lock, for which another's is waited that long; OSError where there are no locks."""
+    """Take a lock, waiting up to `wait_s` for it; False if it stays taken.
+
+    OSError if the file system has no locks.
+    """
     end = time.monotonic() + wait_s
     while True:
         try:
@@ -120,115 +138,117 @@ def acquire_lock(lock: IO[str], wait_s: float) -> bool:
         time.sleep(min(1.0, wait_s))
 
 
-def checkpoint_identity(task: job.Job, parts: Parts) -> dict[str, Any]:
-    """What a checkpoint must share with the run that resumes it."""
-    from unic_ds import dist
-    from unic_ds.teachers.weight_files import known_by
-
-    init = {name: known_by(row) for name, row in (parts.init or {}).items()} or None
+def checkpoint_identity(run: RunContext) -> dict[str, Any]:
+    """The facts that a checkpoint must share with the run that resumes from it."""
+    init = {name: known_by(row) for name, row in (run.init or {}).items()} or None
     return {
-        "images": parts.train.fingerprint(),
-        "teachers": [[name, known_by(row)] for name, row in parts.manifest.items()],
+        "images": run.train.fingerprint(),
+        "teachers": [[name, known_by(row)] for name, row in run.manifest.items()],
         "init": init,
-        "feature cache": parts.cache.identity if parts.cache else None,
-        "decoder": decoder_of(task.cfg),
+        "feature cache": run.cache.identity if run.cache else None,
+        "decoder": decoder_of(run.cfg),
         "ranks": dist.world(),
-        "zero_stage": task.settings.stage,
-        "bf16": task.settings.bf16,
-        **{f"--{key}": value for key, value in overrides.science(task.cfg).items()},
+        "zero_stage": run.job.settings.stage,
+        "bf16": run.job.settings.bf16,
+        **{f"--{key}": value for key, value in overrides.science(run.cfg).items()},
     }
 
 
-def checkpoint_contents(parts: Parts) -> dict[str, str]:
+def checkpoint_contents(run: RunContext) -> dict[str, str]:
     """Hash of each weight file of a run -> that of its tensors."""
-    rows = (*parts.manifest.values(), *(parts.init or {}).values())
+    rows = (*run.manifest.values(), *(run.init or {}).values())
     return {row["sha256"]: row["content"] for row in rows if row.get("content")}
 
 
-def save(task: job.Job, parts: Parts, step: int, *, loss: float) -> None:
-    """Save a checkpoint after `step`, noting the training loss."""
-    from unic_ds.training import checkpoint
-
-    run = task.cfg.run
+def save(run: RunContext, state: TrainState, *, loss: float) -> None:
+    """Save a checkpoint of the state; `loss` is the training loss, by which the best are kept."""
+    cfg = run.cfg
+    progress = {"samples": state.step * cfg.optim.batch_size, "seed": cfg.seed, "loss": loss}
+    summaries = {name: row["cls"] for name, row in run.manifest.items()}
     checkpoint.save(
-        parts.engine,
-        task.out / "checkpoints",
-        step,
-        facts=checkpoint_identity(task, parts)
-        | {"samples": step * task.cfg.optim.batch_size, "seed": task.cfg.seed, "loss": loss}
-        | {"summaries": {name: row["cls"] for name, row in parts.manifest.items()}}
-        | {"rollbacks": parts.rollbacks},
-        statistics=parts.teachers.state_dict()
-        | {f"{BALANCE}{k}": v for k, v in parts.balance.state_dict().items()}
-        | {f"{GUARD}{k}": v for k, v in parts.guard.state_dict().items()},
-        # What is saved while steps are skipped may not take the place of what was before them.
-        keep=replace(run, keep_last=run.keep_last + parts.guard.streak),
+        state.engine,
+        run.out / "checkpoints",
+        state.step,
+        facts=checkpoint_identity(run)
+        | progress
+        | {"summaries": summaries, "rollbacks": state.rollbacks},
+        statistics=state.teachers.state_dict()
+        | {f"{BALANCE}{k}": v for k, v in state.balancer.state_dict().items()}
+        | {f"{GUARD}{k}": v for k, v in state.guard.state_dict().items()},
+        # Checkpoints saved while steps are skipped may not replace those from before them.
+        keep=replace(cfg.run, keep_last=cfg.run.keep_last + state.guard.streak),
     )
 
 
-def resume(task: job.Job, parts: Parts) -> int:
-    """Load the newest whole checkpoint, if there is one; the step it was saved after, else 0."""
-    from unic_ds.process import console
-    from unic_ds.training import checkpoint, rollback
+def resume(run: RunContext, state: TrainState) -> Extension | None:
+    """Load the newest undamaged checkpoint into the state, or start at step 0 if there is none.
 
-    parts.rollbacks, parts.extension = rollback.prune_abandoned(task.out), {}
-    found = checkpoint.find(task.out / "checkpoints", task.resume)
-    step = 0
-    if found:
-        expected = checkpoint_identity(task, parts)
-        if task.cfg.run.extend:
-            expected |= extend(task, parts, found)
-        facts, statistics = checkpoint.load(
-            parts.engine, found, expected, content_of=checkpoint_contents(parts)
-        )
-        refuse_other_summaries(str(found), facts.get("summaries", {}), parts.manifest)
-        for prefix, part in ((BALANCE, parts.balance), (GUARD, parts.guard)):
-            its = {k: statistics.pop(k) for k in list(statistics) if k.startswith(prefix)}
-            part.load_state_dict({k.removeprefix(prefix): v for k, v in its.items()})
-        parts.teachers.load_state_dict(statistics)
-        parts.rollbacks = parts.rollbacks or facts["rollbacks"]
-        step = facts["step"]
-        console.say(f"resumed after step {step} from {found}")
-        if parts.extension:
-            console.say(EXTENDED.format(**parts.extension))
-    elif task.cfg.standardise.fitted:
-        fit_statistics(task, parts)
-    parts.stream.seek(step, rollback.skipped_spans(parts.rollbacks))
-    return step
-
-
-def extend(task: job.Job, parts: Parts, found: Path) -> dict[str, str]:
-    """Facts of the checkpoint `found` in which an extended run may differ from it.
-
-    `parts.extension` tells from there on by how much. ValueError if the run would not go on.
+    Returns how the run is extended by this start, if it is.
     """
-    facts, here, images = extension.read_facts(found), task.cfg.optim, parts.train.per_epoch
-    theirs = {name: facts[name] for key in extension.ALLOWED if (name := f"--{key}") in facts}
-    epochs, steps = (theirs[f"--{key}"] for key in extension.LENGTH)
+    state.rollbacks, state.step = rollback.prune_abandoned(run.out), 0
+    extended = None
+    if found := checkpoint.find(run.out / "checkpoints", run.job.resume):
+        expected = checkpoint_identity(run)
+        if run.cfg.run.extend:
+            differing, extended = extend(run, found)
+            expected |= differing
+        load(run, state, found, expected)
+        console.say(f"resumed after step {state.step} from {found}")
+        if extended:
+            console.say(EXTENDED.format(**extended))
+    elif run.cfg.standardise.fitted:
+        fit_statistics(run, state)
+    run.stream.seek(state.step, rollback.skipped_spans(state.rollbacks))
+    run.phases.restart(state.step + 1)
+    return extended
+
+
+def load(run: RunContext, state: TrainState, found: Path, expected: dict[str, Any]) -> None:
+    """Load a checkpoint into the state; ValueError if it has other facts than `expected`."""
+    contents = checkpoint_contents(run)
+    facts, statistics = checkpoint.load(state.engine, found, expected, content_of=contents)
+    refuse_other_summaries(str(found), facts.get("summaries", {}), run.manifest)
+    for prefix, part in ((BALANCE, state.balancer), (GUARD, state.guard)):
+        names = [name for name in statistics if name.startswith(prefix)]
+        part.load_state_dict({k.removeprefix(prefix): statistics.pop(k) for k in names})
+    state.teachers.load_state_dict(statistics)
+    state.rollbacks = state.rollbacks or facts["rollbacks"]
+    state.step = facts["step"]
+
+
+def extend(run: RunContext, found: Path) -> tuple[dict[str, str], Extension | None]:
+    """Facts of the checkpoint `found` in which an extended run may differ from it, and its lengths.
+
+    ValueError if the run would have no steps left.
+    """
+    facts, here, images = extension.read_facts(found), run.cfg.optim, run.train.per_epoch
+    differing = {name: facts[name] for key in extension.ALLOWED if (name := f"--{key}") in facts}
+    epochs, steps = (differing[f"--{key}"] for key in extension.LENGTH)
     there, step = replace(here, epochs=float(epochs), steps=int(steps)), int(facts["step"])
-    if there != here:
-        extension.check_longer(here, parts.steps, after=step)
-        parts.extension = {
-            "step": step,
-            "of": there.step_count(images),
-            "to": parts.steps,
-            "lr_before": optim.learning_rate(step, there, images),
-            "lr": optim.learning_rate(step + 1, here, images),
-        }
-    return theirs
+    if there == here:
+        return differing, None
+    extension.check_longer(here, run.steps, after=step)
+    extended: Extension = {
+        "step": step,
+        "of": there.step_count(images),
+        "to": run.steps,
+        "lr_before": optim.learning_rate(step, there, images),
+        "lr": optim.learning_rate(step + 1, here, images),
+    }
+    return differing, extended
 
 
 def refuse_other_summaries(
     where: str, saved: dict[str, str], manifest: dict[str, dict[str, Any]]
 ) -> None:
-    """ValueError if a checkpoint had another kind of summary of a teacher than `manifest` says.
+    """ValueError if a checkpoint had another kind of summary of a teacher than `manifest` has.
 
-    One without kinds is of a version that knew two.
+    A checkpoint without kinds is of a version that had two.
     """
     for name, row in manifest.items():
-        known = row["cls"] in ("token", "mean of patches")
+        in_both = row["cls"] in ("token", "mean of patches")
         theirs = saved.get(
-            name, row["cls"] if known else "its CLS token or the mean of its patches"
+            name, row["cls"] if in_both else "its CLS token or the mean of its patches"
         )
         if theirs != row["cls"]:
             raise ValueError(

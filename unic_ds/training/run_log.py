@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines, TensorBoard, and a progress bar or plain lines.
+"""The log of a run: JSON lines, TensorBoard, and a progress bar or plain lines.
 
 Metrics stay on the device and cross to the host once per log line, averaged over its steps and all
 ranks.
@@ -13,15 +13,34 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict, cast
 
 import torch
+from rich import progress
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from unic_ds import dist
 from unic_ds.files import encodable, write_whole
 from unic_ds.files.documents import json_lines
 from unic_ds.planning.gpus import peak_tflops
+
+
+class LogRow(TypedDict, total=False):
+    """A line of log.jsonl; beside these keys `TEACHER/METRIC` for each teacher, all floats."""
+
+    step: int
+    samples: int
+    lr: float
+    grad_norm: float | None
+    loss: float
+    data_wait_share: float
+    images_per_s: float
+    mem_gb: float
+    skipped: int
+    bad_images: int
+    tflops: float
+    mfu: float
 
 
 class RunLog:
@@ -30,22 +49,19 @@ class RunLog:
     def __init__(
         self, folder: Path, *, steps: int, first: int, batch_size: int, flops_per_image: float
     ):
-        """`first` is the first step to come: lines from there on, left by a killed run, are
-        dropped.
-        """
+        """`first` is the next step; lines from there on, which a killed run left, are dropped."""
         self.steps, self.batch_size, self.flops = steps, batch_size, flops_per_image
         self.sums: Tensor | None = None
         self.names: list[str] = []
+        self.last: LogRow = {}
         self.logged_step, self.logged_time, self.logged_wait = first - 1, time.monotonic(), 0.0
         self.writer = dist.rank() == 0
-        self.bar: Any = None
+        self.bar: progress.Progress | None = None
         if self.writer:
             self.open(folder, first)
 
     def open(self, folder: Path, first: int) -> None:
         """Open the files, cut back to before `first`, and the bar where there is a terminal."""
-        from torch.utils.tensorboard import SummaryWriter
-
         file = folder / "log.jsonl"
         kept = [row for row in read(file) if step_of(row) < first]
         write_whole(file, "".join(json.dumps(row) + "\n" for row in kept))
@@ -76,12 +92,12 @@ class RunLog:
             self.board.close()
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Take a micro batch's metrics, those that are finite; nothing leaves the device."""
+        """Add a micro batch's finite metrics to the sums; nothing leaves the device."""
         value_M = torch.stack(list(metrics.values()))
         finite_M = value_M.isfinite()
-        seen_2M = torch.stack([torch.where(finite_M, value_M, 0.0), finite_M.to(value_M)])
+        sums_2M = torch.stack([torch.where(finite_M, value_M, 0.0), finite_M.to(value_M)])
         self.names = list(metrics)
-        self.sums = seen_2M if self.sums is None else self.sums + seen_2M
+        self.sums = sums_2M if self.sums is None else self.sums + sums_2M
 
     def write(
         self,
@@ -89,47 +105,48 @@ class RunLog:
         *,
         waited_s: float,
         bad: int,
-        verdict_K: Tensor,
+        reason_K: Tensor,
         **values: Tensor | float | None,
-    ) -> tuple[dict[str, Any], list[list[float]]]:
-        """One line for the steps since the last, from the one transfer; every rank calls it.
+    ) -> tuple[LogRow, list[list[float]]]:
+        """Write the line of the steps since the last one, from one host read; every rank calls it.
 
-        `waited_s` is this rank's whole time spent waiting for data, `bad` its unreadable images so
-        far, `verdict_K` is 0 for each of the steps that was taken. What is still on the device
-        among `values` is averaged over the ranks. Returns the line, and every rank's verdicts.
+        `waited_s` are the seconds that this rank has waited for data so far, `bad` its unreadable
+        images so far, `reason_K` is 0 for each of the steps that was taken. Tensors among `values`
+        are averaged over the ranks. Returns the line, and every rank's reasons.
         """
         seconds = time.monotonic() - self.logged_time
-        share = (waited_s - self.logged_wait) / max(seconds, 1e-9)
-        still = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        line = self.share([*still.values(), share, float(bad)], verdict_K)
-        lines = dist.all_gather(line).tolist()  # the one host read
-        names = [*self.names, *still, "data_wait_share"]
-        sums, counts, verdict_PK = joined(lines, len(names) + 1)
+        wait_share = (waited_s - self.logged_wait) / max(seconds, 1e-9)
+        on_device = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        local = self.local_sums([*on_device.values(), wait_share, float(bad)], reason_K)
+        gathered = dist.all_gather(local).tolist()  # the one host read
+        names = [*self.names, *on_device, "data_wait_share"]
+        sums, counts, reason_PK = reduced(gathered, len(names) + 1)
         pairs = zip(names, sums, counts, strict=False)
         means = {name: total / count if count else math.nan for name, total, count in pairs}
         images_per_s = (step - self.logged_step) * self.batch_size / max(seconds, 1e-9)
         row: dict[str, Any] = {"step": step, "samples": step * self.batch_size}
-        row |= {name: value for name, value in values.items() if name not in still}
+        row |= {name: value for name, value in values.items() if name not in on_device}
         row |= means | {"images_per_s": images_per_s, "mem_gb": memory_gb()}
-        row |= {"skipped": sum(map(bool, verdict_PK[0])), "bad_images": int(sums[-1])}
+        row |= {"skipped": sum(map(bool, reason_PK[0])), "bad_images": int(sums[-1])}
         row |= throughput(images_per_s, self.flops)
         self.sums = None
         self.logged_step, self.logged_time, self.logged_wait = step, time.monotonic(), waited_s
+        self.last = cast(LogRow, row)
         if self.writer:
-            self.publish(row)
-        return row, verdict_PK
+            self.write_row(row)
+        return self.last, reason_PK
 
-    def share(self, once: list[Tensor | float], verdict_K: Tensor) -> Tensor:
-        """This rank's sums, then their counts, then its verdicts; of `once` there is one each."""
+    def local_sums(self, once: list[Tensor | float], reason_K: Tensor) -> Tensor:
+        """This rank's sums, their counts, its reasons; of each value in `once` the count is 1."""
         assert self.sums is not None
         values = [self.sums.new_tensor(v) if isinstance(v, float) else v for v in once]
         once_N = torch.cat([value.to(self.sums).reshape(1) for value in values])
-        share_2N = torch.cat([self.sums, torch.stack([once_N, torch.ones_like(once_N)])], 1)
-        return torch.cat([share_2N.flatten(), verdict_K.to(share_2N)])
+        sums_2N = torch.cat([self.sums, torch.stack([once_N, torch.ones_like(once_N)])], 1)
+        return torch.cat([sums_2N.flatten(), reason_K.to(sums_2N)])
 
-    def publish(self, row: dict[str, Any]) -> None:
-        """Write a line to the file, to TensorBoard and to whoever watches."""
-        self.lines.write(json.dumps({k: tidy(v) for k, v in row.items()}) + "\n")
+    def write_row(self, row: dict[str, Any]) -> None:
+        """Write a line to log.jsonl and TensorBoard, and show it."""
+        self.lines.write(json.dumps({k: json_value(v) for k, v in row.items()}) + "\n")
         for name, value in row.items():
             if name != "step" and value is not None:
                 self.board.add_scalar(name, value, row["step"])
@@ -145,16 +162,14 @@ class RunLog:
         )
 
 
-def joined(lines: list[list[float]], n: int) -> tuple[list[float], list[float], list[list[float]]]:
-    """Of the ranks' lines: n sums and n counts over all, and what comes after them of each."""
-    columns = [sum(column) for column in zip(*(line[: 2 * n] for line in lines), strict=True)]
-    return columns[:n], columns[n:], [line[2 * n :] for line in lines]
+def reduced(rows: list[list[float]], n: int) -> tuple[list[float], list[float], list[list[float]]]:
+    """n sums and n counts over the ranks' rows, and the rest of each row."""
+    columns = [sum(column) for column in zip(*(row[: 2 * n] for row in rows), strict=True)]
+    return columns[:n], columns[n:], [row[2 * n :] for row in rows]
 
 
-def progress_bar() -> Any:
+def progress_bar() -> progress.Progress:
     """rich's bar with ETA, loss and speed."""
-    from rich import progress
-
     return progress.Progress(
         progress.TextColumn("step"),
         progress.MofNCompleteColumn(),
@@ -166,8 +181,8 @@ def progress_bar() -> Any:
     )
 
 
-def tidy(value: Any) -> Any:
-    """A float at six digits; JSON has no NaN, so a value that is not finite becomes its name."""
+def json_value(value: Any) -> Any:
+    """A float at nine digits, or its name if it is not finite: JSON has no NaN."""
     if isinstance(value, float):
         return float(f"{value:.9g}") if math.isfinite(value) else str(value)
     return value
@@ -192,7 +207,7 @@ def memory_gb() -> float:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The objects of a log's lines; a line that is none, as a kill leaves one, is left out."""
+    """Rows of a file of JSON lines, without lines that are no object: a kill may leave one."""
     return [row for row in json_lines(file) if row is not None]
 
 

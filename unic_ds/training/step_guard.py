@@ -1,4 +1,4 @@
-"""Which optimiser steps are taken: judged on the device, told to the host once per log line.
+"""Decides on the device which optimiser steps are skipped; the host reads it once per log line.
 
 A step whose loss or gradient is not finite, or whose loss is a spike, changes nothing on any rank:
 no weight, moment, average or running statistic. A spike is a loss of the global batch that lies far
@@ -14,21 +14,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from enum import IntFlag
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 WINDOW, ENOUGH = 64, 10  # losses that a spike is judged by, at most and at least
-LOSS, GRADIENT, SPIKE, OWN = 1, 2, 4, 8
-"""What a verdict is the sum of: why the step was not taken, and whether this rank's own loss was to
-blame; 0 is a step that was taken.
-"""
-WHY = {LOSS: "loss", SPIKE: "spike", GRADIENT: "gradient"}
+
+
+class Reason(IntFlag):
+    """Why a step was skipped; 0 if it was taken."""
+
+    LOSS = 1  # not finite
+    GRADIENT = 2  # not finite
+    SPIKE = 4
+    LOCAL = 8  # this rank's own loss was not finite, or a spike
+
+
+NAMES = {Reason.LOSS: "loss", Reason.SPIKE: "spike", Reason.GRADIENT: "gradient"}
+"""The reasons as events.jsonl has them; of several the first."""
 
 
 class SkippedStep(NamedTuple):
-    """A step that was not taken: why, and by whose loss; no ranks where it was nobody's alone."""
+    """A step that was not taken, its reason, and the ranks whose loss it was due to, if any."""
 
     step: int
     why: str
@@ -36,9 +45,9 @@ class SkippedStep(NamedTuple):
 
 
 def scores(loss_N: Tensor, window_W: Tensor) -> Tensor:
-    """How many robust deviations losses lie above those of the window, whose NaN are not yet there.
+    """Robust z-scores of losses against those of the window, which is NaN where it is not filled.
 
-    Minus infinity as long as the window has not enough.
+    Minus infinity as long as the window has fewer than `ENOUGH`.
     """
     median = window_W.nanmedian()
     deviation = 1.4826 * (window_W - median).abs().nanmedian()
@@ -48,77 +57,84 @@ def scores(loss_N: Tensor, window_W: Tensor) -> Tensor:
 
 
 class StepGuard:
-    """Judges every optimiser step by what all ranks know, without a host read."""
+    """Judges every optimiser step by the losses and gradients of all ranks, without a host read."""
 
-    def __init__(self, spike: float, *, everyone: Callable[[Tensor], Tensor], device: torch.device):
-        """`spike` is the z-score that is too high, 0: none; `everyone` gathers over the ranks."""
-        self.spike, self.everyone = spike, everyone
+    def __init__(
+        self, spike: float, *, all_gather_fn: Callable[[Tensor], Tensor], device: torch.device
+    ):
+        """`spike` is the z-score above which a step is skipped, 0: none.
+
+        `all_gather_fn` stacks a tensor of every rank.
+        """
+        self.spike, self.all_gather_fn = spike, all_gather_fn
         self.window_W = torch.full((WINDOW,), math.nan, device=device)
-        self.streak = 0  # steps not taken in a row, up to the last log line
+        self.streak = 0  # steps skipped in a row, up to the last log line
         self._losses: list[Tensor] = []
-        self._verdict: Tensor | None = None
-        self._verdicts: list[Tensor] = []
+        self._reason: Tensor | None = None
+        self._reasons: list[Tensor] = []
 
-    def see(self, loss: Tensor) -> None:
-        """Take note of a micro batch's loss."""
+    def observe(self, loss: Tensor) -> None:
+        """Take a micro batch's loss."""
         self._losses.append(loss.detach())
 
     @torch.no_grad()
-    def skip(self, norm: Tensor | float) -> Tensor:
-        """1 where the update of this step is to be left out, else 0, on the device.
+    def found_inf(self, norm: Tensor | float) -> Tensor:
+        """1 on the device if the optimiser must skip this step, else 0.
 
-        `norm` is the gradient's over all ranks. The optimiser asks, after the last micro batch; all
-        ranks ask together, and asking again within a step changes nothing.
+        `norm` is the gradient's over all ranks. The optimiser calls it after the last micro batch,
+        on all ranks together; further calls within a step change nothing.
         """
-        if self._verdict is None:
-            self._verdict = self._judge(norm)
-        return (self._verdict > 0).float()
+        if self._reason is None:
+            self._reason = self._judge(norm)
+        return (self._reason > 0).float()
 
     @torch.no_grad()
-    def close(self) -> Tensor:
-        """End an optimiser step; whether it was taken, on the device."""
-        # Where the optimiser was not asked, DeepSpeed has refused the gradient before.
-        taken = self.skip(math.inf) == 0
-        assert self._verdict is not None
-        self._verdicts.append(self._verdict)
-        self._losses, self._verdict = [], None
+    def end_step(self) -> Tensor:
+        """End an optimiser step; True on the device if it was taken."""
+        # If the optimiser did not call `found_inf`, DeepSpeed refused the gradient before.
+        taken = self.found_inf(math.inf) == 0
+        assert self._reason is not None
+        self._reasons.append(self._reason)
+        self._losses, self._reason = [], None
         return taken
 
     def _judge(self, norm: Tensor | float) -> Tensor:
-        own = torch.stack(self._losses).float().mean()
-        loss_2 = torch.stack([self.everyone(own).mean(), own])
+        local = torch.stack(self._losses).float().mean()
+        loss_2 = torch.stack([self.all_gather_fn(local).mean(), local])
         if not isinstance(norm, Tensor):
-            norm = torch.full_like(own, norm)
-        lost_2, odd = ~loss_2.isfinite(), ~norm.to(own.device).isfinite()
+            norm = torch.full_like(local, norm)
+        lost_2, odd = ~loss_2.isfinite(), ~norm.to(local.device).isfinite()
         spike_2 = scores(loss_2, self.window_W) > (self.spike or math.inf)
-        why = LOSS * lost_2[0] + GRADIENT * odd + SPIKE * spike_2[0]
+        reason = Reason.LOSS * lost_2[0] + Reason.GRADIENT * odd + Reason.SPIKE * spike_2[0]
         shifted_W = torch.cat([self.window_W[1:], loss_2[:1]])
-        self.window_W = torch.where(why > 0, self.window_W, shifted_W)
-        return why + OWN * ((why > 0) & (lost_2 | spike_2)[1])
+        self.window_W = torch.where(reason > 0, self.window_W, shifted_W)
+        return reason + Reason.LOCAL * ((reason > 0) & (lost_2 | spike_2)[1])
 
-    def verdicts(self) -> Tensor:
-        """This rank's verdict (K) on each step since this was last asked."""
-        told_K, self._verdicts = torch.stack(self._verdicts), []
-        return told_K
+    def take_reasons(self) -> Tensor:
+        """This rank's `Reason` (K) of each step since the last call."""
+        reason_K, self._reasons = torch.stack(self._reasons), []
+        return reason_K
 
-    def hear(self, verdict_PK: Sequence[Sequence[float]], step: int) -> list[SkippedStep]:
-        """The steps among the K up to `step` that were not taken, by the verdicts of all ranks."""
+    def report(self, reason_PK: Sequence[Sequence[float]], step: int) -> list[SkippedStep]:
+        """The skipped ones among the K steps up to `step`, by the reasons of all ranks."""
         found = []
-        first = step - len(verdict_PK[0]) + 1
-        for at, verdict_P in enumerate(zip(*verdict_PK, strict=True), first):
-            why = int(verdict_P[0]) & ~OWN  # ranks differ in their own share alone
-            self.streak = self.streak + 1 if why else 0
-            if why:
-                ranks = tuple(p for p, verdict in enumerate(verdict_P) if int(verdict) & OWN)
-                found.append(SkippedStep(at, next(WHY[bit] for bit in WHY if why & bit), ranks))
+        first = step - len(reason_PK[0]) + 1
+        for at, reason_P in enumerate(zip(*reason_PK, strict=True), first):
+            flags = [Reason(int(reason)) for reason in reason_P]
+            shared = flags[0] & ~Reason.LOCAL  # ranks differ in LOCAL alone
+            self.streak = self.streak + 1 if shared else 0
+            if shared:
+                ranks = tuple(p for p, flag in enumerate(flags) if flag & Reason.LOCAL)
+                why = next(NAMES[reason] for reason in NAMES if shared & reason)
+                found.append(SkippedStep(at, why, ranks))
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps; it is saved at a log line, so no verdict waits to be told."""
+        """Window and streak; a checkpoint is saved at a log line, when no reason is pending."""
         return {"window_W": self.window_W, "streak": torch.tensor(self.streak)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint; what came after it is forgotten."""
+        """Take a checkpoint's window and streak, and drop what is pending."""
         self.window_W = state["window_W"].to(self.window_W.device)
         self.streak = int(state["streak"])
-        self._losses, self._verdict, self._verdicts = [], None, []
+        self._losses, self._reason, self._reasons = [], None, []

@@ -1,0 +1,304 @@
+"""The training loop: read this file first.
+
+`train_step` is the method (UNIC, arXiv 2408.05088, section 3), `train_loop` what surrounds its
+steps, `run_stage` one stage of a run from its images to its table. `setup` builds what they work
+with; its parts announce their phases to the watchdog, so no line here does for a step.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unic_ds import blocks, config, dist, rng
+from unic_ds.config.job import Job, stop_files
+from unic_ds.engine import deepspeed_engine, determinism, optim
+from unic_ds.losses.distill import distill_loss
+from unic_ds.ops import KERNELS
+from unic_ds.process import console, entry_point
+from unic_ds.tokens import Target, Tokens
+from unic_ds.training import acceptance, events, final_eval, rollback, watchdog
+from unic_ds.training.phases import SetPhase
+from unic_ds.training.run_dir import resume, save, write_run_files
+from unic_ds.training.run_log import RunLog
+from unic_ds.training.setup import build
+from unic_ds.training.state import RunContext, TrainState
+
+COLLECT_EVERY = 50
+"""Steps after which Python's garbage is collected, if no log line came before."""
+
+Metrics = dict[str, Tensor]
+"""Scalars of a micro batch, on the device."""
+
+
+def train_step(run: RunContext, state: TrainState) -> list[Metrics]:
+    """Take the optimiser step `state.step`; the metrics of its micro batches. No host read."""
+    cfg, engine = run.cfg, state.engine
+    optim.apply(engine.optimizer, optim.learning_rate(state.step, cfg.optim, run.train.per_epoch))
+    metrics = []
+    for _ in range(engine.gradient_accumulation_steps()):
+        batch = next(run.batches)
+        drop_TB, path_BK = draw_noise(run, state, batch.position_B)  # teacher drop, drop path
+        target = run.targets_of(batch)  # frozen teachers, standardised per channel
+        pred = engine(batch.images[cfg.student.size], path_BK)
+        loss, micro_metrics = compute_loss(run, state, pred, target, drop_TB)
+        state.guard.observe(loss)
+        engine.backward(loss)
+        engine.step()  # after the last micro batch: AdamW, unless the guard skips the step
+        metrics.append(micro_metrics)
+    taken = state.guard.end_step()
+    state.teachers.track(optim.momentum(state.step, cfg.standardise, run.steps), taken)
+    state.balancer.track(taken)
+    return metrics
+
+
+def draw_noise(
+    run: RunContext, state: TrainState, position_B: NDArray[np.int64]
+) -> tuple[Tensor, Tensor]:
+    """Uniforms that decide teacher dropping (T, B) and drop path (B, K).
+
+    A function of seed, step and position in the global batch, so that ranks cannot change them.
+    """
+    cfg, step, paths = run.cfg, state.step, len(state.engine.module.paths)
+    drop_position_B = position_B * (0 if cfg.drop.unit == "step" else 1)
+    drop_BT = rng.uniform(cfg.seed, "teacher drop", len(cfg.teachers), step, drop_position_B)
+    path_BK = rng.uniform(cfg.seed, "drop path", paths, step, position_B)
+    device = state.engine.device
+    return to_device(drop_BT.T.copy(), device), to_device(path_BK, device)
+
+
+def compute_loss(
+    run: RunContext,
+    state: TrainState,
+    pred: Mapping[str, Tokens],
+    target: Mapping[str, Target],
+    drop_TB: Tensor,
+) -> tuple[Tensor, Metrics]:
+    """The distillation loss of a micro batch, by the settings of the run, and its metrics."""
+    cfg = run.cfg
+    return distill_loss(
+        pred,
+        target,
+        drop_TB,
+        loss=cfg.loss,
+        balance=state.balancer,
+        distances=cfg.distances,
+        all_gather_fn=dist.all_gather_batch,
+        ops=KERNELS[cfg.kernels],
+    )
+
+
+def to_device(values: NDArray[np.floating], device: torch.device) -> Tensor:
+    """Values as fp32 on the device; the host does not wait for the copy."""
+    tensor = torch.from_numpy(values).float()
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """An action, and the steps after which it is due.
+
+    It is due after every multiple of a number in `every` (0: never), after the last step of a
+    start, and, while it is requested, after every multiple of `on_request` (0: never).
+    """
+
+    action: Callable[[], object]
+    every: Sequence[int]
+    on_request: int = 0
+
+    def due(self, step: int, *, last: bool, requested: bool) -> bool:
+        """True if the action is due after `step`, which may be the last."""
+        periods = (*self.every, self.on_request if requested else 0)
+        return last or any(period and step % period == 0 for period in periods)
+
+
+def cadences(
+    run: RunContext, state: TrainState, log: RunLog, votes: dist.StepVotes
+) -> list[Cadence]:
+    """Everything that happens every so many steps, in this order; every rank does it."""
+    cfg = run.cfg.run
+    saves = (cfg.save_every, cfg.keep_every)
+    return [
+        # On all ranks at once, and while a GPU still computes.
+        Cadence(gc.collect, every=(cfg.log_every, COLLECT_EVERY)),
+        # A checkpoint notes the loss of a log line, and a roll-back must come before it is saved.
+        Cadence(partial(write_log, run, state, log), every=(cfg.log_every, *saves)),
+        Cadence(
+            partial(save_checkpoint, run, state, log, votes), every=saves, on_request=cfg.log_every
+        ),
+    ]
+
+
+def train_loop(run: RunContext, state: TrainState, votes: dist.StepVotes) -> None:
+    """Train from the step after `state.step` until the last, or until `votes` stop it.
+
+    rollback.RollbackNeeded if too many steps in a row were skipped.
+    """
+    first = state.step + 1
+    with open_log(run, first) as log, garbage_kept():
+        periodic = cadences(run, state, log, votes)
+        for state.step in range(first, run.last_step + 1):
+            for metrics in train_step(run, state):
+                log.add(metrics)
+            if state.step == first:
+                seconds = console.since_start()
+                console.say(f"first optimiser step done {seconds:.0f} s after the start")
+            agreed = votes.agreed()
+            last = agreed.stop or state.step == run.last_step
+            for cadence in periodic:
+                if cadence.due(state.step, last=last, requested=agreed.save):
+                    cadence.action()
+            if last:
+                break
+
+
+def open_log(run: RunContext, first: int) -> RunLog:
+    """The log of a start whose first step is `first`."""
+    return RunLog(
+        run.out,
+        steps=run.steps,
+        first=first,
+        batch_size=run.cfg.optim.batch_size,
+        flops_per_image=run.flops_per_image,
+    )
+
+
+def write_log(run: RunContext, state: TrainState, log: RunLog) -> None:
+    """Write a log line; rollback.RollbackNeeded if too many steps in a row were skipped."""
+    rate = optim.learning_rate(state.step, run.cfg.optim, run.train.per_epoch)
+    _, reason_PK = log.write(
+        state.step,
+        waited_s=run.stream.waited_s,
+        bad=len(run.stream.bad),
+        reason_K=state.guard.take_reasons(),
+        lr=rate,
+        grad_norm=deepspeed_engine.grad_norm(state.engine),
+    )
+    rollback.check_skipped_steps(run, state, reason_PK)
+
+
+def save_checkpoint(run: RunContext, state: TrainState, log: RunLog, votes: dist.StepVotes) -> None:
+    """Save a checkpoint with the loss of the last log line."""
+    run.phases.set_phase("saving", state.step)
+    save(run, state, loss=log.last["loss"])
+    votes.saved()
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Context manager in which Python's garbage waits for `gc.collect`, which skips older objects.
+
+    Left to itself, Python collects on each rank at another moment, and all ranks wait for each.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def run_stage(job: Job, set_phase: SetPhase, *, parent_job: Job) -> bool:
+    """Train until the last step, then export and evaluate; False if it stopped before.
+
+    `job` is a stage of the run `parent_job`, or that itself. It saves and stops when the run's
+    stop file exists, or after SIGUSR1 or SIGTERM to any rank.
+    """
+    events.raise_last(job.out)
+    with events.record_refusals(job.out):
+        with entry_point.warnings_held():
+            run, state = build(job, set_phase)
+        set_phase("resuming", 0)
+        extended = resume(run, state)
+        lock = write_run_files(run, extended, parent_job=parent_job)
+    stops = stop_files(parent_job.out, parent_job.cfg.run.stop_file)
+    votes = dist.StepVotes(*stops, save_s=60 * job.cfg.run.save_minutes)
+    train_with_rollbacks(run, state, votes)
+    run.stream.close()
+    if finished := state.step == run.steps:
+        votes.close()
+        set_phase("evaluating", state.step)
+        with blocks.uncompiled(job.cfg.run.compile != "none"):
+            final_eval.export_and_evaluate(run, state)
+    else:
+        console.say(
+            f"stopped after step {state.step} of {run.steps}; the same command goes on from there"
+        )
+        if dist.rank() == 0:
+            stops[0].unlink(missing_ok=True)  # it was meant for this start alone
+    lock.close()
+    return finished
+
+
+def train_with_rollbacks(run: RunContext, state: TrainState, votes: dist.StepVotes) -> None:
+    """Run `train_loop`, again from a checkpoint after each roll-back."""
+    while True:
+        try:
+            return train_loop(run, state, votes)
+        except rollback.RollbackNeeded as needed:
+            run.phases.set_phase("resuming", needed.last)
+            rollback.plan_rollback(run, state, needed)
+            resume(run, state)
+
+
+def start(job: Job, stages: list[Job]) -> None:
+    """Check a run, then train its unfinished stages in turn, until one is stopped."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        refuse_early(job, stages)
+    for stage in stages:
+        announce_stage(stage, job)
+        with start_watchdog(stage) as set_phase, kernel_errors_explained(stage.cfg.run):
+            finished = run_stage(stage, set_phase, parent_job=job)
+        if not finished:
+            break
+
+
+def refuse_early(job: Job, stages: list[Job]) -> None:
+    """ValueError for what the run would be refused for once its ranks have met.
+
+    It is recorded in a run folder that exists, so that neither torchrun nor Slurm tries again.
+    """
+    for stage in stages:
+        events.raise_last(stage.out)
+    with events.record_refusals(job.out) if job.out.is_dir() else nullcontext():
+        acceptance.accept(stages, starting=True)
+
+
+def announce_stage(stage: Job, job: Job) -> None:
+    """Say which of a run's stages begins, if there are several."""
+    if job.before:
+        number, student = [*job.before, job].index(stage) + 1, stage.cfg.student
+        of = f"stage {number} of {len(job.before) + 1}"
+        console.say(f"{of}: {student.model} at {student.size} px in {stage.out}")
+
+
+def start_watchdog(stage: Job) -> watchdog.Watchdog:
+    """Join the ranks; the context in which a rank that is dead or stuck ends the run."""
+    determinism.choose(stage.cfg.run.deterministic)
+    with events.rendezvous_failures(stage.out):
+        dist.start(timeout_s=watchdog.longest_timeout_s(stage.cfg.run))
+    return watchdog.Watchdog(
+        stage.out,
+        stage.cfg.run,
+        start=dist.broadcast_object(watchdog.new_start_id()),
+        rank=dist.rank(),
+        world=dist.world(),
+    )
+
+
+@contextmanager
+def kernel_errors_explained(run: config.Run) -> Iterator[None]:
+    """Context manager of a stage: errors of its kernels name the setting to change."""
+    with blocks.from_scratch(run.compile != "none"), determinism.explained():
+        yield

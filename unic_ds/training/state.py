@@ -1,0 +1,71 @@
+"""A stage of a run as two objects: what stays as it is, and what its steps change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from unic_ds.config import Config
+from unic_ds.config.job import Job
+from unic_ds.data import Batch, Source, Stream
+from unic_ds.engine.protocol import Engine
+from unic_ds.losses.balance import Balancer
+from unic_ds.models.student import Student
+from unic_ds.teachers.cache import FeatureCache
+from unic_ds.teachers.teacher_set import TeacherSet
+from unic_ds.tokens import Target
+from unic_ds.training.checkpoint import RollbackRow
+from unic_ds.training.phases import Phases
+from unic_ds.training.step_guard import StepGuard
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """The contents of a checkpoint, with the teachers' statistics but not their frozen weights."""
+
+    engine: Engine[Student]  # weights, moments, average
+    teachers: TeacherSet
+    balancer: Balancer
+    guard: StepGuard
+    step: int = 0  # the optimiser step that is being taken, or that was taken last
+    rollbacks: list[RollbackRow] = field(default_factory=list)  # so far
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """Settings and data of a stage, in the order that a batch travels."""
+
+    job: Job
+    train: Source
+    val: Source | None
+    stream: Stream
+    batches: Iterator[Batch]  # of `stream`
+    targets_of: Callable[[Batch], dict[str, Target]]  # by the frozen teachers, standardised
+    cache: FeatureCache | None  # features of teachers that are not run
+    manifest: dict[str, dict[str, Any]]  # the teachers' sources, hashes and preprocessing
+    init: dict[str, dict[str, str]] | None  # hashes of the files that the student starts from
+    flops_per_image: float
+    phases: Phases
+
+    @property
+    def cfg(self) -> Config:
+        """The settings of the stage."""
+        return self.job.cfg
+
+    @property
+    def out(self) -> Path:
+        """The folder of the stage."""
+        return self.job.out
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimiser steps from the first start to the end of training."""
+        return self.cfg.optim.step_count(self.train.per_epoch)
+
+    @property
+    def last_step(self) -> int:
+        """The last step of this start."""
+        return min(self.cfg.run.stop_at or self.steps, self.steps)
