@@ -16,10 +16,11 @@ from runs import TINY as TINY_RUN
 from torch import nn
 
 from unic_ds import config, demo
-from unic_ds.blocks import compile_each, from_scratch, repeated_blocks, uncompiled
+from unic_ds.blocks import compile_each, equal_blocks, from_scratch, uncompiled
 from unic_ds.config import ds_config
 from unic_ds.models.ladder import Head
 from unic_ds.models.student import Student
+from unic_ds.teachers.adapters import Tower
 
 IMAGES = demo.root() / demo.PARTS[0]
 TINY = config.Student(
@@ -68,8 +69,10 @@ def test_a_compiled_student_with_recomputed_blocks_has_the_same_curve() -> None:
     [("vit_tiny_patch16_224", 12), ("vit_small_patch16_dinov3", 12), ("resnet18", 0)],
 )
 def test_the_blocks_of_a_teacher_are_found(name: str, count: int) -> None:
+    tower = Tower()
     with torch.device("meta"):
-        assert len(repeated_blocks(nn.ModuleDict({"net": timm.create_model(name)}))) == count
+        tower.model = timm.create_model(name)
+    assert len(equal_blocks(tower.blocks(), of=tower)) == count
 
 
 @pytest.mark.slow
@@ -78,7 +81,7 @@ def test_compiled_teachers_give_the_same_features() -> None:
     image = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         want = net(image)
-        compile_each(repeated_blocks(net))
+        compile_each(equal_blocks(net.blocks, of=net))
         torch.testing.assert_close(net(image), want, rtol=1e-4, atol=1e-5)
 
 

@@ -13,7 +13,12 @@ import structure
 from structure import FILES, ROOT, imports_of, name_of, rooms, tree_of
 
 OWNERS = {
-    "torch.distributed": {"dist.py"},
+    "torch.distributed": {
+        "dist/collectives.py",
+        "dist/process_group.py",
+        "dist/sharding.py",
+        "dist/step_votes.py",
+    },
     "deepspeed": {"engine/deepspeed_engine.py", "engine/reshard.py"},
     "nvidia.dali": {"data/dali_decoder.py"},
 }

@@ -1,30 +1,30 @@
-"""torch.compile for the blocks of a transformer, one by one: they share what is compiled once."""
+"""torch.compile for the blocks of a transformer, one by one: equal blocks share one compilation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 VARIANTS = 8
-"""Compiled variants of one code object: torch's default, which importing timm.optim raises."""
+"""Compiled variants of one code object: torch's default, which an import of timm.optim raises."""
 
 
 def compile_each(blocks: nn.Module | list[nn.Module]) -> None:
-    """Compile each block's forward at its first call; hooks and later wrapping stay outside."""
+    """Compile each block's forward at its first call; hooks and later wrappers stay outside."""
     for block in blocks.children() if isinstance(blocks, nn.Module) else blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
 
 
 @contextmanager
 def from_scratch(on: bool) -> Iterator[None]:
-    """Context manager that forgets compiled code, then lets none fall back to eager; if `on`.
+    """Context manager that drops compiled code, then forbids a fallback to eager; if `on`.
 
-    Dynamo keeps what it compiles by code object, which models of one class share over all stages
-    of a run, and runs eagerly what comes after the 8th (`recompile_limit`), with a warning alone.
-    RuntimeError with the remedy instead.
+    Dynamo keeps compiled code by code object, which models of one class share over all stages of a
+    run. After the 8th variant (`recompile_limit`) it warns and runs eagerly; here RuntimeError with
+    the remedy.
     """
     if not on:
         yield
@@ -38,15 +38,15 @@ def from_scratch(on: bool) -> Iterator[None]:
             yield
         except FailOnRecompileLimitHit as error:
             raise RuntimeError(
-                f"torch.compile was asked for more than {VARIANTS} variants of a block (TORCH_LOGS="
-                "recompiles names them), and the rest would run uncompiled; start the same command"
-                " with --run.compile none, student or teachers"
+                f"torch.compile needs more than {VARIANTS} variants of a block (TORCH_LOGS="
+                "recompiles names them), and the others would run uncompiled; start the same"
+                " command with --run.compile none, student or teachers"
             ) from error
 
 
 @contextmanager
 def uncompiled(on: bool) -> Iterator[None]:
-    """Context manager that runs compiled blocks by their plain code, if `on`: of other batches."""
+    """Context manager that runs compiled blocks eagerly, if `on`: for batches of other shapes."""
     if not on:
         yield
         return
@@ -54,27 +54,19 @@ def uncompiled(on: bool) -> Iterator[None]:
         yield
 
 
-def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The row of equal blocks that most of a model's weights are in; none where there is none."""
-    whole = size(module)
-    rows = [
-        list(part.children())
-        for part in module.modules()
-        if isinstance(part, nn.Sequential | nn.ModuleList)
-    ]
-    own = (row for row in rows if len(row) > 1 and alike(row) and 2 * sum(map(size, row)) > whole)
-    return next(own, [])
+def equal_blocks(blocks: Iterable[nn.Module], *, of: nn.Module) -> list[nn.Module]:
+    """The largest group of blocks that differ only in their weights, and hold most of a model's.
+
+    Empty if there is no such group. `blocks` are modules of the model `of`.
+    """
+    groups: dict[object, list[nn.Module]] = {}
+    for block in blocks:
+        shapes = tuple((name, p.shape) for name, p in block.named_parameters())
+        groups.setdefault((type(block), shapes), []).append(block)
+    largest = max(groups.values(), key=num_weights, default=[])
+    return largest if len(largest) > 1 and 2 * num_weights(largest) > num_weights([of]) else []
 
 
-def size(module: nn.Module) -> int:
-    """How many weights a module has."""
-    return sum(p.numel() for p in module.parameters())
-
-
-def alike(blocks: list[nn.Module]) -> bool:
-    """Whether blocks are of one class with parameters of the same names and shapes."""
-    kinds = {
-        (type(block), *((name, p.shape) for name, p in block.named_parameters()))
-        for block in blocks
-    }
-    return len(kinds) == 1 and len(kinds.pop()) > 1
+def num_weights(modules: Iterable[nn.Module]) -> int:
+    """Number of weights of some modules."""
+    return sum(p.numel() for module in modules for p in module.parameters())

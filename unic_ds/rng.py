@@ -1,9 +1,9 @@
-"""Every random number of a run as a pure function of its name and counters (Philox 4x32-10).
+"""Counter-based random numbers: pure functions of a seed, a name and counters (Philox 4x32-10).
 
-Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Counter-based, so a number
-does not depend on which rank asks, in which order, or after how many restarts; vectorised in numpy,
-so a batch costs microseconds. Numpy's and torch's own generators keep a sequence and do not promise
-the same numbers in their next version.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A number does not depend on
+the rank, the order of calls or the number of restarts. Vectorised in numpy: a batch costs
+microseconds. The generators of numpy and torch keep a state, and do not promise the same numbers in
+their next version.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _32 = np.uint64(32)
 
 
 def philox(counter_4: list[NDArray[np.uint64]], key_2: tuple[int, int]) -> NDArray[np.uint32]:
-    """Ten rounds over arrays of four 32-bit counter words under a key of two: words [..., 4]."""
+    """Philox 4x32-10 of arrays of four 32-bit counter words under a key of two words; [..., 4]."""
     a, b, c, d = counter_4
     k0, k1 = np.uint64(key_2[0]), np.uint64(key_2[1])
     for _ in range(10):
@@ -31,13 +31,13 @@ def philox(counter_4: list[NDArray[np.uint64]], key_2: tuple[int, int]) -> NDArr
 
 
 def stream_key(seed: int, name: str) -> tuple[int, int]:
-    """The two key words of a named stream of numbers under a seed of any size."""
+    """Two 32-bit key words of a named stream of random numbers, under a seed of any size."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 def random_bits(seed: int, name: str, count: int, *counters: ArrayLike) -> NDArray[np.uint32]:
-    """`count` 32-bit words [..., count] for each element of up to three broadcast counters."""
+    """`count` 32-bit words for each element of up to three broadcast counters; [..., count]."""
     given = np.broadcast_arrays(*[np.asarray(c, dtype=np.uint64) & _LOW for c in counters])
     block = np.arange(-(-count // 4), dtype=np.uint64) + np.zeros_like(given[0])[..., None]
     parts = [part[..., None] + np.zeros_like(block) for part in given]
@@ -47,12 +47,12 @@ def random_bits(seed: int, name: str, count: int, *counters: ArrayLike) -> NDArr
 
 
 def uniform(seed: int, name: str, count: int, *counters: ArrayLike) -> NDArray[np.float64]:
-    """`count` numbers in [0, 1), [..., count], for each element of up to three counters."""
+    """`count` uniform numbers in [0, 1) for each element of up to three counters; [..., count]."""
     # 24 bits: exact in fp32, where more could round up to 1
     return (random_bits(seed, name, count, *counters) >> np.uint32(8)) * np.float64(2.0**-24)
 
 
 def seed_for(seed: int, name: str) -> int:
-    """One 63-bit number for a seed and a name, e.g. the seed of a parameter's own generator."""
+    """63-bit seed derived from a seed and a name, e.g. for the generator of one parameter."""
     high, low = stream_key(seed, name)
     return (high << 32 | low) & (2**63 - 1)

@@ -13,13 +13,13 @@ from unic_ds import cli
 from unic_ds.doctor import postmortem
 from unic_ds.process import entry_point
 
-BEATING = """
+WATCHED = """
 import os, signal, sys, time
 from pathlib import Path
 from unic_ds.config import Run
-from unic_ds.training.watchdog import Heart
-with Heart(Path(sys.argv[1]), Run(hang_timeout=6), start="b", rank=0, world=1) as beat:
-    beat("backward", 5)
+from unic_ds.training.watchdog import Watchdog
+with Watchdog(Path(sys.argv[1]), Run(hang_timeout=6), start="b", rank=0, world=1) as watchdog:
+    watchdog.set_phase("backward", 5)
     time.sleep(1)
     if sys.argv[2] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -38,7 +38,7 @@ def test_a_finished_run_needs_nothing(finished, capsys):
     assert cli.dispatch(["doctor", str(out)]) == 0
     printed = capsys.readouterr().out
     assert f"{out}: finished. It trained 4 steps" in printed
-    assert "step_0000004: whole" in printed
+    assert "step_0000004: intact" in printed
     assert "What to do: nothing" in printed
 
 
@@ -48,8 +48,8 @@ def test_a_stopped_run_says_where_it_goes_on_from(copy, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["state"] == "stopped"
     assert "after step 4 of 6" in found["says"]
-    assert "goes on from step_0000004" in found["do"]
-    assert any("STOP is there" in line for line in found["notes"])
+    assert "resumes from step_0000004" in found["do"]
+    assert any("STOP exists" in line for line in found["notes"])
 
 
 def test_a_damaged_checkpoint_is_named_by_size_or_by_hash(copy):
@@ -60,7 +60,7 @@ def test_a_damaged_checkpoint_is_named_by_size_or_by_hash(copy):
     assert not any(postmortem.examine(copy, hashes=False).checkpoints.values())
     found = postmortem.examine(copy, hashes=True)
     assert "is damaged" in found.checkpoints["step_0000004"]
-    assert "goes on from step_0000002" in found.do
+    assert "resumes from step_0000002" in found.do
     with shard.open("r+b") as file:
         file.truncate(1000)
     found = postmortem.examine(copy, hashes=False)
@@ -80,20 +80,21 @@ def test_a_run_that_goes_on_is_left_alone(copy):
 @pytest.mark.parametrize(
     ("end", "says"),
     [
-        ("killed", "was last at 'backward' of step 5 (killed from outside"),
+        ("killed", "was last in phase 'backward' of step 5 (killed from outside"),
         ("failed", "RuntimeError: the loss is nan at step 5"),
     ],
 )
 def test_a_run_that_ended_badly_says_how(copy, end, says):
-    subprocess.run([sys.executable, "-c", BEATING, str(copy), end], capture_output=True)
+    subprocess.run([sys.executable, "-c", WATCHED, str(copy), end], capture_output=True)
     found = postmortem.examine(copy, hashes=False)
     assert (found.state, found.good) == (end, False)
     assert says in found.says
-    assert "goes on from step_0000004" in found.do
+    assert "resumes from step_0000004" in found.do
 
 
 ESCAPES = "a\n\x1b[2J"
-PULSE = {"start": "b", "rank": 0, "host": ESCAPES, "realm": "", "pid": 1, "born": "1", "time": 1.0}
+HEARTBEAT = {"start": "b", "rank": 0, "host": ESCAPES, "realm": "", "pid": 1, "born": "1"}
+HEARTBEAT |= {"time": 1.0}
 MANIFEST = "checkpoints/step_0000002/manifest.json"
 ODD = [
     ("log.jsonl", b'[1]\n{"step": "x"}\n{"step": NaN}\n', "log.jsonl has no line with a step"),
@@ -109,13 +110,13 @@ ODD = [
     ("heartbeats/rank_00000.json", b"[1]", "1 files of heartbeats/ hold no heartbeat"),
     ("heartbeats/rank_00000.json", None, "1 files of heartbeats/ hold no heartbeat"),
     *(
-        ("heartbeats/rank_00000.json", json.dumps(PULSE | odd).encode(), "hold no heartbeat")
+        ("heartbeats/rank_00000.json", json.dumps(HEARTBEAT | odd).encode(), "hold no heartbeat")
         for odd in ({"rank": "x"}, {"time": float("nan")}, {"start": "../../x"}, {"more": 1})
     ),
     (
         "heartbeats/rank_00000.json",
-        json.dumps(PULSE | {"error": f"{ESCAPES}unic_ds: error: all is well"}).encode(),
-        "failed. rank 0 (a\\n\\x1b[2J, pid 1) at '' of step 2: a\\n\\x1b[2Junic_ds: error",
+        json.dumps(HEARTBEAT | {"error": f"{ESCAPES}unic_ds: error: all is well"}).encode(),
+        "rank 0 (a\\n\\x1b[2J, pid 1) failed in phase '' of step 2: a\\n\\x1b[2Junic_ds: error",
     ),
     (MANIFEST, b"[1]", "step_0000002: no readable manifest.json"),
     (MANIFEST, b'{"a": {"bytes": "x"}}', "step_0000002: no readable manifest.json"),

@@ -10,11 +10,11 @@ import pytest
 from unic_ds.data import shard_index
 from unic_ds.files import (
     apply_umask,
+    open_atomic,
     open_regular,
     read_limited,
     read_text,
-    replacing,
-    write_whole,
+    write_atomic,
 )
 from unic_ds.files.printable import markdown, printable
 
@@ -75,7 +75,7 @@ def test_a_written_file_is_whole_and_has_the_mode_of_the_umask(tmp_path):
     file = tmp_path / "file"
     before = os.umask(0o027)
     try:
-        write_whole(file, "é\n")
+        write_atomic(file, "é\n")
         file.chmod(0o600)
         apply_umask(file)
     finally:
@@ -92,9 +92,9 @@ def test_a_part_follows_no_link_and_is_removed_where_writing_fails(tmp_path):
     for name in ("file.part", ".file.part", "file.partial", f"file.{os.getpid()}.part"):
         (tmp_path / name).symlink_to(theirs)
     names = {path.name for path in tmp_path.iterdir()}
-    write_whole(file, "ours")
+    write_atomic(file, "ours")
     shard_index.write({"a": np.zeros(1)}, tmp_path / "file")
-    with pytest.raises(RuntimeError), replacing(file) as stream:
+    with pytest.raises(RuntimeError), open_atomic(file) as stream:
         stream.write(b"half")
         raise RuntimeError
     assert theirs.read_text() == "theirs"

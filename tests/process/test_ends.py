@@ -167,7 +167,7 @@ def test_a_signal_ends_a_run_that_still_builds_by_one_line(images, tmp_path, mon
     printed, _ = ranks.communicate(timeout=60)
     assert ranks.returncode == 128 + signal.SIGINT
     said = [line for line in printed.splitlines() if "unic_ds" in line]
-    assert said == ["unic_ds: ended by SIGINT; the same command goes on from the newest checkpoint"]
+    assert said == ["unic_ds: ended by SIGINT; the same command resumes from the newest checkpoint"]
     assert "Traceback" not in printed
     assert failed(out)["phase"] == "building"
 

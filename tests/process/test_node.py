@@ -46,12 +46,12 @@ def facts(host: str, **more: str) -> node.Facts:
     [
         ({}, [], ""),
         ({}, ["nvidiactl", "nvidia-uvm"], ""),
-        ({}, ["nvidia1", "nvidia0"], "nvidia0 is there"),
+        ({}, ["nvidia1", "nvidia0"], "nvidia0 exists"),
         ({"SLURM_GPUS_ON_NODE": "8"}, [], "SLURM_GPUS_ON_NODE is 8"),
         ({"SLURM_GPUS_ON_NODE": "0"}, [], ""),
         ({"CUDA_VISIBLE_DEVICES": "0,\x1b"}, [], "CUDA_VISIBLE_DEVICES is 0,\\x1b"),
         ({"CUDA_VISIBLE_DEVICES": "0,1", "CROSS_SIZE": "1"}, [], ""),  # deepspeed's, on any machine
-        ({"CUDA_VISIBLE_DEVICES": "0,1", "CROSS_SIZE": "1"}, ["nvidia0"], "nvidia0 is there"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "CROSS_SIZE": "1"}, ["nvidia0"], "nvidia0 exists"),
         ({"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_ON_NODE": "8"}, ["nvidia0"], ""),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, ["nvidia0"], ""),
     ],
@@ -59,7 +59,7 @@ def facts(host: str, **more: str) -> node.Facts:
 def test_what_says_that_there_should_be_gpus(env, files, evidence, tmp_path):
     for name in files:
         (tmp_path / name).touch()
-    found = node.expected(env, tmp_path)
+    found = node.gpu_evidence(env, tmp_path)
     assert found.endswith(evidence) and bool(found) == bool(evidence)
 
 
@@ -85,19 +85,19 @@ def test_more_ranks_than_gpus_are_refused():
 
 def test_ranks_that_do_not_go_together_are_told_apart():
     same = [facts("n1"), facts("n1"), facts("n2")]
-    assert node.judge(same) == ("", []) and node.mixture(same) == ""
-    says, nodes = node.judge([*same, facts("n3", device="cpu"), facts("n3", device="cpu")])
+    assert node.incompatibility(same) == ("", []) and node.mixed_gpus(same) == ""
+    says, nodes = node.incompatibility([*same, *[facts("n3", device="cpu")] * 2])
     assert says.startswith("node n3 would train on the CPU, but n1, n2 on GPUs; ")
     assert nodes == ["n3"]
-    says, nodes = node.judge([*same, facts("n3", versions="torch 1")])
+    says, nodes = node.incompatibility([*same, facts("n3", versions="torch 1")])
     assert "torch 2 on n1, n2; torch 1 on n3" in says and nodes == []
     broken = [facts(f"n{i}", fault=f"node n{i} has none; drain it") for i in range(3, 9)]
-    says, nodes = node.judge([*same, *broken])
+    says, nodes = node.incompatibility([*same, *broken])
     assert says.startswith("node n3 has none; ") and says.endswith("n4, n5, n6, n7 and 1 more")
     assert nodes == [f"n{i}" for i in range(3, 9)]
     mixed = [*same, facts("n3", gpu="A\n100")]
-    assert node.judge(mixed) == ("", [])
-    assert node.mixture(mixed).startswith("the GPUs differ: H100 on n1, n2; A\\n100 on n3; ")
+    assert node.incompatibility(mixed) == ("", [])
+    assert node.mixed_gpus(mixed).startswith("the GPUs differ: H100 on n1, n2; A\\n100 on n3; ")
 
 
 def start_ranks(words: list[str], *envs: dict[str, str]) -> list[subprocess.Popen]:
@@ -220,7 +220,7 @@ optimizer = torch.optim.AdamW(linear.parameters())
 deepspeed_engine.load_deepspeed().initialize(
     model=linear, optimizer=optimizer, config=settings, dist_init_required=False
 )
-dist.spread(torch.nn.Linear(4, 4), [], offload=False)
+dist.shard_over_node(torch.nn.Linear(4, 4), [], offload=False)
 says.append(timeouts())
 dist.start(9000)  # of the run's next stage
 print(*says, timeouts(), sep="; ", flush=True)

@@ -371,7 +371,7 @@ def test_a_job_that_lost_a_node_goes_on_with_others(journey):
 @pytest.mark.fault("SIGSTOP to a rank of another node", "is named; torchrun starts all ranks again")
 def test_a_stopped_rank_of_another_node_is_named_and_the_job_goes_on(journey):
     leg = journey.ended
-    assert f"{journey.stopped.who} gave no sign of life for 20 s" in leg.printed
+    assert f"{journey.stopped.label} wrote no heartbeat for 20 s" in leg.printed
     assert leg.printed.count(f"resumed after step {journey.bereft.saved} from") == 2
 
 

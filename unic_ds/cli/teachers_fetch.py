@@ -33,8 +33,6 @@ def run(argv: Sequence[str]) -> int:
     job.prepare_demonstration(cfg)
     from unic_ds.teachers import sources
 
-    rows = [
-        {"name": row.name, "source": row.source, **sources.fetch(row)} for row in cfg.teachers
-    ]
+    rows = [{"name": row.name, "source": row.source, **sources.fetch(row)} for row in cfg.teachers]
     tables.show(rows, as_json=call.options.json)
     return 0

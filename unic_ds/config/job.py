@@ -21,6 +21,7 @@ from unic_ds.config import (
 from unic_ds.config.ds_config import DeepSpeedSettings
 from unic_ds.config.option import nearest
 from unic_ds.config.overrides import override_all
+from unic_ds.files import nearest_existing
 from unic_ds.files.printable import printable
 
 JOB_OPTIONS = {
@@ -217,9 +218,8 @@ def check_folder(job: Job, *, last: bool) -> None:
 
 def check_room(out: Path) -> None:
     """ValueError where the run folder could not be written; makes nothing that would stay."""
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=nearest_existing(out)):
             pass
     except OSError as error:
         raise ValueError(f"--out {str(out)!r} cannot be written ({error.strerror})") from None

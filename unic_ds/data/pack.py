@@ -8,7 +8,6 @@ shard, to the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -37,7 +36,7 @@ from unic_ds.data.reader import measure, opened
 from unic_ds.data.shards import INDEX, MissingShard
 from unic_ds.data.source import FLAT, Source
 from unic_ds.data.torch_decoder import rgb, upright
-from unic_ds.files import write_whole
+from unic_ds.files import sha256, write_atomic
 from unic_ds.files.printable import printable
 from unic_ds.process import console
 
@@ -266,10 +265,8 @@ class _Shard:
     def close(self, end: int) -> Record:
         """Put the shard in its place, its record beside those of the others."""
         self._tar.close()
-        with self._part.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = self._part.stat().st_size
-        record = Record(end, size, digest, self._members, self._broken)
+        record = Record(end, size, sha256(self._part), self._members, self._broken)
         _write(self._part.with_name(f"{self.name}.json"), json.dumps(asdict(record)))
         if self._members:
             self._part.replace(self._out / self.name)
@@ -340,4 +337,4 @@ def _name(number: int) -> str:
 
 def _write(file: Path, text: str) -> None:
     """A text file in one piece."""
-    write_whole(file, text, "surrogateescape")
+    write_atomic(file, text, "surrogateescape")

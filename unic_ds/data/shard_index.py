@@ -7,7 +7,6 @@ one that does not fit is refused, since it would fail, or show other images, at 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,8 +24,9 @@ from unic_ds.data.labels import CLASSES, classified
 from unic_ds.data.members import Member, members_of, merged
 from unic_ds.data.string_table import StringTable
 from unic_ds.data.tar_headers import BLOCK
-from unic_ds.files import open_regular, replacing
+from unic_ds.files import open_atomic, open_regular
 from unic_ds.files.printable import printable
+from unic_ds.process import console
 
 FORMAT = 1
 HEAD = 65536
@@ -59,7 +59,6 @@ ARRAYS: Mapping[str, tuple[type[np.integer[Any]], tuple[str | int, ...]]] = {
 }
 """dtype and shape of every array; the last four need not be there."""
 REQUIRED = tuple(ARRAYS)[:-4]
-log = logging.getLogger("unic_ds.data")
 
 
 class Stamp(NamedTuple):
@@ -72,11 +71,9 @@ class Stamp(NamedTuple):
 
 def build(tars: Sequence[Path], known: Sequence[str]) -> Tables:
     """The index of shards, read from their headers; `known` are the names of classes 0, 1, ..."""
-    from unic_ds.process.console import track
-
     with ThreadPoolExecutor(8, thread_name_prefix="unic_ds-index") as pool:
-        log.info("an index of %d shards is built, once", len(tars))
-        parts = track(pool.map(members_of, tars), len(tars), "index of the shards")
+        console.say(f"building the index of {len(tars)} shards, once")
+        parts = console.track(pool.map(members_of, tars), len(tars), "index of the shards")
         members, left_out = merged(parts)
     stamps = [stamp_of(tar) for tar in tars]
     classes, label_N, notes = classified([m for part in members for m in part], known)
@@ -151,13 +148,15 @@ def keep(tables: Tables, beside: Path, away: Path) -> Path:
             f" {str(away.parent)!r} ({error.strerror}); set UNIC_DS_CACHE to a folder that may be"
             " written"
         ) from error
-    log.info("%s cannot be written (%s): the index lies in %s", beside, refused, away)
+    console.say(
+        f"{printable(beside)} cannot be written ({refused}): the index is in {printable(away)}"
+    )
     return away
 
 
 def write(tables: Tables, file: Path) -> Path:
     """Write an index so that a reader sees all of it or none."""
-    with replacing(file) as out:
+    with open_atomic(file) as out:
         np.savez(out, **tables)  # type: ignore[arg-type]  # allow_pickle is unknown to NumPy 1.26
     return file
 

@@ -24,8 +24,7 @@ from unic_ds.data.labels import CLASSES, class_names
 from unic_ds.data.order import Run, Runs
 from unic_ds.data.source import MAX_MB, Source, refuse_large
 from unic_ds.data.string_table import StringTable
-from unic_ds.files import open_regular
-from unic_ds.files.home import home
+from unic_ds.files import cache_root, open_regular
 from unic_ds.files.printable import printable
 from unic_ds.process.console import say
 
@@ -198,4 +197,4 @@ def index_places(where: Path, tars: Sequence[Path]) -> tuple[Path, Path]:
         place = where.with_name(f"unic_ds-index-{hashlib.sha256(names).hexdigest()[:12]}.npz")
         owner = place
     name = hashlib.sha256(os.fsencode(owner.resolve())).hexdigest()
-    return place, home() / "indexes" / f"{name}.npz"
+    return place, cache_root() / "indexes" / f"{name}.npz"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from unic_ds.data import shard_index, shards
 from unic_ds.data.members import Member, members_of
 from unic_ds.data.reader import measure
 from unic_ds.data.string_table import StringTable
-from unic_ds.files import open_regular
+from unic_ds.files import sha256
 from unic_ds.files.printable import printable
 from unic_ds.process import console
 
@@ -61,11 +60,7 @@ def _faults(out: Path, tables: Tables, named: list[str], names: StringTable, s: 
     if not tar.exists():
         return [f"{tar.name}: is missing"]
     try:
-        with open_regular(tar) as file:
-            digest = hashlib.sha256()
-            while part := file.read(1 << 20):
-                digest.update(part)
-        if digest.digest() != tables["sha256_S"][s].tobytes():
+        if sha256(tar) != tables["sha256_S"][s].tobytes().hex():
             return [f"{tar.name}: its bytes have changed (SHA-256)"]
         members = members_of(tar, hidden=True).members
     except (OSError, ValueError) as error:

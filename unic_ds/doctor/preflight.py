@@ -24,6 +24,7 @@ from unic_ds.config import Config, ds_config
 from unic_ds.config.data import IMAGENET
 from unic_ds.doctor import all_reduce
 from unic_ds.evaluate import table
+from unic_ds.files import nearest_existing
 from unic_ds.planning import gpus, search
 from unic_ds.process import node
 from unic_ds.teachers import sources
@@ -62,8 +63,7 @@ class IntendedRun:
     @property
     def disk(self) -> Path:
         """The innermost existing folder of `out` and its parents."""
-        folders = (self.out.absolute(), *self.out.absolute().parents)
-        return next(folder for folder in folders if folder.is_dir())
+        return nearest_existing(self.out)
 
 
 def check(run: IntendedRun) -> list[CheckResult]:

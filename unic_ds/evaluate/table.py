@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from unic_ds.files import write_whole
+from unic_ds.files import write_atomic
 from unic_ds.files.printable import printable
 
 Rows = Mapping[str, Mapping[str, float]]
@@ -63,7 +63,7 @@ def write(rows: Rows, folder: Path, log: Sequence[Mapping[str, Any]]) -> None:
     curve = {row["step"]: row["loss"] for row in log if "step" in row and "loss" in row}
     plot(rows, sorted(curve.items()), folder / "results.png", title=folder.name)
     plain = {model: dict(values) for model, values in rows.items()}
-    write_whole(folder / "results.json", json.dumps(plain, indent=1))
+    write_atomic(folder / "results.json", json.dumps(plain, indent=1))
 
 
 def read(file: Path) -> dict[str, dict[str, float]]:

@@ -1,27 +1,30 @@
-"""Files from outside are read up to a limit; files of ours are written whole or not at all.
+"""Bounded reads of files from outside, atomic writes of our own, and paths. Stdlib only.
 
-Stdlib only. A path from a list or a folder may name a device, a pipe that nobody writes to, or
-more bytes than there is memory.
+A path from a list or a folder may name a device, a pipe that nobody writes to, or more bytes than
+there is memory.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
 TEXT_LIMIT = 16 << 20
-"""Bytes of the largest text file (settings, manifests, class names) that is read."""
+"""Bytes of the largest text file that is read (settings, manifests, class names)."""
 
 
-def open_regular(path: Path | str) -> BinaryIO:
-    """A regular file, open for reading; OSError for anything else, without waiting for a pipe."""
+def open_regular(path: Path | str) -> BufferedReader:
+    """Open a regular file for reading; OSError for anything else, without waiting for a pipe."""
     number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
@@ -30,19 +33,19 @@ def open_regular(path: Path | str) -> BinaryIO:
 
 
 def read_limited(path: Path | str, limit: int) -> bytes:
-    """All bytes of a regular file; OSError (EFBIG) before reading where they exceed `limit`."""
+    """All bytes of a regular file; OSError (EFBIG) before reading if they exceed `limit`."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise OSError(errno.EFBIG, f"has {size} bytes, more than {limit}", os.fspath(path))
-        data = file.read(limit + 1) or b""  # None where nothing can be read without waiting
-    if len(data) > limit:  # it has grown, or its size is not told
+        data = file.read(limit + 1) or b""  # None if nothing can be read without waiting
+    if len(data) > limit:  # it has grown, or reports no size
         raise OSError(errno.EFBIG, f"has more than {limit} bytes", os.fspath(path))
     return data
 
 
 def read_into(file: BinaryIO, offset: int, buffer: memoryview) -> bool:
-    """Fill a contiguous buffer with bytes from `offset`; False where the file ends before."""
+    """Fill a contiguous buffer with bytes from `offset`; False if the file ends before."""
     left = buffer.cast("B")
     while left and (count := os.preadv(file.fileno(), [left], offset)):
         left, offset = left[count:], offset + count
@@ -50,7 +53,7 @@ def read_into(file: BinaryIO, offset: int, buffer: memoryview) -> bool:
 
 
 def read_text(path: Path | str, limit: int = TEXT_LIMIT) -> str:
-    """A UTF-8 text file, with or without a byte order mark; ValueError where it is not UTF-8.
+    """Text of a UTF-8 file, with or without a byte order mark; ValueError if it is not UTF-8.
 
     OSError as `read_limited`.
     """
@@ -61,9 +64,9 @@ def read_text(path: Path | str, limit: int = TEXT_LIMIT) -> str:
 
 
 def encodable(path: Path) -> Path:
-    """A path to the same existing file or folder for libraries that take UTF-8 paths alone.
+    """Path to the same existing file or folder, for libraries that take only UTF-8 paths.
 
-    It is good as long as this process lives. A file's suffix stays, by which formats are known.
+    It is valid until this process exits. A file keeps its suffix, by which formats are recognised.
     """
     if is_utf8(str(path)):
         return path
@@ -80,7 +83,7 @@ _links: list[tempfile.TemporaryDirectory[str]] = []  # removed at the end of the
 
 
 def is_utf8(text: str) -> bool:
-    """True where a path has no bytes that are not UTF-8."""
+    """True if a path is valid UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -88,22 +91,22 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def write_whole(file: Path, text: str, errors: str = "backslashreplace") -> None:
-    """Write `text` in UTF-8 so that a reader sees the old or the new content, never a part.
+def write_atomic(file: Path, text: str, errors: str = "backslashreplace") -> None:
+    """Write `text` in UTF-8 atomically: a reader sees the old or the new content, never a part.
 
     Bytes of a path that are not UTF-8 become escapes, unless `errors` says otherwise.
     """
-    with replacing(file) as stream:
+    with open_atomic(file) as stream:
         stream.write(text.encode("utf-8", errors))
 
 
 @contextmanager
-def replacing(file: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `file` when the block ends, or goes where it fails.
+def open_atomic(file: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """Context manager of a temporary file that replaces `file` at its end, unless it fails.
 
-    It lies beside `file` under a name that nobody can foresee, and is made here or not at all: in a
-    folder that others may write, a link under its name would be theirs. With `sync` it is on the
-    disk before it is renamed, so that a power cut leaves the old or the new content.
+    The temporary file lies beside `file` under a random name, and must not exist before: in a
+    folder that others may write, it could be their link. With `sync` it is on the disk before it is
+    renamed, so that a power cut leaves the old or the new content.
     """
     part = file.with_name(f".{file.name[:200]}.{os.urandom(8).hex()}.part")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -120,9 +123,55 @@ def replacing(file: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
         raise
 
 
+def replace_folder(new: Path, old: Path) -> None:
+    """Rename a complete folder to the name of an older one, if there is one, and delete that.
+
+    The older one is renamed before: a kill never leaves a partial folder under its name.
+    """
+    if old.exists():
+        remove_folder(old)
+    new.rename(old)
+
+
+def remove_folder(folder: Path) -> None:
+    """Rename a folder to `.NAME.removed`, then delete it: a kill never leaves a part of it as NAME.
+
+    The next call for the same folder deletes what a kill has left.
+    """
+    gone = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(folder.rename(gone))
+
+
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the innermost of its parents that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a regular file, read as a stream; OSError as `open_regular`."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_root() -> Path:
+    """Folder of data that runs share: `$UNIC_DS_CACHE`, or ~/.cache/unic_ds.
+
+    ValueError if the user has no home.
+    """
+    if given := os.environ.get("UNIC_DS_CACHE"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "unic_ds"
+    except RuntimeError as error:  # a user without an entry in passwd, as in a container
+        raise ValueError(
+            "this user has no home; set HOME, or UNIC_DS_CACHE to a folder that may be written"
+        ) from error
+
+
 def apply_umask(file: Path) -> None:
-    """Give a file the mode that the umask says: safetensors writes for its owner alone."""
+    """Set a file's mode by the umask: safetensors writes files that only their owner may read."""
     status = Path("/proc/self/status").read_text()
     found = re.search(r"^Umask:\s*([0-7]+)", status, re.M)
-    assert found, "Linux 4.7 and later tell the umask"
+    assert found, "Linux 4.7 and later report the umask"
     file.chmod(0o666 & ~int(found[1], 8))

@@ -1,7 +1,7 @@
-"""YAML and JSON from outside, parsed within bounds: stdlib and PyYAML's SafeLoader.
+"""Bounded parsers of YAML and JSON from outside; stdlib and PyYAML's SafeLoader.
 
-A few bytes of either may stand for gigabytes, or for a stack deeper than Python's; keys may come
-twice. All that is refused by a ValueError of one clause, while the text is read.
+A few bytes of either may expand to gigabytes, or to a stack deeper than Python's; keys may be
+repeated. All that is a ValueError of one clause, raised while the text is read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LIMIT = 1 << 20
 """Bytes of the largest settings file."""
 
 DEPTH, VALUES = 20, 10_000
-"""Levels and values of the largest settings: a run has three levels and 20 values a teacher."""
+"""Levels and values of the largest settings; a run has three levels, and 20 values per teacher."""
 
 DIGITS = 100
 """Characters of the longest number; a float's 17 digits with its exponent take 24."""
@@ -35,7 +35,7 @@ LINE = 16 << 20
 
 
 def read_yaml(file: Path) -> Any:
-    """Plain values of a YAML file, keys as text; ValueError says what is wrong in one clause."""
+    """Plain values of a YAML file, keys as text; ValueError of one clause."""
     try:
         return _Loader(_text(file)).get_single_data()
     except yaml.MarkedYAMLError as error:
@@ -48,7 +48,7 @@ def read_yaml(file: Path) -> Any:
 
 
 def read_json(file: Path) -> Any:
-    """Plain values of a JSON file; ValueError says what is wrong in one clause."""
+    """Plain values of a JSON file; ValueError of one clause."""
     try:
         value = json.loads(
             _text(file),
@@ -64,9 +64,9 @@ def read_json(file: Path) -> Any:
 
 
 def json_lines(file: Path) -> Iterator[dict[str, Any] | None]:
-    """The object of each line of a log, None for a line that is none; nothing without a file.
+    """Yield the JSON object of each line of a log, None for an invalid one; nothing without a file.
 
-    A killed process leaves its last line unfinished. Memory is that of one line of `LINE` bytes.
+    A killed process leaves its last line incomplete. Memory is that of one line of `LINE` bytes.
     """
     try:
         stream = open_regular(file)
@@ -78,7 +78,7 @@ def json_lines(file: Path) -> Iterator[dict[str, Any] | None]:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of a line; None where it is something else."""
+    """JSON object of a line; None if it is something else."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -87,7 +87,7 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def _text(file: Path) -> str:
-    """A settings file's text; ValueError where it is no regular file, too long or not UTF-8."""
+    """Text of a settings file; ValueError if it is no regular file, too long or not UTF-8."""
     try:
         return read_text(file, LIMIT)
     except OSError as error:
@@ -95,12 +95,12 @@ def _text(file: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with bounds, without aliases, tags and repeated keys; every key is text."""
+    """SafeLoader with bounds and without aliases, tags and repeated keys; every key is text."""
 
     level = count = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        event = self.peek_event()
         self.count += 1
         if isinstance(event, yaml.AliasEvent):
             _refuse(event, f"an alias, *{event.anchor}, which settings do without,")
@@ -109,7 +109,7 @@ class _Loader(yaml.SafeLoader):
         if event.tag:
             _refuse(event, f"a tag, {event.tag}, which settings do without,")
         self.level += 1
-        node: Any = super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
         self.level -= 1
         kind = node.tag.rpartition(":")[2]
         if kind in ("int", "float") and len(node.value) > DIGITS:
@@ -118,8 +118,8 @@ class _Loader(yaml.SafeLoader):
             node.tag = TEXT  # a date
         return node
 
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node: Any = super().compose_mapping_node(anchor)
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -131,13 +131,14 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _refuse(at: Any, problem: str) -> NoReturn:
+def _refuse(at: yaml.Event | yaml.Node, problem: str) -> NoReturn:
+    """Raise the error about the text at an event or a node."""
     raise yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object's members; ValueError where a key is there twice."""
-    found: dict[str, Any] = {}
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Members of an object; ValueError if a key is repeated."""
+    found: dict[str, object] = {}
     for key, value in pairs:
         if key in found:
             raise ValueError(f"the key {printable(key)!r} is there twice")
@@ -162,8 +163,8 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number in JSON")
 
 
-def _check_depth(value: Any) -> None:
-    """ValueError where values are nested deeper, or are more, than settings are."""
+def _check_depth(value: object) -> None:
+    """ValueError for more than DEPTH levels of nesting or VALUES values."""
     level, count = [value], 0
     for _ in range(DEPTH + 1):
         if not level:

@@ -1,7 +1,7 @@
-"""Files of tensors: written with the umask's mode, read within bounds, known by their content.
+"""Tensor files: safetensors and torch.save, written, read within bounds and hashed by content.
 
-Safetensors, and what torch.save writes, whose pickle torch's restricted unpickler reads. The sizes
-that a file declares are compared with its own before memory is spent on them.
+Torch's restricted unpickler reads the pickle of torch.save. The sizes that a file declares are
+compared with the size of the file before memory is allocated for them.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from unic_ds.files import apply_umask, encodable, open_regular
 from unic_ds.files.printable import printable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Types of weights; float8 and integers are worth nothing without their scales."""
+"""Types of weights; float8 and integers mean nothing without their scales."""
 DIRECTORY_LIMIT = 16 << 20
 """Bytes of the largest safetensors header, and of the largest pickle of a torch file."""
 COUNT_LIMIT = 20_000
 """Tensors of the largest file; the largest models have some thousands."""
 CLAIM = 4
-"""Times its file's size that tensors may hold: tied weights are stored once."""
+"""Largest ratio of the size of tensors to that of their file: tied weights are stored once."""
 ZIP = b"PK\x03\x04"
 
 
 class Safetensors(Mapping[str, Tensor]):
-    """Tensors of a safetensors file by name, in sorted order, mapped when they are asked for.
+    """Tensors of a safetensors file by name, in sorted order, memory-mapped on access.
 
     ValueError for a file that is missing, damaged or no safetensors file.
     """
@@ -69,7 +69,7 @@ class Safetensors(Mapping[str, Tensor]):
 
 
 def unreadable(path: Path, error: Exception) -> ValueError:
-    """The sentence about a damaged safetensors file."""
+    """Error for a damaged safetensors file."""
     why = error.strerror if isinstance(error, OSError) and error.strerror else error
     return ValueError(f"{str(path)!r} cannot be read as safetensors ({printable(why)})")
 
@@ -88,9 +88,9 @@ def read(path: Path) -> dict[str, Tensor]:
 def save(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file: the same tensors and metadata give the same bytes.
+    """Write a safetensors file; the same tensors and metadata give the same bytes.
 
-    OSError where it cannot be written.
+    OSError if it cannot be written.
     """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
@@ -103,7 +103,7 @@ def save(
 
 
 def sort_metadata(path: Path) -> None:
-    """Sort the metadata in a file's header, which safetensors writes in random order."""
+    """Sort the metadata in the header of a file, which safetensors writes in random order."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -117,11 +117,11 @@ def sort_metadata(path: Path) -> None:
 def unpickle(
     path: Path, admitted: Iterable[tuple[type, str]] = (), *, checksums: bool = False
 ) -> Any:
-    """Content of a file of torch.save, on the CPU and mapped where it is a zip archive.
+    """Content of a file of torch.save, on the CPU, and memory-mapped if it is a zip archive.
 
-    Torch's restricted unpickler reads it, which runs tensor rebuilders alone; a class of `admitted`
-    stands in for what the pickle calls by that name. `checksums` reads the whole file to compare
-    them. ValueError names what a refused file asked for, or why another cannot be read.
+    Torch's restricted unpickler reads it, which only calls functions that rebuild tensors; a class
+    of `admitted` replaces the global of that name in the pickle. `checksums` compares those of the
+    whole file. ValueError names the global that a file is refused for, or the fault of the file.
     """
     try:
         with open_regular(path) as file:
@@ -135,7 +135,7 @@ def unpickle(
             warnings.catch_warnings(action="ignore"),  # of protocols that torch.save does not write
         ):
             return torch.load(encodable(path), map_location="cpu", weights_only=True, mmap=zipped)
-    # A damaged pickle leads the unpickler to any exception at all; each becomes a sentence.
+    # A damaged pickle makes the unpickler raise any exception; each becomes a sentence.
     except Exception as error:
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
@@ -147,7 +147,7 @@ def unpickle(
 
 
 def reason_of(error: Exception) -> str:
-    """Why torch cannot read a file, without its advice to load it unrestricted."""
+    """Torch's reason why a file cannot be read, without its advice to load it unrestricted."""
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return "it asks for more memory than there is"
     if isinstance(error, OSError) and error.strerror:
@@ -158,7 +158,7 @@ def reason_of(error: Exception) -> str:
 
 
 def check_archive(path: Path, *, checksums: bool) -> None:
-    """ValueError for a torch archive that inflates, has more parts than any model or is damaged."""
+    """ValueError for a torch archive that is compressed, damaged or has too many parts."""
     with zipfile.ZipFile(path) as archive:
         check_sizes(archive.infolist(), path.stat().st_size)
         if checksums and (broken := archive.testzip()):  # torch itself checks none
@@ -166,7 +166,7 @@ def check_archive(path: Path, *, checksums: bool) -> None:
 
 
 def check_sizes(parts: list[zipfile.ZipInfo], size: int) -> None:
-    """ValueError for parts that are too many, or larger than their file of `size` bytes."""
+    """ValueError for too many parts, or parts larger than their file of `size` bytes."""
     if len(parts) > COUNT_LIMIT:
         raise ValueError(f"it has {len(parts)} parts, more than {COUNT_LIMIT}")
     for part in parts:
@@ -186,14 +186,14 @@ def check_sizes(parts: list[zipfile.ZipInfo], size: int) -> None:
 
 
 def refuse_oversized(path: Path, tensors: Iterable[Tensor]) -> None:
-    """ValueError for tensors that claim far more numbers than their file can hold."""
+    """ValueError for tensors that are far larger than their file."""
     claimed, size = sum(x.numel() * x.element_size() for x in tensors), path.stat().st_size
     if claimed > CLAIM * size:
         raise ValueError(f"{str(path)!r} claims {claimed} bytes of tensors in {size}")
 
 
 def unlike_weights(value: object) -> str:
-    """Why a value is no plain tensor of an allowed type, or nothing; integers are allowed."""
+    """Reason why a value is no plain tensor of an allowed type, or empty; integers are allowed."""
     if not isinstance(value, Tensor):
         return f"is no tensor but {type(value).__name__}"
     kinds = {
@@ -210,20 +210,20 @@ def unlike_weights(value: object) -> str:
 
 
 def not_floating(value: Tensor) -> str:
-    """The words about a tensor of another type than weights have."""
+    """Clause about a tensor whose type is none of FLOATS."""
     kind = str(value.dtype).removeprefix("torch.")
     return f"is {kind}, not float32, bfloat16, float16 or float64"
 
 
 def is_finite(value: Tensor) -> bool:
-    """If all numbers of a floating tensor are finite."""
-    # A sum is finite only of finite numbers, and needs no memory; it may overflow, though.
+    """True if all numbers of a floating-point tensor are finite."""
+    # A sum is finite only if all numbers are, and needs no memory; it may overflow, though.
     total = value.sum(dtype=torch.float32)
     return bool(total.isfinite()) or bool(value.isfinite().all())
 
 
 def content(tensors: Mapping[str, Tensor]) -> str:
-    """Hex SHA-256 over names, types, shapes and bytes of plain tensors, whatever file has them."""
+    """Hex SHA-256 over names, types, shapes and bytes of plain tensors, independent of the file."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach()
@@ -233,6 +233,6 @@ def content(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def raw_bytes(value: Tensor) -> Any:
-    """A tensor's bytes, as an array of uint8."""
-    return value.cpu().contiguous().flatten().view(torch.uint8).numpy()
+def raw_bytes(value: Tensor) -> memoryview:
+    """Bytes of a tensor."""
+    return value.cpu().contiguous().flatten().view(torch.uint8).numpy().data

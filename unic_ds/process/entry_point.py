@@ -1,4 +1,4 @@
-"""Start of a program: run its main function, print how it failed, leave with its exit code."""
+"""Entry point of a program: run its main function, report its failure, exit with its code."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from opcode import opmap
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TextIO
 
 from unic_ds.files.printable import printable
-from unic_ds.process import interrupt, streams
+from unic_ds.process import console, interrupt, streams
 
-OWN = Path(__file__).parent.parent
+PACKAGE = Path(__file__).parent.parent
 RAISE = opmap["RAISE_VARARGS"]
-SPEAKS = "unic_ds_speaks"
+REPORTS = "unic_ds_reports"  # attribute of an exception: True on the rank that reports it
 LONGEST = 4000
-"""Characters of a line of an error that are printed."""
+"""Characters that are printed of a line of an error."""
 WAIT_S = 10.0
 """Seconds that ranks which do not report an error wait to be ended by their launcher."""
 
 
 def start(main: Callable[[Sequence[str]], int], argv: Sequence[str], *, trains: bool) -> NoReturn:
-    """Run a program and end the process with its exit code: what a script's last line calls.
+    """Run a program and end the process with its exit code; the last statement of a script.
 
-    Standard output that cannot be written costs what is printed. One that `trains` goes on, says so
-    once, and is none the worse; another's result is what it prints, so it fails at its end, except
-    where its reader has left.
+    If standard output cannot be written, a program that `trains` says so once and goes on. Any
+    other program exits with 1 at its end, for its output is its result, unless the reader of a pipe
+    has left.
     """
 
-    def lost(error: OSError) -> None:
-        if trains and os.environ.get("RANK", "0") == "0":
+    def output_lost(error: OSError) -> None:
+        if trains and console.first_rank():
             write(
                 f"unic_ds: standard output cannot be written ({error.strerror}); the run goes on,"
-                " and log.jsonl in its folder has the lines"
+                " and log.jsonl in its folder has the log"
             )
 
-    out = streams.protect(lost)
+    out = streams.protect(output_lost)
     code = run(main, argv)
     sys.stdout.flush()
     if out.error and not (code or trains or out.error.errno in (errno.EPIPE, errno.EBADF)):
@@ -55,8 +55,8 @@ def start(main: Callable[[Sequence[str]], int], argv: Sequence[str], *, trains: 
 def leave(code: int) -> NoReturn:
     """End this process with an exit code.
 
-    One rank's failure ends it here and now: NCCL's groups cannot be left in order while the others
-    wait inside a collective, and would be waited for at Python's own exit.
+    A failed rank of several exits at once: Python's own exit would wait for NCCL's groups, which
+    cannot be destroyed while the other ranks wait inside a collective.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -66,11 +66,11 @@ def leave(code: int) -> NoReturn:
 
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """The exit code of `main(argv)`, which is 0 or what `main` returns unless it raises.
+    """Run `main(argv)` and report its exception, if any; the exit code.
 
-    A user's mistake is reported by one sentence and 2, a failure that we foresee by one and 1, any
-    other exception by its traceback and 1, an interruption by one line and 128 + the signal. It is
-    all done here: torch replaces sys.excepthook by one that loses what a process prints last.
+    A user's mistake is one sentence and 2, a foreseen failure one sentence and 1, any other
+    exception its traceback and 1, an interruption one line and 128 + the signal. sys.excepthook
+    stays as it is: torch replaces it by one that loses what a process prints last.
     """
     try:
         if not {"--help", "-h"} & set(argv):
@@ -83,23 +83,23 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 
 
 def report(error: BaseException) -> int:
-    """Print how a program failed, once a job; the exit code.
+    """Report the exception that ends a program, once per job; the exit code.
 
-    Under a launcher every rank may find the same: one reports it, rank 0 unless `mute` has settled
-    it, and the others wait to be ended with it.
+    Under a launcher every rank may meet the same: one rank reports it, rank 0 unless
+    `choose_reporter` has decided otherwise, and the others wait to be ended by the launcher.
     """
     interrupt.reported.set()
     cause = interrupt.cause(error)
     code, text = exit_message(cause)
-    if reports(error):
-        interrupt.pause()  # the launcher may end this rank for the failure of another
+    if is_reporter(error):
+        interrupt.ignore()  # the launcher may end this rank for the failure of another
         write(text)
         return code
     if isinstance(cause, KeyboardInterrupt):
-        return code  # every rank gets the signal, and rank 0 says so
-    interrupt.stop()
-    time.sleep(WAIT_S)  # the launcher ends the job when the first rank leaves: let it be that one
-    if is_expected(cause) or SPEAKS in vars(error):
+        return code  # every rank gets the signal, and rank 0 reports it
+    interrupt.restore_default()
+    time.sleep(WAIT_S)  # the first rank that exits ends the job: let that be the one that reports
+    if is_expected(cause) or REPORTS in vars(error):
         text = f"unic_ds: rank {os.environ['RANK']}: {summary(cause)}"
     write(text)
     return code
@@ -117,16 +117,16 @@ def exit_message(error: BaseException) -> tuple[int, str]:
 
 
 def summary(error: BaseException) -> str:
-    """One printable line about an exception."""
+    """An exception as one printable line."""
     if is_expected(error) or isinstance(error, interrupt.Interrupted):
         return printable(error)
     return printable(" ".join("".join(traceback.format_exception_only(error)).split()))
 
 
 def is_expected(error: BaseException) -> bool:
-    """True where our own code raised it for the user to read.
+    """True if this package raised the exception, as a message to the user.
 
-    A RuntimeError that C code raised below a line of ours is torch's, and wants its traceback.
+    A RuntimeError that C code raised below a line of the package is torch's, and needs a traceback.
     """
     if not isinstance(error, ValueError | OSError | RuntimeError) or not error.__traceback__:
         return False
@@ -134,26 +134,33 @@ def is_expected(error: BaseException) -> bool:
     while last.tb_next:
         last = last.tb_next
     code = last.tb_frame.f_code
-    if not Path(code.co_filename).is_relative_to(OWN):
+    if not Path(code.co_filename).is_relative_to(PACKAGE):
         return False
     return not isinstance(error, RuntimeError) or code.co_code[last.tb_lasti] == RAISE
 
 
 @contextmanager
 def warnings_held() -> Iterator[None]:
-    """Hold back warnings and log lines of libraries while the body runs, then print them.
+    """Context manager that delays warnings and log lines of libraries until its end.
 
-    They are dropped where a user's mistake ends it: its sentence says what they were about.
+    They are dropped if the body ends by a user's mistake, whose message is about the same thing.
     """
     held: list[str] = []
     show, last = warnings.showwarning, logging.lastResort
 
-    def keep(*found: Any, **_: Any) -> None:
-        held.append(warnings.formatwarning(*found[:4]).rstrip("\n"))
+    def hold(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        held.append(warnings.formatwarning(message, category, filename, lineno).rstrip("\n"))
 
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: held.append(handler.format(record))  # type: ignore[method-assign]
-    warnings.showwarning, logging.lastResort = keep, handler
+    warnings.showwarning, logging.lastResort = hold, handler
     try:
         yield
     except ValueError as error:
@@ -166,18 +173,18 @@ def warnings_held() -> Iterator[None]:
             write(text)
 
 
-def choose_reporter(error: BaseException, *, unless: bool) -> None:
-    """Decide whether this rank reports an exception in full, where the ranks have agreed on one."""
-    vars(error)[SPEAKS] = unless
+def choose_reporter(error: BaseException, *, reports: bool) -> None:
+    """Let this rank report an exception in full only if `reports`, as the ranks have agreed."""
+    vars(error)[REPORTS] = reports
 
 
-def reports(error: BaseException) -> bool:
+def is_reporter(error: BaseException) -> bool:
     """True on the rank that reports an exception in full."""
-    return vars(error).get(SPEAKS, os.environ.get("RANK", "0") == "0")
+    return vars(error).get(REPORTS, console.first_rank())
 
 
 def write(text: str) -> None:
-    """Print lines on stderr, in one write; other control characters than line breaks escaped."""
+    """Print lines on stderr in one write; control characters except line breaks are escaped."""
     lines = [printable(line, LONGEST) for line in text.split("\n")]
     with suppress(OSError):
         sys.stderr.write("\n".join(lines) + "\n")

@@ -11,15 +11,17 @@ from contextlib import suppress
 from functools import cache
 from types import FrameType
 
+from unic_ds.process import console
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-PATIENCE_S = 5.0
-"""Seconds that the main thread has to return from C code and to report."""
-LEAVE_S = 15.0
+REPORT_S = 5.0
+"""Seconds in which the main thread must return from C code and report."""
+EXIT_S = 15.0
 """Seconds that Python's own exit may take after the report."""
 
 Handler = Callable[[int, FrameType | None], None]
 reported = threading.Event()
-"""Set as soon as the main thread reports how the process ends."""
+"""Set as soon as the main thread reports the end of the process."""
 _received: list[int] = []  # the signal that Interrupted was raised for
 
 
@@ -28,74 +30,77 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: int):
         name = signal.Signals(number).name
-        super().__init__(f"ended by {name}; the same command goes on from the newest checkpoint")
+        super().__init__(f"ended by {name}; the same command resumes from the newest checkpoint")
         self.number = number
 
 
 def install() -> None:
     """Let each of the signals raise Interrupted in the main thread.
 
-    A process whose main thread does not return from C code, as in a collective that waits for
-    another rank, is ended by a second thread after PATIENCE_S.
+    If the main thread does not return from C code, as in a collective that waits for another rank,
+    a second thread ends the process after REPORT_S.
     """
-    handle(end)
-    watch()
+    handle(raise_interrupted)
+    start_thread()
 
 
 def handle(handler: Handler | signal.Handlers) -> None:
-    """Give the signals a handler; SIGHUP stays ignored in a run that `nohup` started."""
+    """Set the handler of the signals; SIGHUP stays ignored in a run that `nohup` started."""
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 
-def end(number: int, _: FrameType | None) -> None:
-    """Raise Interrupted, once: launchers repeat a signal while the process leaves."""
-    handle(repeat)
+def raise_interrupted(number: int, _: FrameType | None) -> None:
+    """Handler that raises Interrupted, once: launchers repeat a signal while the process exits."""
+    handle(ignore_repeated)
     _received.append(number)
     raise Interrupted(number)
 
 
 def cause(error: BaseException) -> BaseException:
-    """The interruption that led to an exception, or else itself.
+    """The interruption that caused an exception, or the exception itself.
 
-    A library whose import is interrupted may swallow that and fail in another way.
+    A library whose import is interrupted may catch that and fail in another way.
     """
     if _received and not isinstance(error, KeyboardInterrupt):
         return Interrupted(_received[0])
     return error
 
 
-def repeat(number: int, _: FrameType | None) -> None:
-    """Ignore a signal that comes again."""
+def ignore_repeated(number: int, _: FrameType | None) -> None:
+    """Handler that does nothing; unlike SIG_IGN it still wakes the second thread."""
 
 
 @cache
-def watch() -> None:
-    """Start the thread that ends the process where the main thread cannot."""
+def start_thread() -> None:
+    """Start the thread that ends the process if the main thread cannot; once."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=end_late, args=(reader,), name="signals", daemon=True).start()
-    os.register_at_fork(after_in_child=forget)
+    threading.Thread(target=exit_late, args=(reader,), name="signals", daemon=True).start()
+    os.register_at_fork(after_in_child=reset_in_child)
 
 
-def end_late(reader: int) -> None:
-    """Read the numbers of signals from a pipe; one that ends the process does so in time."""
+def exit_late(reader: int) -> None:
+    """Read signal numbers from a pipe, and end the process if the main thread does not in time."""
     while data := os.read(reader, 1):
         number = data[0]
-        if number not in SIGNALS or signal.getsignal(number) not in (end, repeat):
+        if number not in SIGNALS or signal.getsignal(number) not in (
+            raise_interrupted,
+            ignore_repeated,
+        ):
             continue
-        if reported.wait(PATIENCE_S):
-            time.sleep(LEAVE_S)
-        elif os.environ.get("RANK", "0") == "0":
+        if reported.wait(REPORT_S):
+            time.sleep(EXIT_S)
+        elif console.first_rank():
             with suppress(OSError):
                 os.write(2, f"unic_ds: {Interrupted(number)}\n".encode())
         os._exit(128 + number)
 
 
-def forget() -> None:
-    """Give a forked process the default handlers: its signals are not the run's."""
+def reset_in_child() -> None:
+    """Restore the default handlers in a forked process, which does not handle the run's signals."""
     with suppress(ValueError):  # forked by another thread than the main one
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
@@ -103,13 +108,13 @@ def forget() -> None:
                 signal.signal(number, signal.SIG_DFL)
 
 
-def pause() -> None:
-    """Ignore the signals from here on, where they have been installed."""
-    if watch.cache_info().currsize:
-        handle(repeat)
+def ignore() -> None:
+    """Ignore the signals from now on, if `install` was called."""
+    if start_thread.cache_info().currsize:
+        handle(ignore_repeated)
 
 
-def stop() -> None:
-    """Let the signals end the process at once, where they have been installed."""
-    if watch.cache_info().currsize:
+def restore_default() -> None:
+    """Let the signals end the process at once, if `install` was called."""
+    if start_thread.cache_info().currsize:
         handle(signal.SIG_DFL)

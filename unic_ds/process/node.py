@@ -1,7 +1,6 @@
-"""The machine that a rank runs on: if it has the GPUs that it should, and which cores are near one.
+"""Node of a rank: missing GPUs, mixed devices or software, and the CPU cores near a GPU.
 
-Ranks compare their machines before their first collective, which on a mix of CPUs and GPUs would
-wait for ever.
+Ranks compare their nodes before their first collective, which would hang on a mix of CPUs and GPUs.
 """
 
 from __future__ import annotations
@@ -19,34 +18,34 @@ import torch
 from unic_ds.files.printable import printable
 
 DEEPSPEED = "CROSS_SIZE"
-"""Set by the deepspeed launcher, which gives its ranks CUDA_VISIBLE_DEVICES on any machine."""
+"""Variable of the deepspeed launcher, which sets CUDA_VISIBLE_DEVICES on any machine."""
 NO_GPU = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES by which a user, or Slurm, gives a process no GPU."""
 NAMED = 4
-"""Nodes that a sentence names."""
+"""Nodes that a message names."""
 
 
 class Unfit(RuntimeError):
-    """Raised on all ranks where `nodes` cannot take part; a start without them may go well."""
+    """Raised on all ranks if `nodes` cannot take part; a start without them may succeed."""
 
-    def __init__(self, says: str, nodes: Sequence[str]):
-        super().__init__(says)
+    def __init__(self, message: str, nodes: Sequence[str]):
+        super().__init__(message)
         self.nodes = tuple(nodes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a rank tells the others about its machine."""
+    """Facts about a rank's node that the ranks compare."""
 
     host: str
     device: str  # cuda or cpu
-    gpu: str  # the model
+    gpu: str  # its model name
     versions: str
-    fault: str  # why it cannot train on its GPUs, or nothing
+    fault: str  # reason why it cannot train on its GPUs, or empty
 
 
 def name() -> str:
-    """This node's name: Slurm's for it, or the machine's."""
+    """Name of this node: Slurm's if there is one, else the host name."""
     return printable(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
 
 
@@ -66,7 +65,7 @@ def facts(local_rank: int, ranks: int) -> Facts:
 
 
 def fault(ranks: int) -> str:
-    """Why `ranks` ranks of this node cannot train on its GPUs, in a sentence; or nothing."""
+    """Sentence on why this node cannot train `ranks` ranks on its GPUs; empty if it can."""
     without = f"leave the node out (sbatch --exclude={name()})"
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
@@ -77,9 +76,9 @@ def fault(ranks: int) -> str:
             f"node {name()} runs {ranks} ranks, but torch sees {gpus} there; start a rank for each"
             f" GPU, or look at `nvidia-smi` there and {without}"
         )
-    if not (evidence := expected(os.environ)):
+    if not (evidence := gpu_evidence(os.environ)):
         return ""
-    why = reason()
+    why = cuda_error()
     if torch.version.cuda is None:
         remedy = "install a torch that is built for CUDA"
     elif "too old" in why:
@@ -92,13 +91,13 @@ def fault(ranks: int) -> str:
     )
 
 
-def expected(env: Mapping[str, str], devices: Path = Path("/dev")) -> str:
-    """What says that this process should see GPUs; nothing where the user wants none."""
+def gpu_evidence(env: Mapping[str, str], devices: Path = Path("/dev")) -> str:
+    """Evidence that this process should see GPUs; empty if there is none or the user wants none."""
     visible, allocated = env.get("CUDA_VISIBLE_DEVICES"), env.get("SLURM_GPUS_ON_NODE", "0")
     if visible is not None and visible.strip() in NO_GPU:
         return ""
     if files := sorted(devices.glob("nvidia[0-9]*")):
-        return f"{files[0]} is there"
+        return f"{files[0]} exists"
     if allocated.strip() not in ("", "0"):
         return f"SLURM_GPUS_ON_NODE is {printable(allocated)}"
     if visible and DEEPSPEED not in env:
@@ -106,22 +105,22 @@ def expected(env: Mapping[str, str], devices: Path = Path("/dev")) -> str:
     return ""
 
 
-def reason() -> str:
-    """The first sentence of what torch says when it is to use a GPU and cannot."""
+def cuda_error() -> str:
+    """First sentence of torch's error when it initialises CUDA."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         return printable(str(error).strip().split("\n")[0].split(". ")[0]).rstrip(".")
-    return "it gives no reason"
+    return "torch gives no reason"
 
 
-def judge(rows: Sequence[Facts]) -> tuple[str, list[str]]:
-    """(why ranks with these facts cannot train together, nodes that are to blame); or nothing."""
+def incompatibility(rows: Sequence[Facts]) -> tuple[str, list[str]]:
+    """(sentence on why these ranks cannot train together, nodes at fault); ("", []) if they can."""
     if faults := {row.host: row.fault for row in rows if row.fault}:
         first, *others = faults
-        also = f"; the same holds for {listed(others)}" if others else ""
+        also = f"; the same is true of {listed(others)}" if others else ""
         return faults[first] + also, list(faults)
-    devices = by(rows, "device")
+    devices = nodes_by(rows, "device")
     if len(devices) > 1:
         on_cpu, on_gpu = devices["cpu"], devices["cuda"]
         return (
@@ -129,26 +128,26 @@ def judge(rows: Sequence[Facts]) -> tuple[str, list[str]]:
             f" `nvidia-smi` and CUDA_VISIBLE_DEVICES on {listed(on_cpu)}, or leave it out",
             on_cpu,
         )
-    versions = by(rows, "versions")
+    versions = nodes_by(rows, "versions")
     if len(versions) > 1:
         return (
-            f"the nodes have different software: {spread(versions)}; use the same environment on"
-            " all of them",
+            f"the nodes have different software: {listed_groups(versions)}; use the same"
+            " environment on all of them",
             [],
         )
     return "", []
 
 
-def mixture(rows: Sequence[Facts]) -> str:
-    """A sentence about ranks whose GPUs are of different models; or nothing."""
-    models = by(rows, "gpu")
+def mixed_gpus(rows: Sequence[Facts]) -> str:
+    """Sentence about ranks whose GPUs are of different models; empty if all are of one."""
+    models = nodes_by(rows, "gpu")
     if len(models) < 2:
         return ""
-    return f"the GPUs differ: {spread(models)}; every step waits for the slowest"
+    return f"the GPUs differ: {listed_groups(models)}; every step waits for the slowest"
 
 
-def by(rows: Sequence[Facts], field: str) -> dict[str, list[str]]:
-    """Value of a field -> the nodes that have it."""
+def nodes_by(rows: Sequence[Facts], field: str) -> dict[str, list[str]]:
+    """Map from each value of a field to the nodes that have it."""
     found: dict[str, list[str]] = {}
     for row in rows:
         hosts = found.setdefault(getattr(row, field), [])
@@ -157,26 +156,26 @@ def by(rows: Sequence[Facts], field: str) -> dict[str, list[str]]:
     return found
 
 
-def spread(groups: Mapping[str, Sequence[str]]) -> str:
-    """Values with the nodes that have them, in words."""
+def listed_groups(groups: Mapping[str, Sequence[str]]) -> str:
+    """Values and the nodes that have each, as text."""
     return "; ".join(f"{printable(value)} on {listed(hosts)}" for value, hosts in groups.items())
 
 
 def listed(hosts: Sequence[str]) -> str:
-    """The first few names of nodes, and how many more there are."""
+    """Names of the first few nodes, and the number of the others."""
     more = f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else ""
     return ", ".join(map(printable, hosts[:NAMED])) + more
 
 
 def cores_near(device: int, allowed: Iterable[int]) -> set[int]:
-    """Those of the allowed CPU cores that are on a GPU's NUMA node; empty where nothing says so."""
-    gpu: Any = torch.cuda.get_device_properties(device)
+    """Allowed CPU cores on a GPU's NUMA node; empty if the node is unknown."""
+    gpu: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the fields
     bus = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
     return cores_of(bus, Path("/sys")) & set(allowed)
 
 
 def cores_of(bus: str, system: Path) -> set[int]:
-    """CPU cores of the NUMA node of a PCI device, by the kernel's files under `system`."""
+    """CPU cores of a PCI device's NUMA node, from the kernel's files under `system` (/sys)."""
     with suppress(OSError, ValueError):
         number = int((system / "bus" / "pci" / "devices" / bus / "numa_node").read_text())
         if number >= 0:
@@ -186,6 +185,6 @@ def cores_of(bus: str, system: Path) -> set[int]:
 
 
 def parse_cores(text: str) -> set[int]:
-    """The numbers in a list of cores as the kernel writes it: 0-3,8-11."""
+    """Core numbers of a list in the kernel's format: 0-3,8-11."""
     ranges = (part.partition("-") for part in text.strip().split(",") if part)
     return {n for first, _, last in ranges for n in range(int(first), int(last or first) + 1)}

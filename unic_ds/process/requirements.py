@@ -1,4 +1,4 @@
-"""Refuses packages older than the floors in setup.py, as the installed unic_ds declares them."""
+"""Check of installed packages against the oldest versions that setup.py allows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FLOOR = re.compile(r'([\w.-]+)>=([\w.]+)(?:; extra == "(?!dev").+")?')
 def check() -> None:
     """ValueError if an installed package is older than unic_ds needs.
 
-    A checkout that was never installed declares nothing, so nothing is checked. A package that is
-    not installed is left to its import.
+    A checkout that was never installed declares nothing, so nothing is checked. A missing package
+    fails at its import.
     """
     declared: list[str] = []
     with suppress(PackageNotFoundError):

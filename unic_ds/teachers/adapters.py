@@ -49,7 +49,7 @@ def repeated(module: nn.Module) -> Iterator[nn.Module]:
             yield from below or ([inner] if listed else [])
 
 
-LISTS = ("blocks", "resblocks", "stages", "layers")
+LISTS = ("blocks", "resblocks", "stages", "layers", "layer")
 """What timm, open_clip and most others call the lists that hold a tower's blocks."""
 
 

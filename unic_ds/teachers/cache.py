@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unic_ds import config, dist, files
-from unic_ds.files import replacing
+from unic_ds.files import open_atomic
 from unic_ds.files.printable import printable
 from unic_ds.teachers import sources, weight_files
 from unic_ds.tokens import Tokens
@@ -113,7 +113,7 @@ class Layout:
         assert x_BNC.shape == (len(span), 1 + self.tokens, self.widths[name])
         path = self.path(name, view, span[0] // self.chunk)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, sync=False) as file:
+        with open_atomic(path, sync=False) as file:
             for block in encode(x_BNC, self.dtype):
                 file.write(block.tobytes())
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unic_ds import config, dist
-from unic_ds.blocks import compile_each, repeated_blocks
+from unic_ds.blocks import compile_each, equal_blocks
 from unic_ds.ops import FUSED, Ops
 from unic_ds.process import console
 from unic_ds.teachers import quantisation, sources
@@ -110,7 +110,7 @@ class TeacherSet:
     def compile(self) -> None:
         """Run the teachers' blocks through torch.compile, saying of which there are none."""
         for name, teacher in self.teachers.items():
-            blocks = repeated_blocks(teacher.tower)
+            blocks = equal_blocks(teacher.tower.blocks(), of=teacher.tower)
             compile_each(blocks)
             if not blocks:
                 console.say(f"teacher {name} is not compiled: it has no row of equal blocks")

@@ -16,7 +16,7 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from unic_ds.config import Teacher
-from unic_ds.files import open_regular, tensor_files
+from unic_ds.files import sha256, tensor_files
 from unic_ds.files.printable import printable
 
 HASHES = ("sha256", "content")
@@ -47,13 +47,6 @@ def _hashes(path: Path, _version: tuple[int, ...]) -> dict[str, str]:
         except ValueError:
             found = {}
         return {"sha256": whole.result()} | found
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a regular file, read as a stream."""
-    open_regular(path).close()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def module_hashes(module: nn.Module) -> dict[str, str]:

@@ -130,8 +130,7 @@ def check(layout: cache.Layout, manifest: dict[str, Any], yes: bool) -> None:
         f"{layout.samples} images x {layout.views} views x {len(layout.widths)} teachers in"
         f" {layout.dtype}: {total / 1e9:.2f} GB, {left / 1e9:.2f} GB to write"
     )
-    above = (folder.absolute(), *folder.absolute().parents)
-    free = shutil.disk_usage(next(path for path in above if path.exists())).free
+    free = shutil.disk_usage(files.nearest_existing(folder)).free
     if left > free:
         raise ValueError(
             f"{left / 1e9:.1f} GB of features do not fit in {str(folder)!r} with {free / 1e9:.1f}"
@@ -143,4 +142,4 @@ def check(layout: cache.Layout, manifest: dict[str, Any], yes: bool) -> None:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest atomically."""
-    files.write_whole(folder / cache.MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    files.write_atomic(folder / cache.MANIFEST, json.dumps(manifest, indent=1) + "\n")

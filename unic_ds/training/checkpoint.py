@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -28,11 +26,17 @@ from unic_ds import config, dist
 from unic_ds.engine.deepspeed_engine import param_order, state_copies
 from unic_ds.engine.protocol import Engine
 from unic_ds.engine.reshard import load_resharded
-from unic_ds.files import read_text, tensor_files, write_whole
+from unic_ds.files import (
+    read_text,
+    remove_folder,
+    replace_folder,
+    sha256,
+    tensor_files,
+    write_atomic,
+)
 from unic_ds.files.printable import printable
 from unic_ds.process import console
 
-LOG = logging.getLogger("unic_ds.training.checkpoint")
 MANIFEST, FACTS, STATISTICS, SHARDS = "manifest.json", "run.json", "statistics.safetensors", "zero"
 LAYOUT = ("ranks", "zero_stage")
 """Facts that may differ from those of the run that resumes: the shards are laid out anew."""
@@ -88,7 +92,7 @@ def save(
         )
         if dist.rank() == 0:
             tensor_files.save(statistics, part / STATISTICS)
-            write_whole(part / FACTS, json.dumps(facts | {"step": step}, indent=1))
+            write_atomic(part / FACTS, json.dumps(facts | {"step": step}, indent=1))
     except (OSError, RuntimeError) as error:
         raise OSError(f"cannot save {final.name} ({error}); {newest_name(folder)}") from error
     dist.barrier()
@@ -109,11 +113,9 @@ def save(
 def commit(part: Path, final: Path, hashes: dict[str, Any]) -> str:
     """Rename a complete checkpoint to its final name; the error if that fails, else ""."""
     try:
-        write_whole(part / MANIFEST, json.dumps(hashes, indent=1))
-        if final.exists():
-            remove(final)
-        part.rename(final)
-        write_whole(final.parent / "latest", final.name)
+        write_atomic(part / MANIFEST, json.dumps(hashes, indent=1))
+        replace_folder(part, final)
+        write_atomic(final.parent / "latest", final.name)
     except OSError as error:
         return str(error)
     return ""
@@ -215,11 +217,10 @@ def hash_files(folder: Path, *, sync: bool = False) -> dict[str, dict[str, Any]]
 def hash_file(file: Path, *, sync: bool) -> dict[str, Any]:
     """Size and SHA-256 of a file, or its error: raised on one rank, it would hang the others."""
     try:
-        with file.open("rb") as stream:
-            if sync:
+        if sync:
+            with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": digest}
+        return {"bytes": file.stat().st_size, "sha256": sha256(file)}
     except OSError as error:
         return {"error": error.strerror or str(error)}
 
@@ -273,10 +274,7 @@ def find(folder: Path, resume: str) -> Path | None:
         problem = verify(candidate)
         if not problem:
             return candidate
-        if dist.rank() == 0:
-            LOG.warning(
-                "checkpoint %s is not whole (%s); trying the one before", candidate.name, problem
-            )
+        console.say(f"checkpoint {candidate.name} is not whole ({problem}); trying the one before")
     if given or problem:
         raise ValueError(
             f"no whole checkpoint in {str(given or folder)!r}{f' ({problem})' if problem else ''};"
@@ -339,18 +337,11 @@ def remove_old(folder: Path, newest: Path, keep: config.Run) -> None:
     kept = {*branch[-keep.keep_last :], *lowest_loss(branch, keep.keep_best)}
     if keep.keep_every:
         kept |= {step for step in branch if int(step.name[5:]) % keep.keep_every == 0}
-    for unfinished in folder.glob(".saving_*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    for rest in (*folder.glob(".saving_*"), *folder.glob(".step_*.removed")):
+        shutil.rmtree(rest, ignore_errors=True)
     for old in set(steps) - kept:
         with suppress(OSError):
-            remove(old)
-
-
-def remove(step: Path) -> None:
-    """Rename, then delete, so that a kill never leaves a partial checkpoint under its name."""
-    removed = step.with_name(f".saving_old_{step.name}")  # `remove_old` removes what a kill leaves
-    shutil.rmtree(removed, ignore_errors=True)
-    shutil.rmtree(step.rename(removed))
+            remove_folder(old)
 
 
 def lowest_loss(steps: list[Path], count: int) -> list[Path]:

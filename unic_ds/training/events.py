@@ -1,4 +1,4 @@
-"""What happened to a run beside learning: lines of OUT/events.jsonl, kept whatever comes after."""
+"""History of a run in OUT/events.jsonl: skipped steps, roll-backs, failures. It is never cut."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from unic_ds import dist
+from unic_ds.data.stream import Stream
 from unic_ds.process import console, entry_point, node
 from unic_ds.training import run_log
 from unic_ds.training.step_guard import SkippedStep
 
 FILE = "events.jsonl"
 LAUNCH = "TORCHELASTIC_RUN_ID"
-WORDS = {"loss": "loss not finite", "gradient": "gradient not finite", "spike": "loss spike"}
+REASONS = {"loss": "loss not finite", "gradient": "gradient not finite", "spike": "loss spike"}
 
 
-class Ended(RuntimeError):
-    """The failure of a run whose events already have the line about its end."""
+class RecordedFailure(RuntimeError):
+    """Failure that has its line in events.jsonl already."""
 
 
-def write(out: Path, event: str, **facts: Any) -> None:
-    """A line from rank 0, which is on the disk before the run goes on."""
+def write(out: Path, event: str, **facts: object) -> None:
+    """Append a line from rank 0; it is on the disk when this returns."""
     if dist.rank() == 0:
         append(out, event, **facts)
 
 
-def append(out: Path, event: str, **facts: Any) -> None:
-    """A line with the time, from any rank; in one write, so that lines do not mix."""
+def append(out: Path, event: str, **facts: object) -> None:
+    """Append a line with the time, from any rank; in one write, so that lines do not mix."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     file = os.open(out / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -42,8 +42,8 @@ def append(out: Path, event: str, **facts: Any) -> None:
         os.close(file)
 
 
-def failed(out: Path, error: str, *, step: int, phase: str, **facts: Any) -> None:
-    """Append a line about the exception that ends the run; nothing where `out` cannot take it."""
+def record_failure(out: Path, error: str, *, step: int, phase: str, **facts: object) -> None:
+    """Append a line about the exception that ends the run; none if `out` cannot take it."""
     with suppress(OSError):
         append(out, "failed", rank=dist.rank(), step=step, phase=phase, error=error, **facts)
 
@@ -52,68 +52,68 @@ def failed(out: Path, error: str, *, step: int, phase: str, **facts: Any) -> Non
 def rendezvous_failures(out: Path) -> Iterator[None]:
     """Record, on rank 0, why the ranks cannot train together.
 
-    torchrun's next try would have the same nodes; a Slurm job is requeued without those at fault.
+    A restart by torchrun would have the same nodes; a Slurm job is requeued without the unfit ones.
     """
     try:
         yield
     except Exception as error:
         if dist.rank() == 0:
-            says, facts = entry_point.summary(error), {}
+            summary, facts = entry_point.summary(error), {}
             if isinstance(error, node.Unfit):
                 exclude = ",".join(error.nodes)
-                facts = {"job": os.environ.get(LAUNCH, ""), "says": says, "exclude": exclude}
-                if tries() is not None:  # a first start has no folder in which to tell the next
+                facts = {"job": os.environ.get(LAUNCH, ""), "says": summary, "exclude": exclude}
+                if restart_count() is not None:  # the restart reads it; a first start has no folder
                     with suppress(OSError):
                         out.mkdir(parents=True, exist_ok=True)
-            failed(out, says, step=0, phase="meeting", **facts)
+            record_failure(out, summary, step=0, phase="meeting", **facts)
         raise
 
 
-def end(out: Path, event: str, says: str, **facts: Any) -> None:
-    """A line about an end to which the same start would come again: nobody is to try it by itself.
+def record_permanent_failure(out: Path, event: str, says: str, **facts: object) -> None:
+    """Record a failure that a restart would repeat, so that neither torchrun nor Slurm retries it.
 
-    It bears the launch's name, by which torchrun's next try and the Slurm job know it.
+    The line has the id of the launch, by which torchrun's next ranks and the Slurm job know it.
     """
     write(out, event, job=os.environ.get(LAUNCH, ""), says=says, **facts)
 
 
 @contextmanager
 def record_refusals(out: Path) -> Iterator[None]:
-    """Make a line of a user's mistake that the ranks find, where torchrun would try it again."""
+    """Record a user's mistake that the ranks find, if torchrun would restart them."""
     try:
         yield
     except ValueError as error:
-        if tries() is not None:
-            end(out, "refused", str(error))
+        if restart_count() is not None:
+            record_permanent_failure(out, "refused", str(error))
         raise
 
 
 def raise_last(out: Path) -> None:
-    """Raise Ended where torchrun tries again what came to its end."""
+    """Raise RecordedFailure if torchrun has restarted ranks whose failure is permanent."""
     ends = [row for row in run_log.read(out / FILE) if row.get("job") == os.environ.get(LAUNCH, "")]
-    if tries() and ends:
-        raise Ended(f"not tried again: {ends[-1]['says']}")
+    if restart_count() and ends:
+        raise RecordedFailure(f"not tried again: {ends[-1]['says']}")
 
 
-def tries() -> int | None:
-    """How often torchrun has started these ranks again; None where it is not to."""
+def restart_count() -> int | None:
+    """Times that torchrun has restarted these ranks; None if it is not to restart them."""
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return None
     return int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
 
-def write_skipped_steps(out: Path, troubles: Iterable[SkippedStep], stream: Any) -> None:
-    """A line for each step that was not taken, with the samples of the ranks that it was due to.
+def write_skipped_steps(out: Path, skipped: Iterable[SkippedStep], stream: Stream) -> None:
+    """Append a line for each skipped step, with the samples of the ranks that caused it.
 
-    They are those of all ranks where it was due to none alone.
+    The samples are those of all ranks if no rank alone caused it.
     """
     if dist.rank() != 0:
         return
-    for (why, ranks), group in groupby(troubles, lambda trouble: trouble[1:]):
-        steps = [trouble.step for trouble in group]
+    for (why, ranks), group in groupby(skipped, lambda row: row[1:]):
+        steps = [row.step for row in group]
         for step in steps:
             facts = {"step": step, "data_step": stream.data_step(step), "why": why}
             write(out, "skipped", **facts, ranks=ranks, samples=stream.names(step, ranks))
         of = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
-        named = ", ".join(map(str, steps))
-        console.say(f"skipped step {named}: {WORDS[why]}{of}; the samples are in {out / FILE}")
+        numbers = ", ".join(map(str, steps))
+        console.say(f"skipped step {numbers}: {REASONS[why]}{of}; the samples are in {out / FILE}")

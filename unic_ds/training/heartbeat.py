@@ -1,7 +1,7 @@
-"""A rank's sign of life: OUT/heartbeats/rank_NNNNN.json, written over in place and read by others.
+"""Heartbeat of a rank: OUT/heartbeats/rank_NNNNN.json, overwritten in place and read by others.
 
-In place and of one size: a beat then asks nothing of a file system's metadata server, and succeeds
-on a disk that has become full. A reader that meets half a record keeps the one before.
+In place and of constant size: a write changes no metadata of the file system, and succeeds on a
+disk that has become full. A reader that meets half a record keeps the one before.
 """
 
 from __future__ import annotations
@@ -19,49 +19,56 @@ from pathlib import Path
 from unic_ds.files import read_limited
 
 FOLDER = "heartbeats"
-SIZE = 2048  # bytes of a record, whatever it says
+SIZE = 2048  # bytes of a record, whatever it holds
+KEYS = {
+    "pid_namespace": "realm",
+    "start_ticks": "born",
+    "phase_changes": "moves",
+    "source_line": "where",
+}
+"""Fields whose key in the file differs; files of older runs have these keys too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """What one rank last said of itself."""
+    """State of one rank when it last wrote it."""
 
-    start: str  # which start of the run this belongs to
+    start: str  # id of the start of the run that this belongs to
     rank: int
     host: str
-    realm: str  # ranks of one realm see each other's processes
+    pid_namespace: str  # ranks of one namespace see each other's processes
     pid: int
-    born: str  # when the process began: a pid alone may have passed to another
-    beat: int = 0
+    start_ticks: str  # start time of the process: a pid alone may be reused
+    beat: int = 0  # number of writes so far
     step: int = 0
     phase: str = ""
-    moves: int = 0  # phases that it has been through
-    idle_s: float = 0.0  # since the last of them began
-    where: str = ""  # line of ours that its main thread was in
+    phase_changes: int = 0
+    idle_s: float = 0.0  # since the last phase change
+    source_line: str = ""  # file:line of this package that the main thread is in
     error: str = ""  # of a rank that failed
-    time: float = 0.0  # for people; nobody compares clocks
+    time: float = 0.0  # for display; clocks of ranks are not compared
 
     @property
-    def who(self) -> str:
-        """Which process of which machine."""
+    def label(self) -> str:
+        """Name of the process in messages."""
         return f"rank {self.rank} ({self.host}, pid {self.pid})"
 
 
-def own(start: str, rank: int) -> Heartbeat:
-    """This process's first."""
+def create(start: str, rank: int) -> Heartbeat:
+    """Heartbeat of this process before its first write."""
     pid = os.getpid()
     return Heartbeat(
         start=start,
         rank=rank,
         host=socket.gethostname(),
-        realm=pid_namespace(),
+        pid_namespace=pid_namespace(),
         pid=pid,
-        born=start_ticks(pid),
+        start_ticks=start_ticks(pid),
     )
 
 
 def pid_namespace() -> str:
-    """Names the machine since its boot, and what processes can be seen from here."""
+    """Id of this boot of the machine and of the namespace of the processes visible here."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
@@ -69,72 +76,88 @@ def pid_namespace() -> str:
 
 
 def start_ticks(pid: int) -> str:
-    """When a process that is still alive began, in ticks since boot; empty where there is none."""
+    """Start time of a running process in ticks since boot; empty if there is none."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if fields[0] in "ZX" else fields[19]
+    return "" if stat[0] in "ZX" else stat[19]
 
 
-def near(pulse: Heartbeat) -> bool:
-    """Whether that rank's process could be seen from here."""
-    return bool(pulse.realm) and pulse.realm == pid_namespace()
+def is_local(heartbeat: Heartbeat) -> bool:
+    """True if the rank's process would be visible from here."""
+    return bool(heartbeat.pid_namespace) and heartbeat.pid_namespace == pid_namespace()
 
 
-def has_exited(pulse: Heartbeat) -> bool:
-    """Whether that rank's process is known to be no more."""
-    return near(pulse) and start_ticks(pulse.pid) != pulse.born
+def has_exited(heartbeat: Heartbeat) -> bool:
+    """True if the rank's process is known to have exited."""
+    return is_local(heartbeat) and start_ticks(heartbeat.pid) != heartbeat.start_ticks
 
 
 def file_of(out: Path, rank: int) -> Path:
-    """Where a rank's pulse is kept."""
+    """Path of a rank's heartbeat."""
     return out / FOLDER / f"rank_{rank:05d}.json"
 
 
-def write(out: Path, pulse: Heartbeat) -> None:
-    """Say it, over what was said before."""
-    said = record(pulse)
-    while len(said) >= SIZE and pulse.error:  # letters beyond ASCII take up to twelve bytes
-        pulse = replace(pulse, error=pulse.error[: len(pulse.error) // 2])
-        said = record(pulse)
-    text = said.ljust(SIZE - 1) + "\n"
-    assert len(text) == SIZE, said
-    file = os.open(file_of(out, pulse.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+def write(out: Path, heartbeat: Heartbeat) -> None:
+    """Overwrite the rank's file, with the present time."""
+    heartbeat = replace(heartbeat, time=round(time.time(), 3))
+    record = json.dumps(to_json(heartbeat))
+    while len(record) >= SIZE and heartbeat.error:  # letters beyond ASCII take up to twelve bytes
+        heartbeat = replace(heartbeat, error=heartbeat.error[: len(heartbeat.error) // 2])
+        record = json.dumps(to_json(heartbeat))
+    text = record.ljust(SIZE - 1) + "\n"
+    assert len(text) == SIZE, record
+    file = os.open(file_of(out, heartbeat.rank), os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         os.write(file, text.encode())
     finally:
         os.close(file)
 
 
-def record(pulse: Heartbeat) -> str:
-    """A pulse as text, and when it was said."""
-    return json.dumps(asdict(pulse) | {"time": round(time.time(), 3)})
+def to_json(heartbeat: Heartbeat) -> dict[str, object]:
+    """The JSON object that a file holds."""
+    return {KEYS.get(name, name): value for name, value in asdict(heartbeat).items()}
+
+
+def from_json(row: object) -> Heartbeat | None:
+    """The heartbeat of a JSON object; None if the value is something else."""
+    if not isinstance(row, dict):
+        return None
+    names = {key: name for name, key in KEYS.items()}
+    try:
+        found = Heartbeat(**{names.get(key, key): row[key] for key in map(str, row)})
+    except TypeError:
+        return None
+    return found if is_valid(found) else None
+
+
+def is_valid(heartbeat: Heartbeat) -> bool:
+    """True if every field has its type, and `start` can be part of a file name."""
+    kinds = {"str": (str,), "int": (int,), "float": (int, float)}
+    values = [(getattr(heartbeat, f.name), kinds[str(f.type)]) for f in fields(heartbeat)]
+    typed = all(type(value) in kind for value, kind in values)
+    return (
+        typed
+        and math.isfinite(heartbeat.time)
+        and bool(re.fullmatch(r"[\w-]{1,64}", heartbeat.start))
+    )
 
 
 def read(file: Path) -> Heartbeat | None:
-    """What a file says; None where there is none, half of one, or something else."""
+    """The heartbeat in a file; None if the file is missing, incomplete or something else."""
     try:
-        found = Heartbeat(**json.loads(read_limited(file, 32 * SIZE)))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return from_json(json.loads(read_limited(file, 32 * SIZE)))
+    except (OSError, ValueError, RecursionError):
         return None
-    return found if is_whole(found) else None
-
-
-def is_whole(pulse: Heartbeat) -> bool:
-    """Return true where every field is of its type, and `start` may be part of a file's name."""
-    kinds = {"str": (str,), "int": (int,), "float": (int, float)}
-    values = [(getattr(pulse, f.name), kinds[str(f.type)]) for f in fields(pulse)]
-    typed = all(type(value) in kind for value, kind in values)
-    return typed and math.isfinite(pulse.time) and bool(re.fullmatch(r"[\w-]{1,64}", pulse.start))
 
 
 def files(out: Path) -> list[Path]:
-    """The files of a run's pulses, in rank order."""
+    """Heartbeat files of a run folder, in rank order."""
     return sorted((out / FOLDER).glob("rank_*.json"))
 
 
 def read_all(out: Path) -> list[Heartbeat]:
-    """Every pulse of a run folder, of whichever start."""
+    """All heartbeats of a run folder, of every start, in rank order."""
     found = map(read, files(out))
-    return [pulse for pulse in found if pulse]
+    return [heartbeat for heartbeat in found if heartbeat]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from unic_ds import dist
 from unic_ds.data import order
-from unic_ds.files import write_whole
+from unic_ds.files import remove_folder, write_atomic
 from unic_ds.process import console
 from unic_ds.training import checkpoint, events
 from unic_ds.training.checkpoint import RollbackRow
@@ -42,9 +42,9 @@ def prune_abandoned(out: Path) -> list[RollbackRow]:
         saved = checkpoint.steps_in(out / "checkpoints")
         abandoned = [folder for folder in saved if is_abandoned(folder, rows)]
         if kept := [folder for folder in saved if folder not in abandoned]:
-            write_whole(out / "checkpoints" / "latest", kept[-1].name)
+            write_atomic(out / "checkpoints" / "latest", kept[-1].name)
         for folder in abandoned:
-            checkpoint.remove(folder)
+            remove_folder(folder)
     dist.barrier()
     return rows
 
@@ -97,13 +97,14 @@ def plan_rollback(run: RunContext, state: TrainState, needed: RollbackNeeded) ->
     to = dist.broadcast_object(max((step for step in steps if step < needed.first), default=None))
     if to is None or len(rows) >= run.cfg.run.max_rollbacks:
         says = reason_to_stop(run.out, needed, rollbacks=None if to is None else len(rows))
-        events.end(run.out, "stopped", says, first=needed.first, last=needed.last)
-        raise events.Ended(says)
+        steps_skipped = {"first": needed.first, "last": needed.last}
+        events.record_permanent_failure(run.out, "stopped", says, **steps_skipped)
+        raise events.RecordedFailure(says)
     first = to + 1 if any(row["to"] == to for row in rows) else needed.first
     span = [run.stream.data_step(first), run.stream.data_step(needed.last)]
     row: RollbackRow = {"at": needed.last, "to": to, "left_out": span}
     if dist.rank() == 0:
-        write_whole(run.out / FILE, json.dumps([*rows, row], indent=1) + "\n")
+        write_atomic(run.out / FILE, json.dumps([*rows, row], indent=1) + "\n")
     events.write(run.out, "rolled back", **row)
     console.say(f"steps {needed.first} to {needed.last} were all skipped: back to step {to}")
     dist.barrier()

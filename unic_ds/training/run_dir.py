@@ -70,7 +70,7 @@ def write_run_files(run: RunContext, extended: Extension | None, *, parent_job: 
     if extended and first_of_length:
         events.write(out, "extended", **extended)
     for file, text in contents.items():
-        files.write_whole(file, text)
+        files.write_atomic(file, text)
     return lock
 
 
@@ -78,7 +78,7 @@ def acquire_lock_or_fail(lock: IO[str], out: Path) -> None:
     """Take the lock of a run folder, or say that there are no locks; ValueError if it is taken."""
     try:
         free = acquire_lock(lock, 0.0)
-        if not free and events.tries() is not None:
+        if not free and events.restart_count() is not None:
             console.say(
                 f"another job, or a lost node, holds the lock of {str(out)!r};"
                 f" waiting up to {LEASE_S:.0f} s for it"

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from unic_ds import dist
-from unic_ds.files import encodable, write_whole
+from unic_ds.files import encodable, write_atomic
 from unic_ds.files.documents import json_lines
 from unic_ds.planning.gpus import peak_tflops
 
@@ -64,7 +64,7 @@ class RunLog:
         """Open the files, cut back to before `first`, and the bar where there is a terminal."""
         file = folder / "log.jsonl"
         kept = [row for row in read(file) if step_of(row) < first]
-        write_whole(file, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomic(file, "".join(json.dumps(row) + "\n" for row in kept))
         self.lines = file.open("a", buffering=1)
         board = folder / "tb"
         board.mkdir(exist_ok=True)

@@ -1,9 +1,9 @@
-"""Ends a run whose ranks wait for one that is dead, stopped or stuck, and says which one that is.
+"""Watchdog of a run: if a rank dies, hangs or stalls, it aborts the run and names the rank.
 
-A daemon thread of every rank tells its pulse and feels that of the next rank: a ring, so that each
-is watched whoever stalls, at one small read a beat. Nobody compares clocks: what counts is whether
-a pulse changed while the reader's own thread ran. Whoever finds something wrong first says so in
-one file; every thread that sees it ends its process.
+A daemon thread of every rank writes a heartbeat and checks that of the next rank: a ring, so each
+rank is watched whichever one stalls, at one small read per interval. Clocks of ranks are not
+compared: what counts is whether a heartbeat changed while the reader's own thread ran. The first
+rank that finds a fault writes the verdict file; every watchdog that reads it ends its process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 import uuid
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,51 +28,55 @@ from unic_ds.process import entry_point, interrupt
 from unic_ds.training import events, heartbeat
 from unic_ds.training.heartbeat import Heartbeat
 
-PATIENT = {"building": 4, "resuming": 4, "compiling": 4, "saving": 4, "evaluating": 12}
-"""Times run.stall_timeout, in phases that have none inside; a probe is fitted in one line."""
-BEATS = 30  # in run.hang_timeout
-LOST = ("gloo", "nccl", "connection", "peer")  # words of a collective that lost a rank
-OWN = Path(__file__).parent.parent
-AGAIN = "the run ends, and the same command goes on from its last checkpoint"
+STALL_FACTORS = {"building": 4, "resuming": 4, "compiling": 4, "saving": 4, "evaluating": 12}
+"""Multiples of run.stall_timeout in phases without phases inside; a probe's fit is one line."""
+BEATS_PER_TIMEOUT = 30  # heartbeats in run.hang_timeout
+LOST_RANK_WORDS = ("gloo", "nccl", "connection", "peer")  # in errors of collectives
+PACKAGE = Path(__file__).parent.parent
+RESUME = "the run ends, and the same command resumes from its last checkpoint"
 
 
 def new_start_id() -> str:
-    """A name for one start of a run, which its ranks share."""
+    """Id of one start of a run, for all of its ranks."""
     return uuid.uuid4().hex[:12]
 
 
 def longest_timeout_s(run: Run) -> int:
-    """What a collective may wait before torch ends it: never less than we do."""
-    return max(1800, int(run.stall_timeout * max(PATIENT.values())))
+    """Timeout of collectives in seconds: never shorter than the watchdog's own."""
+    return max(1800, int(run.stall_timeout * max(STALL_FACTORS.values())))
 
 
 class Watchdog:
-    """Called with a phase and a step, it remembers them; the rest happens beside the run.
+    """Context manager of training: `set_phase` stores what the rank does, a thread does the rest.
 
-    Entered, it beats until the run's end; a clean one leaves no trace of it.
+    A clean exit removes the rank's files.
     """
 
     def __init__(self, out: Path, run: Run, *, start: str, rank: int, world: int):
         self.out, self.run, self.rank, self.world = out, run, rank, world
-        self.every_s = min(max(run.hang_timeout / BEATS, 0.2), 4.0) if run.hang_timeout else 4.0
-        self.told = heartbeat.own(start, rank)
-        self.at = ("building", 0)
-        self.moves = 0
-        self.next: Heartbeat | None = None
-        self.quiet_s = 0.0  # since the next rank's pulse changed
-        self.verdict = out / heartbeat.FOLDER / f"verdict_{start}.json"
-        self.failed = out / heartbeat.FOLDER / f"failed_{start}"  # the rank that reports made it
-        self.left = threading.Event()
-        self.thread = threading.Thread(target=self.beat, name="heartbeat", daemon=True)
+        self.interval_s = 4.0
+        if run.hang_timeout:
+            self.interval_s = min(max(run.hang_timeout / BEATS_PER_TIMEOUT, 0.2), 4.0)
+        self.heartbeat = heartbeat.create(start, rank)
+        self.position = ("building", 0)  # phase and step
+        self.phase_changes = 0
+        self.neighbour: Heartbeat | None = None
+        self.silent_s = 0.0  # since the neighbour's heartbeat changed
+        self.verdict_file = out / heartbeat.FOLDER / f"verdict_{start}.json"
+        self.failed_file = out / heartbeat.FOLDER / f"failed_{start}"  # made by the rank to report
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.watch, name="heartbeat", daemon=True)
 
-    def __call__(self, phase: str, step: int) -> None:
-        """From here on the rank is in `phase` of `step`."""
-        self.at = phase, step
-        self.moves += 1
+    def set_phase(self, phase: str, step: int) -> None:
+        """Store that the rank is in `phase` of `step` from now on."""
+        self.position = phase, step
+        self.phase_changes += 1
+
+    __call__ = set_phase  # the training loop takes it as a callable
 
     def __enter__(self) -> Self:
         (self.out / heartbeat.FOLDER).mkdir(parents=True, exist_ok=True)
-        self.tell(0.0)
+        self.write_heartbeat(0.0)
         self.thread.start()
         return self
 
@@ -82,231 +86,239 @@ class Watchdog:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        # A failed save is an OSError, whatever it met.
+        # A failed save is an OSError, whatever caused it.
         cause = error.__cause__ or error if error else None
-        if isinstance(cause, RuntimeError) and self.world > 1 and not self.failed.exists():
-            self.blame(cause)
-        self.left.set()
+        if isinstance(cause, RuntimeError) and self.world > 1 and not self.failed_file.exists():
+            self.abort_if_rank_lost(cause)
+        self.stopped.set()
         self.thread.join()
-        refused = (
-            isinstance(error, ValueError) and entry_point.is_expected(error) and not self.at[1]
-        )
+        _, step = self.position
+        refused = isinstance(error, ValueError) and entry_point.is_expected(error) and not step
         if refused:
-            self.first_to_fail()
+            self.claim_failure()
         # A launcher ends the other ranks after one that was refused or failed, and reported it.
-        followed = isinstance(error, KeyboardInterrupt) and self.failed.exists()
+        followed = isinstance(error, KeyboardInterrupt) and self.failed_file.exists()
         if error and followed:
-            entry_point.choose_reporter(error, unless=False)
+            entry_point.choose_reporter(error, reports=False)
         if error is None or refused or followed:
-            self.clear()
+            self.remove_files()
             return
-        self.fail(error)
+        self.record_failure(error)
 
-    def fail(self, error: BaseException) -> None:
-        """Leave a record of an exception, and settle which of the ranks reports it."""
-        first = self.first_to_fail()
-        entry_point.choose_reporter(error, unless=first)
-        says = entry_point.summary(interrupt.cause(error))
+    def record_failure(self, error: BaseException) -> None:
+        """Record an exception in the heartbeat and, on the rank that reports it, as an event."""
+        first = self.claim_failure()
+        entry_point.choose_reporter(error, reports=first)
+        summary = entry_point.summary(interrupt.cause(error))
         with suppress(OSError):
-            self.tell(0.0, error=says)
-        if first and not isinstance(error, events.Ended):
-            phase, step = self.at
-            events.failed(self.out, says, step=step, phase=phase)
+            self.write_heartbeat(0.0, error=summary)
+        if first and not isinstance(error, events.RecordedFailure):
+            phase, step = self.position
+            events.record_failure(self.out, summary, step=step, phase=phase)
 
-    def first_to_fail(self) -> bool:
-        """True on the one rank of a start that fails first; on the first rank where OUT is full."""
+    def claim_failure(self) -> bool:
+        """True on the one rank of a start that fails first; on the first rank if OUT is full."""
         try:
-            self.failed.open("x").close()
+            self.failed_file.open("x").close()
         except FileExistsError:
             return False
         except OSError:
             return self.rank == 0
         return True
 
-    def tell(self, ran_s: float, error: str = "") -> None:
-        """Write this rank's pulse, `ran_s` seconds after the last."""
-        (phase, step), moves, told, where = self.at, self.moves, self.told, whereabouts()
-        # What is patient has no phases inside: there another line is a sign of getting on.
-        still = moves == told.moves and (phase not in PATIENT or where == told.where)
-        self.told = replace(
-            told,
-            beat=told.beat + 1,
+    def write_heartbeat(self, ran_s: float, error: str = "") -> None:
+        """Write this rank's heartbeat, `ran_s` seconds after the last."""
+        (phase, step), changes, last = self.position, self.phase_changes, self.heartbeat
+        line = main_thread_line()
+        # In a phase that has none inside, another source line is progress too.
+        idle = changes == last.phase_changes and (
+            phase not in STALL_FACTORS or line == last.source_line
+        )
+        self.heartbeat = replace(
+            last,
+            beat=last.beat + 1,
             step=step,
             phase=phase,
-            moves=moves,
-            idle_s=round(told.idle_s + ran_s, 1) if still else 0.0,
-            where=where,
+            phase_changes=changes,
+            idle_s=round(last.idle_s + ran_s, 1) if idle else 0.0,
+            source_line=line,
             error=error,
         )
-        heartbeat.write(self.out, self.told)
+        heartbeat.write(self.out, self.heartbeat)
 
-    def clear(self) -> None:
-        """Remove what this rank wrote; the first one also what earlier starts left."""
+    def remove_files(self) -> None:
+        """Remove what this rank wrote; on rank 0 also what earlier starts left."""
         folder = self.out / heartbeat.FOLDER
         files = [heartbeat.file_of(self.out, self.rank)]
         if self.rank == 0:
-            kept = {self.failed, *(heartbeat.file_of(self.out, row.rank) for row in self.others())}
+            others = (heartbeat.file_of(self.out, row.rank) for row in self.other_heartbeats())
+            kept = {self.failed_file, *others}
             files = [file for file in folder.glob("*") if file not in kept]
         with suppress(OSError):
             for file in files:
                 file.unlink(missing_ok=True)
-            if not self.others():
-                self.failed.unlink(missing_ok=True)
-            folder.rmdir()  # fails until the last has left
-            self.out.rmdir()  # fails where the run made more than this
+            if not self.other_heartbeats():
+                self.failed_file.unlink(missing_ok=True)
+            folder.rmdir()  # fails until the last rank has left
+            self.out.rmdir()  # fails if the run made more than this
 
-    def beat(self) -> None:
-        """What the thread does."""
+    def watch(self) -> None:
+        """Loop of the thread: write, then check the verdict, the next rank and the progress."""
         last = time.monotonic()
-        while not self.left.wait(self.every_s):
+        while not self.stopped.wait(self.interval_s):
             now = time.monotonic()
-            # While this process was stopped itself, the others are not to blame.
-            ran_s, last = min(now - last, 4 * self.every_s), now
+            # Time for which this process was stopped itself does not count against the others.
+            ran_s, last = min(now - last, 4 * self.interval_s), now
             with suppress(OSError):  # a file system that is away for a while
-                self.tell(ran_s)
-                self.obey()
-                self.feel(ran_s)
-                self.judge_stall()
+                self.write_heartbeat(ran_s)
+                self.exit_if_decided()
+                self.check_neighbour(ran_s)
+                self.check_progress()
 
-    def feel(self, ran_s: float) -> None:
-        """Look after the next rank."""
+    def check_neighbour(self, ran_s: float) -> None:
+        """Abort the run if the next rank has exited or writes no heartbeat."""
         if self.world == 1:
             return
         file = heartbeat.file_of(self.out, (self.rank + 1) % self.world)
-        seen = heartbeat.read(file)
-        if seen is None and not file.exists():
-            self.next = None  # it is done
-        if seen is None or seen.start != self.told.start:
+        found = heartbeat.read(file)
+        if found is None and not file.exists():
+            self.neighbour = None  # it has finished
+        if found is None or found.start != self.heartbeat.start:
             return
-        self.quiet_s += ran_s
-        if self.next is None or seen.beat != self.next.beat:
-            self.next, self.quiet_s = seen, 0.0
-        if (
-            heartbeat.has_exited(seen) and file.exists()
-        ):  # a rank that is done removes it before it goes
-            self.end("rank lost", [heartbeat.read(file) or seen])
-        elif self.run.hang_timeout and self.quiet_s > self.run.hang_timeout:
-            self.end("rank silent", self.silent() or [seen])
+        self.silent_s += ran_s
+        if self.neighbour is None or found.beat != self.neighbour.beat:
+            self.neighbour, self.silent_s = found, 0.0
+        # A rank that finishes removes its file before it exits.
+        if heartbeat.has_exited(found) and file.exists():
+            self.abort("rank lost", [heartbeat.read(file) or found])
+        elif self.run.hang_timeout and self.silent_s > self.run.hang_timeout:
+            self.abort("rank silent", self.silent_ranks() or [found])
 
-    def silent(self) -> list[Heartbeat]:
-        """Ranks whose pulse does not change for a few beats."""
-        before = {row.rank: row.beat for row in self.others()}
-        time.sleep(3 * self.every_s)
-        return [row for row in self.others() if row.beat == before.get(row.rank)]
+    def silent_ranks(self) -> list[Heartbeat]:
+        """Ranks whose heartbeat does not change for three intervals."""
+        before = {row.rank: row.beat for row in self.other_heartbeats()}
+        time.sleep(3 * self.interval_s)
+        return [row for row in self.other_heartbeats() if row.beat == before.get(row.rank)]
 
-    def others(self) -> list[Heartbeat]:
-        """The pulses of this start, without our own."""
+    def other_heartbeats(self) -> list[Heartbeat]:
+        """Heartbeats of the other ranks of this start."""
         found = heartbeat.read_all(self.out)
-        return [row for row in found if row.start == self.told.start and row.rank != self.rank]
+        return [row for row in found if row.start == self.heartbeat.start and row.rank != self.rank]
 
-    def judge_stall(self) -> None:
-        """Whether nobody has moved for too long; the first and the last rank look."""
-        limit, ends = self.run.stall_timeout, (0, self.world - 1)
-        if not limit or self.told.idle_s < limit or self.rank not in ends:
+    def check_progress(self) -> None:
+        """Abort if no rank makes progress within the timeout; the first and last rank check."""
+        limit_s, checkers = self.run.stall_timeout, (0, self.world - 1)
+        if not limit_s or self.heartbeat.idle_s < limit_s or self.rank not in checkers:
             return
-        rows = sorted([self.told, *self.others()], key=lambda row: row.rank)
-        limit *= max(PATIENT.get(row.phase, 1) for row in rows)
-        if min(row.idle_s for row in rows) >= limit:
-            least = min(row.moves for row in rows)
-            self.end("no progress", [row for row in rows if row.moves == least], rows)
+        rows = sorted([self.heartbeat, *self.other_heartbeats()], key=lambda row: row.rank)
+        limit_s *= max(STALL_FACTORS.get(row.phase, 1) for row in rows)
+        if min(row.idle_s for row in rows) >= limit_s:
+            fewest = min(row.phase_changes for row in rows)
+            behind = [row for row in rows if row.phase_changes == fewest]
+            self.abort("no progress", behind, rows)
 
-    def blame(self, error: RuntimeError) -> None:
-        """End the process where `error` is what a collective says when another rank is gone."""
-        if not any(word in str(error).lower() for word in LOST):
+    def abort_if_rank_lost(self, error: RuntimeError) -> None:
+        """End the process if `error` is that of a collective which has lost a rank."""
+        if not any(word in str(error).lower() for word in LOST_RANK_WORDS):
             return
-        if missing := [row for row in self.others() if heartbeat.has_exited(row)]:
-            self.end("rank lost", missing)
-        if self.rank in (0, self.world - 1) and (missing := self.silent()):
-            self.end("rank silent", missing)
-        time.sleep(4 * self.every_s)  # another may know better: our thread then ends us here
+        if missing := [row for row in self.other_heartbeats() if heartbeat.has_exited(row)]:
+            self.abort("rank lost", missing)
+        if self.rank in (0, self.world - 1) and (missing := self.silent_ranks()):
+            self.abort("rank silent", missing)
+        time.sleep(4 * self.interval_s)  # another rank may decide: our thread then ends us here
 
-    def end(
+    def abort(
         self, event: str, culprits: list[Heartbeat], rows: list[Heartbeat] | None = None
     ) -> None:
-        """Report what is wrong, once a job, and end this process, as all the others will.
+        """Report the fault, once per job, and end this process, as all the others will.
 
         A rank that failed with an exception has reported it already.
         """
-        says = sentence(event, culprits, rows or [], self.run.hang_timeout)
-        blamed = culprits if len(culprits) < self.world else []  # where all hang, each ends itself
+        says = describe(event, culprits, rows or [], hang_timeout=self.run.hang_timeout)
+        # If all ranks hang, each ends its own process.
+        killed = culprits if len(culprits) < self.world else []
         try:
-            with self.verdict.open("x") as file:
-                file.write(json.dumps([asdict(row) for row in blamed]))
+            with self.verdict_file.open("x") as file:
+                file.write(json.dumps([heartbeat.to_json(row) for row in killed]))
         except FileExistsError:
-            time.sleep(self.every_s)  # it may be being written
-            self.obey()
-        except OSError:  # no room: then each says it for itself
+            time.sleep(self.interval_s)  # it may be half written
+            self.exit_if_decided()
+        except OSError:  # no room: then each rank reports by itself
             pass
-        facts = [{k: asdict(row)[k] for k in ("rank", "host", "pid", "phase")} for row in culprits]
-        if not self.failed.exists():
+        facts = [
+            {"rank": row.rank, "host": row.host, "pid": row.pid, "phase": row.phase}
+            for row in culprits[:8]
+        ]
+        if not self.failed_file.exists():
             with suppress(OSError):
-                events.append(self.out, event, step=culprits[0].step, says=says, ranks=facts[:8])
+                events.append(self.out, event, step=culprits[0].step, says=says, ranks=facts)
             with suppress(OSError):
-                os.write(2, f"unic_ds: error: {says}; {AGAIN}\n".encode())
-        self.leave(blamed)
+                os.write(2, f"unic_ds: error: {says}; {RESUME}\n".encode())
+        self.exit_process(killed)
 
-    def obey(self) -> None:
-        """End this process where another has said that the run is over."""
+    def exit_if_decided(self) -> None:
+        """End this process if another rank has written the verdict."""
         try:
-            culprits = [Heartbeat(**row) for row in json.loads(self.verdict.read_text())]
+            rows = list(map(heartbeat.from_json, json.loads(self.verdict_file.read_text())))
         except (OSError, ValueError):
             return
-        self.leave(culprits)
+        self.exit_process([row for row in rows if row])
 
-    def leave(self, culprits: list[Heartbeat]) -> None:
-        """End the culprits among this machine's ranks, and this process at once."""
-        with (
-            suppress(OSError),
-            (self.out / heartbeat.FOLDER / f"stacks_{self.rank:05d}.txt").open("w") as file,
-        ):
+    def exit_process(self, culprits: list[Heartbeat]) -> None:
+        """Write this process's stacks, end the culprits on this machine, and exit."""
+        stacks = self.out / heartbeat.FOLDER / f"stacks_{self.rank:05d}.txt"
+        with suppress(OSError), stacks.open("w") as file:
             faulthandler.dump_traceback(file)
-        others = [row for row in culprits if row.pid != os.getpid() and heartbeat.near(row)]
-        send(signal.SIGCONT, others)  # a stopped one then reads the verdict, and leaves by itself
-        last = time.monotonic() + 2 * self.every_s + 1
+        others = [row for row in culprits if row.pid != os.getpid() and heartbeat.is_local(row)]
+        # A stopped process that continues reads the verdict, and exits by itself.
+        send_signal(signal.SIGCONT, others)
+        last = time.monotonic() + 2 * self.interval_s + 1
         while time.monotonic() < last and not all(map(heartbeat.has_exited, others)):
             time.sleep(0.05)
-        send(signal.SIGKILL, others)
+        send_signal(signal.SIGKILL, others)
         os._exit(1)
 
 
-def send(number: signal.Signals, rows: list[Heartbeat]) -> None:
-    """Signal those of the ranks that are still there."""
+def send_signal(number: signal.Signals, rows: list[Heartbeat]) -> None:
+    """Send a signal to those of the ranks that have not exited."""
     for row in rows:
         if not heartbeat.has_exited(row):
             with suppress(OSError):
                 os.kill(row.pid, number)
 
 
-def sentence(
-    event: str, culprits: list[Heartbeat], rows: list[Heartbeat], hang_timeout: float
+def describe(
+    event: str, culprits: list[Heartbeat], rows: list[Heartbeat], *, hang_timeout: float
 ) -> str:
-    """Who is wrong, and where; `rows` are all ranks that told, where nobody gets on."""
+    """The sentence about a fault; `rows` are all ranks, if none of them makes progress."""
     first = culprits[0]
     more = f" and {len(culprits) - 1} more" if len(culprits) > 1 else ""
-    who, at = first.who + more, f"at {first.phase!r} of step {first.step}"
-    if first.error:  # it may still be on its way out
-        return f"{who} failed {at}: {first.error}"
+    ranks, position = first.label + more, f"in phase {first.phase!r} of step {first.step}"
+    if first.error:  # its process may not have exited yet
+        return f"{ranks} failed {position}: {first.error}"
     if event == "rank lost":
-        return f"{who} was killed {at} (the kernel's log says whether memory ran out)"
+        return f"{ranks} was killed {position} (the kernel's log says whether memory ran out)"
     if event == "rank silent":
         return (
-            f"{who} gave no sign of life for {hang_timeout:g} s and was last {at}:"
+            f"{ranks} wrote no heartbeat for {hang_timeout:g} s and was last {position}:"
             " its process is stopped, or its machine is lost"
         )
     if 1 < len(culprits) == len(rows):
         return (
-            f"none of the {len(rows)} ranks got on for {first.idle_s:.0f} s {at} ({first.who} in"
-            f" {first.where}): a collective, a GPU or the file system hangs"
+            f"none of the {len(rows)} ranks made progress for {first.idle_s:.0f} s {position}"
+            f" ({first.label} at {first.source_line}): a collective, a GPU or the file system hangs"
         )
-    says = f"{who} did not get on for {first.idle_s:.0f} s {at} (in {first.where})"
-    others = Counter(row.phase for row in rows if row.moves > first.moves)
-    waits = ", ".join(f"{count} at {phase!r}" for phase, count in others.most_common())
-    return f"{says}; the others wait for it: {waits}" if waits else says
+    says = f"{ranks} made no progress for {first.idle_s:.0f} s {position} (at {first.source_line})"
+    others = Counter(row.phase for row in rows if row.phase_changes > first.phase_changes)
+    waiting = ", ".join(f"{count} in phase {phase!r}" for phase, count in others.most_common())
+    return f"{says}; the other ranks wait for it: {waiting}" if waiting else says
 
 
-def whereabouts() -> str:
-    """The line of ours that the main thread is in."""
+def main_thread_line() -> str:
+    """file:line of this package that the main thread is in; empty if it is in none."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    while frame and not frame.f_code.co_filename.startswith(str(OWN)):
+    while frame and not frame.f_code.co_filename.startswith(str(PACKAGE)):
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).relative_to(OWN)}:{frame.f_lineno}" if frame else ""
+    if not frame:
+        return ""
+    return f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)}:{frame.f_lineno}"

@@ -20,7 +20,7 @@ from timm.models import VisionTransformer, save_for_hf
 from torch import Tensor
 
 from unic_ds import config
-from unic_ds.files import apply_umask, encodable, tensor_files, write_whole
+from unic_ds.files import apply_umask, encodable, replace_folder, tensor_files, write_atomic
 from unic_ds.files.printable import markdown
 from unic_ds.models.encoder import arguments, build_encoder, has_cls
 from unic_ds.tokens import Normalise, Tokens, split_prefix
@@ -68,13 +68,13 @@ def export(
         encoder = load(state, cfg.student)
         write(encoder, cfg, part)
         text = card(encoder, cfg, teachers or {}, origin)
-        write_whole(part / "README.md", text)
+        write_atomic(part / "README.md", text)
         for name, tensors in (extras or {}).items():
             tensor_files.save({k: copy_of(v) for k, v in tensors.items()}, part / name)
         check_loading(encoder, cfg.student, part, images.cpu())
         refuse_foreign(out)  # something may be there by now
-        shutil.rmtree(out, ignore_errors=True)
-        return part.rename(out)
+        replace_folder(part, out)
+        return out
     except OSError as error:
         raise OSError(f"{str(out)!r} cannot be written ({error.strerror or error})") from None
     finally:

@@ -20,12 +20,11 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
 from unic_ds import config
-from unic_ds.files import tensor_files
+from unic_ds.files import sha256, tensor_files
 from unic_ds.files.printable import printable
 from unic_ds.files.tensor_files import is_finite, not_floating, unlike_weights
 from unic_ds.models.encoder import build_encoder
 from unic_ds.models.ladder import Head, Ladder
-from unic_ds.teachers.weight_files import sha256
 from unic_ds.tokens import KINDS
 from unic_ds.weights import export
 from unic_ds.weights.warm_start import LADDER, STATISTICS, misfit
