@@ -69,7 +69,7 @@ def show(task: job.Job) -> int:
         rows, file = table.read(task.out / "results.json"), task.out / "config.yaml"
         cfg = recipes.read(file) if file.is_file() else task.cfg
         none = table.unevaluated(task.out / "student", on=cfg.eval.on)
-        print(table.render(rows) if rows else none)
+        print(table.render(rows, table.read_protocols(task.out)) if rows else none)
     return 0
 
 

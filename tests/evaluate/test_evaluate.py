@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +24,41 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from unic_ds import demo
-from unic_ds.evaluate import table
-from unic_ds.evaluate.features import extract, pixels
-from unic_ds.evaluate.knn import knn
-from unic_ds.evaluate.linear import ITERATIONS, STRENGTHS, accuracy, fit, linear, tensors_taken
-from unic_ds.evaluate.rounds import attempt
+from unic_ds.config import Eval
+from unic_ds.evaluate import linear as probe
+from unic_ds.evaluate import registry, table
+from unic_ds.evaluate.features import (
+    FILLER,
+    Annotation,
+    EvalBatch,
+    FeatureSet,
+    Model,
+    ModelOutput,
+    Outputs,
+    deal,
+    extract,
+    pixels,
+)
+from unic_ds.evaluate.knn import BLOCK, knn_accuracy
+from unic_ds.evaluate.knn import Rows as KnnRows
+from unic_ds.evaluate.linear import STRENGTHS, linear_accuracies
 
 pytestmark = pytest.mark.filterwarnings("error")
+
+
+def knn(rows: Rows, k: int = 10, temperature: float = 0.07, block: int = BLOCK) -> float:
+    """kNN accuracy of one model in %."""
+    bank, query = KnnRows(*rows[:2]), KnnRows(*rows[2:])
+    return knn_accuracy(bank, query, k=k, temperature=temperature, block=block)
+
+
+def linear(rows: Rows, seed: int = 0, device: str = "cpu") -> float:
+    """Linear accuracy of one model in %."""
+    train, val = (
+        FeatureSet({"m": x_NC}, torch.arange(len(x_NC)), label_N)
+        for x_NC, label_N in (rows[:2], rows[2:])
+    )
+    return linear_accuracies(train, val, seed=seed, device=torch.device(device))["m"]
 
 
 @pytest.mark.parametrize(
@@ -47,17 +76,17 @@ def test_knn_is_the_weighted_vote(k: int, temperature: float) -> None:
         for i in np.argsort(-cosine)[:k]:
             votes[rows.train_label_N[i]] += np.exp((cosine[i] - 1) / temperature)
         hits += int(votes.argmax() == label)
-    expected = {"knn": pytest.approx(100 * hits / 60)}
-    assert dict(knn(*rows, k=k, temperature=temperature)) == expected
-    small = dict(knn(*rows, k=k, temperature=temperature, block=1000))  # 6 rows, or 1, at a time
-    assert small == expected
+    expected = pytest.approx(100 * hits / 60)
+    assert knn(rows, k, temperature) == expected
+    assert knn(rows, k, temperature, block=1000) == expected  # 6 queries, or 1, at a time
+    assert knn(rows, k, temperature, block=64) == expected  # the bank in three blocks
 
 
 def test_equal_votes_go_to_the_smallest_label() -> None:
     train_NC = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     label_N, val_NC = torch.tensor([9, 4, 2]), torch.tensor([[2.0, 0.0]])
-    assert dict(knn(train_NC, label_N, val_NC, torch.tensor([4]), k=2)) == {"knn": 100.0}
-    assert dict(knn(train_NC, label_N, val_NC, torch.tensor([9]), k=2)) == {"knn": 0.0}
+    assert knn(Rows(train_NC, label_N, val_NC, torch.tensor([4])), k=2) == 100
+    assert knn(Rows(train_NC, label_N, val_NC, torch.tensor([9])), k=2) == 0
 
 
 @pytest.fixture(scope="module")
@@ -80,36 +109,45 @@ def thumbnail(file: Path) -> Tensor:
         return torch.from_numpy(np.array(image.convert("L").resize((64, 64))))[None]
 
 
-@pytest.mark.parametrize("strength", STRENGTHS)
-def test_fit_is_the_fp64_solution_on_real_features(photographs: Rows, strength: float) -> None:
-    """The weakest penalties stop at 100 iterations, as scikit-learn does in NumPy."""
-    scaler = StandardScaler().fit(photographs.train_NC.double().numpy())
+@pytest.mark.parametrize("classes", [2, 4])
+def test_fits_are_the_fp64_solutions_on_real_features(photographs: Rows, classes: int) -> None:
+    """All strengths at once, beside scikit-learn's, each for as long as it takes."""
     train, val = (
-        scaler.transform(x.double().numpy()) for x in (photographs.train_NC, photographs.val_NC)
+        probe.Split(x_NC[label_N < classes], label_N[label_N < classes])
+        for x_NC, label_N in (photographs[:2], photographs[2:])
     )
-    labels = photographs.train_label_N.numpy()
-    with tensors_taken():
-        model = fit(photographs.train_NC, photographs.train_label_N, strength)
-        value = accuracy(model, photographs.val_NC, photographs.val_label_N)
-    with warnings.catch_warnings(action="ignore"):
-        same = LogisticRegression(C=strength, max_iter=ITERATIONS).fit(train, labels)
-    points = 100 * same.score(val, photographs.val_label_N.numpy())
-    assert abs(value - points) <= 0.2
+    train, val = probe.standardised(train, val, torch.device("cpu"), "pixels")
+    x_NC, held_NC = (split.x_RD[:, :-1].double() for split in (train, val))
+    scaler = StandardScaler().fit(
+        photographs.train_NC[photographs.train_label_N < classes].double()
+    )
+    assert np.allclose(
+        x_NC[:9],
+        scaler.transform(photographs.train_NC[photographs.train_label_N < classes][:9]),
+        atol=1e-5,
+    )
+    weights = probe.fit([train], [STRENGTHS], classes)
+    points = probe.accuracies([val], weights, classes)
+    for strength, weight_DL, value in zip(
+        STRENGTHS, weights[0].view(-1, x_NC.shape[1] + 1, classes).double(), points[0], strict=True
+    ):
+        best = LogisticRegression(C=strength, max_iter=20_000, tol=1e-8).fit(x_NC, train.class_R)
+        assert value == pytest.approx(100 * best.score(held_NC, val.class_R), abs=0.1 + 1e-9)
+        coef_LC, bias_L = (torch.from_numpy(w) for w in (best.coef_, best.intercept_))
+        if classes == 2:
+            coef_LC, bias_L = (torch.cat([-w / 2, w / 2]) for w in (coef_LC, bias_L))
+        least = objective(coef_LC, bias_L, x_NC, train.class_R, strength)
+        found = objective(weight_DL[:-1].T, weight_DL[-1], x_NC, train.class_R, strength)
+        assert found / least - 1 < 1e-5
 
-    if model[-1].n_iter_ < ITERATIONS:
-        best = LogisticRegression(C=strength, max_iter=5000, tol=1e-8).fit(train, labels)
-        least = objective(best, train, labels, strength)
-        assert abs(objective(model[-1], train, labels, strength) / least - 1) < 1e-4
-    else:
-        assert strength > 0.01
 
-
-def objective(model: Any, x_NC: Any, labels: Any, strength: float) -> float:
+def objective(
+    coef_LC: Tensor, bias_L: Tensor, x_NC: Tensor, class_N: Tensor, strength: float
+) -> float:
     """The penalised loss that a logistic regression minimises, in fp64."""
-    weight_LC, bias_L = (torch.as_tensor(w).double() for w in (model.coef_, model.intercept_))
-    logit_NL = torch.from_numpy(x_NC) @ weight_LC.T + bias_L
-    loss = cross_entropy(logit_NL, torch.from_numpy(labels), reduction="sum")
-    return float(loss + weight_LC.square().sum() / (2 * strength))
+    loss = cross_entropy(x_NC @ coef_LC.T + bias_L, class_N, reduction="sum")
+    both = 2 if len(bias_L) == 2 else 1  # two classes have one weight vector
+    return float(loss + both * coef_LC.square().sum() / (2 * strength))
 
 
 @pytest.mark.parametrize("k", [1, 10, 200])
@@ -117,87 +155,140 @@ def test_knn_is_scikit_learn_s_on_real_features(photographs: Rows, k: int) -> No
     train, train_label, val, val_label = (x.numpy() for x in photographs)
     model = KNeighborsClassifier(k, weights=lambda d: np.exp((1 - d) / 0.07), metric="cosine")
     score = 100 * model.fit(train, train_label).score(val, val_label)
-    assert dict(knn(*photographs, k=k)) == {"knn": pytest.approx(score, abs=1e-9)}
+    assert knn(photographs, k=k) == pytest.approx(score, abs=1e-9)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("classes", [2, 10])
 def test_a_gpu_finds_the_accuracies_of_the_cpu(classes: int) -> None:
     rows = planted(2000, 1000, 256, classes, gap=4)
-    on_gpu = [x.cuda() for x in rows]
-    for evaluator in (knn, linear):
-        (name, here), *_ = evaluator(*rows)
-        found = list(evaluator(*on_gpu))
-        assert found == [(name, pytest.approx(here, abs=0.1))]
-        assert list(evaluator(*on_gpu)) == found
+    on_gpu = Rows(*(x.cuda() for x in rows))
+    assert knn(on_gpu) == knn(on_gpu) == pytest.approx(knn(rows), abs=0.1)
+    assert linear(rows, device="cuda") == linear(rows, device="cuda")
+    assert linear(rows, device="cuda") == pytest.approx(linear(rows), abs=0.1)
 
 
 @pytest.mark.gpu
 def test_probes_that_do_not_fit_the_gpu_name_the_remedy() -> None:
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-6)
+    says = "out of GPU memory in the linear probe of 'm'; lower --eval.max_train"
     try:
-        found = attempt("wide", planted(2000, 10, 2048, 3, gap=4), [knn], torch.device("cuda"))
+        with pytest.raises(RuntimeError, match=says):
+            linear(planted(2000, 10, 2048, 3, gap=4), device="cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert found == (
-        {},
-        "the probes of 'wide' need more than the GPU's memory for 2,000 training images x 2048"
-        " features; lower --eval.max_train",
-    )
 
 
 def test_linear_finds_planted_classes() -> None:
-    easy, none = planted(400, 200, 32, 4, gap=12), planted(400, 200, 32, 4, gap=0)
-    assert dict(linear(*easy))["linear"] > 97
-    assert 10 < dict(linear(*none))["linear"] < 40  # chance is 25
+    assert linear(planted(400, 200, 32, 4, gap=12)) > 97
+    assert 10 < linear(planted(400, 200, 32, 4, gap=0)) < 40  # chance is 25
 
 
 def test_linear_is_seeded_and_takes_awkward_sets() -> None:
     rows = planted(60, 40, 16, 3, gap=3)
-    assert list(linear(*rows, seed=5)) == list(linear(*rows, seed=5))
+    assert linear(rows, seed=5) == linear(rows, seed=5)
     dead = rows.train_NC.clone()
-    dead[:, 3] = 7.0  # a dead channel
+    dead[:, 3] = 7.1  # a dead channel
     alone = rows.train_label_N.clone()
     alone[0] = 9  # a class of one image cannot be held out
-    (_, value), *_ = linear(dead, alone, rows.val_NC, rows.val_label_N)
-    assert value > 33
+    assert linear(rows._replace(train_NC=dead, train_label_N=alone)) > 33
     two = Rows(torch.eye(2), torch.tensor([0, 1]), torch.eye(2), torch.tensor([0, 1]))
-    assert dict(linear(*two)) == {"linear": 100.0}
+    assert linear(two) == 100
     with pytest.raises(ValueError, match="two classes"):
-        list(
-            linear(rows.train_NC, torch.zeros(60, dtype=torch.long), rows.val_NC, rows.val_label_N)
-        )
+        linear(rows._replace(train_label_N=torch.zeros(60, dtype=torch.long)))
 
 
 def test_linear_in_seconds_at_the_quickstart_size() -> None:
     rows = planted(1968, 656, 1280, 4, gap=2)
     began = time.process_time()
-    assert dict(linear(*rows))["linear"] > 30
-    assert (
-        time.process_time() - began < 60
-    )  # CPU seconds of two threads; a quiet machine needs about 6
+    assert linear(rows) > 30
+    assert time.process_time() - began < 20  # CPU seconds; a quiet machine needs about 1
 
 
-class Batch(NamedTuple):
-    images: dict[int, Tensor]
-    index_B: Tensor
+class Images(NamedTuple):
+    """An image set in memory, in batches of 3 (`features.ImageSet`)."""
+
+    image_N3HW: Tensor
+    label_N: Tensor
+    annotations: frozenset[Annotation] = frozenset({"labels"})
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+    def batches(self, sizes: Sequence[int]) -> Iterator[EvalBatch]:
+        place_R, counted_R = deal(len(self))
+        place_R[~counted_R] = FILLER
+        for place_B in np.split(place_R, range(3, len(place_R), 3)):
+            images = dict.fromkeys(sizes, self.image_N3HW[place_B])
+            yield EvalBatch(images, place_B, {"labels": self.label_N[place_B]})
 
 
-def test_extract_keeps_the_order_of_the_batches() -> None:
-    images = torch.randint(256, (7, 3, 8, 8), dtype=torch.uint8)
-    batches = [Batch({8: part}, torch.arange(len(part))) for part in images.split(3)]
+def flat(image_B3HW: Tensor, _: object) -> Outputs:
+    return Outputs(image_B3HW.flatten(1).to(torch.bfloat16))
 
-    def encode(sizes: dict[int, Tensor]) -> Tensor:
-        return sizes[8].flatten(1).to(torch.bfloat16)
 
-    features_NC = extract(encode, iter(batches))
-    assert features_NC.dtype == torch.float32
-    assert torch.equal(features_NC, images.flatten(1).to(torch.bfloat16).float())
-    with pytest.raises(ValueError, match="no images"):
-        extract(encode, [])
-    with pytest.raises(ValueError, match="3 rows for 2 images"):
-        extract(encode, [batches[0]._replace(index_B=torch.arange(2))])
+def test_extract_keeps_the_order_of_the_images() -> None:
+    image_N3HW = torch.randint(256, (7, 3, 8, 8), dtype=torch.uint8)
+    images = Images(image_N3HW, torch.tensor([3, -1, 0, 1, 1, 0, 2]))
+    model = Model("flat", 8, frozenset({"cls"}), flat)
+    found = extract([model], images)
+    assert found.cls["flat"].dtype == torch.float32
+    assert torch.equal(found.cls["flat"], image_N3HW.flatten(1).to(torch.bfloat16).float())
+    assert found.place_R.tolist() == list(range(7))
+    assert found.label_N.tolist() == images.label_N.tolist()
+    labelled = found.labelled()
+    assert labelled.label_R.tolist() == labelled.label_N.tolist() == [3, 0, 1, 1, 0, 2]
+    assert torch.equal(labelled.cls["flat"][1], found.cls["flat"][2])
+    with pytest.raises(RuntimeError, match="no images"):
+        extract([model], Images(image_N3HW[:0], images.label_N[:0]))
+    short = replace(model, encode=lambda image, _: Outputs(flat(image[:2], _).cls_BC))
+    with pytest.raises(RuntimeError, match="2 rows of features for 3 images"):
+        extract([short], images)
+
+
+def test_models_are_evaluated_at_any_time() -> None:
+    """By the evaluators asked for, with images read once, and no random number drawn."""
+    seen: list[int] = []
+
+    def encode(image_B3HW: Tensor, needs: frozenset[ModelOutput]) -> Outputs:
+        assert needs == {"cls"}
+        seen.append(len(image_B3HW))
+        return flat(image_B3HW, needs)
+
+    label_N = torch.arange(20) % 2
+    image_N3HW = (label_N * 200).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).clone()
+    image_N3HW[:, 0, 0] = torch.arange(80).view(20, 4)
+    images = Images(image_N3HW.to(torch.uint8), label_N)
+    models = [Model("student", 4, frozenset({"cls"}), encode), Model("blind", 4, frozenset(), flat)]
+    torch.manual_seed(3), np.random.seed(3)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    more = {"options": Eval(k=3), "seed": 0, "device": torch.device("cpu")}
+    scores = registry.evaluate_models(models, images, images, **more)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert [score[:3] for score in scores] == [("student", "knn", 100), ("student", "linear", 100)]
+    assert scores[0].protocol == "knn k=3 T=0.07 cosine 20/20 images 4 px"
+    assert sum(seen) == 40
+    (only,) = registry.evaluate_models(models, images, images, names=["knn"], **more)
+    assert only == scores[0]
+    with pytest.raises(ValueError, match="no evaluator 'depth'; choose from knn, linear"):
+        registry.evaluate_models(models, images, images, names=["depth"], **more)
+
+
+def test_an_evaluator_without_its_annotations_is_left_out(capsys: Any) -> None:
+    images = Images(torch.zeros(4, 3, 4, 4), torch.zeros(4), annotations=frozenset())
+    found = registry.evaluate_models(
+        [Model("m", 4, frozenset({"cls"}), flat)],
+        images,
+        images,
+        options=Eval(),
+        seed=0,
+        device=torch.device("cpu"),
+        names=["knn"],
+    )
+    assert found == []
+    assert "not evaluated by knn, which needs images with labels" in capsys.readouterr().out
 
 
 def test_pixels() -> None:
@@ -232,6 +323,7 @@ def test_results_are_written_and_drawn(tmp_path: Path) -> None:
     table.write(ROWS, tmp_path, log)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["results.json", "results.png"]
     assert table.read(tmp_path / "results.json") == ROWS
+    assert table.read_protocols(tmp_path) == {}
     with Image.open(tmp_path / "results.png") as image:
         pixel = np.asarray(image.convert("RGB")).astype(int)
     assert pixel.shape[0] > 300 and pixel.shape[1] > 1000
@@ -240,6 +332,24 @@ def test_results_are_written_and_drawn(tmp_path: Path) -> None:
     for part, colours in ((pixel[:, :half], [blue]), (pixel[:, half:], [blue, orange])):
         for colour in colours:
             assert (np.abs(part - colour).sum(-1) < 12).sum() > 100
+
+
+def test_every_number_has_its_protocol(tmp_path: Path) -> None:
+    scores = [
+        table.Score("pixels", "knn", 70.0, "knn k=10 112 px"),
+        table.Score("dino", "knn", 80.0, "knn k=10 98 px"),
+        table.Score("pixels", "linear", 71.0, "linear 112 px"),
+        table.Score("student", "knn", 75.0, "knn k=10 112 px"),
+    ]
+    rows, protocols = table.tabulate(scores)
+    assert rows == {"pixels": {"knn": 70.0, "linear": 71.0}, "dino": {"knn": 80.0}} | {
+        "student": {"knn": 75.0}
+    }
+    table.write(rows, tmp_path, [], protocols)
+    assert table.read(tmp_path / "results.json") == rows
+    assert table.read_protocols(tmp_path) == protocols
+    lines = table.render(rows, protocols).splitlines()[-3:]
+    assert lines == ["knn k=10 112 px: pixels, student", "knn k=10 98 px: dino", "linear 112 px"]
 
 
 def test_a_run_without_evaluation_has_results_too(tmp_path: Path) -> None:
@@ -252,7 +362,7 @@ def test_a_run_without_evaluation_has_results_too(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 def test_any_number_of_ranks_finds_the_same_table(tmp_path: Path) -> None:
-    """Shares of unequal length, images without a label, a last round with fewer models."""
+    """Shares of unequal length, images without a label, features that are NaN on one rank."""
     rows = planted(151, 86, 72, 5, gap=6)
     rows.train_label_N[7] = rows.val_label_N[-1] = -1
     found = []
@@ -263,15 +373,32 @@ def test_any_number_of_ranks_finds_the_same_table(tmp_path: Path) -> None:
         first, *others = json.loads(file.with_suffix(".measured").read_text())
         assert others == [first] * (ranks - 1)
         found.append(first)
-    (table, owners, failure), *more = found
+    (rows_of_one, sums, failure), *more = found
     assert failure == "features of 'middle' are NaN or infinite; set --eval.on false"
-    assert list(table) == ["narrow", "wide", "middle"]
-    assert all(50 < row["linear"] <= 100 and 50 < row["knn"] <= 100 for row in table.values())
-    assert [row.pop("rank") for row in owners.values()] == [0, 0, 0]
-    for (again, shared, same), dealt in zip(more, ([0, 0, 1], [2, 0, 1]), strict=True):
-        assert (again, same) == (table, failure)
-        assert [row.pop("rank") for row in shared.values()] == dealt  # the widest first
-        assert shared == owners
+    assert list(rows_of_one) == ["narrow", "wide", "middle"]
+    values = [value for row in rows_of_one.values() for value in row.values()]
+    assert len(values) == 6 and all(50 < value <= 100 for value in values)
+    for again, others, same in more:
+        assert (again, same) == (rows_of_one, failure)
+        assert others == pytest.approx(sums, rel=1e-12)
+
+
+@pytest.mark.dist
+def test_an_evaluator_from_outside_is_in_the_results_of_a_run(tmp_path: Path) -> None:
+    for side in ("train", "val"):
+        folder(tmp_path / side, 17)  # not a multiple of the ranks
+    script = str(Path(__file__).with_name("outside_evaluator.py"))
+    printed = run(Forked(2, [script, *tiny(tmp_path, "run", {"optim.steps": 1})]))
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(rows) == ["pixels", "narrow", "wide", "student before", "student after"]
+    for name, row in rows.items():
+        assert list(row) == ["knn", "linear", *(["patch_rank"] if name != "pixels" else [])]
+        assert name == "pixels" or row["patch_rank"] >= 1
+    assert "patch_rank" in printed and "patch_rank of 17 validation images" in printed
+    protocols = json.loads((tmp_path / "run" / "protocols.json").read_text())
+    assert {name: list(row) for name, row in protocols.items()} == {
+        name: list(row) for name, row in rows.items()
+    }
 
 
 @pytest.mark.dist

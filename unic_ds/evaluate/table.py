@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +16,10 @@ from unic_ds.files.printable import printable
 Rows = Mapping[str, Mapping[str, float]]
 """Model -> evaluator -> accuracy in %, in the order of the table."""
 
+Protocols = Mapping[str, Mapping[str, str]]
+"""Model -> evaluator -> how the number was made."""
+
+PROTOCOLS = "protocols.json"
 TITLES = {"knn": "kNN %", "linear": "linear %"}
 
 NEEDS = (
@@ -24,12 +28,40 @@ NEEDS = (
 """Why a run is not evaluated although --eval.on is true."""
 
 
-def render(rows: Rows, title: str = "Frozen features, unseen images") -> str:
-    """The table as plain text."""
+class Score(NamedTuple):
+    """One number of the table."""
+
+    model: str
+    name: str
+    """Column of the table: the evaluator's name, or that and more if it yields several."""
+    value: float
+    protocol: str
+    """All that another needs to know to get the same number: `knn k=10 T=0.07 cosine 224 px`."""
+
+
+def render(
+    rows: Rows, protocols: Protocols | None = None, title: str = "Frozen features, unseen images"
+) -> str:
+    """The table as plain text, and below it how its numbers were made, as far as it is known."""
     console = Console(width=100, color_system=None, force_terminal=False, highlight=False)
     with console.capture() as capture:
         console.print(table(rows, title))
-    return capture.get()
+    return capture.get() + "".join(f"{line}\n" for line in legend(protocols or {}))
+
+
+def legend(protocols: Protocols) -> list[str]:
+    """Each protocol once; with its models if others have another one for the same evaluator."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for model, values in protocols.items():
+        for name, protocol in values.items():
+            models.setdefault((name, protocol), []).append(model)
+    several = [name for name, _ in models]
+    return [
+        printable(f"{protocol}: {', '.join(of)}" if several.count(name) > 1 else protocol)
+        for (name, protocol), of in sorted(
+            models.items(), key=lambda item: several.index(item[0][0])
+        )
+    ]
 
 
 def table(rows: Rows, title: str = "Frozen features, unseen images") -> Table:
@@ -55,20 +87,48 @@ def unevaluated(student: Path, *, on: bool) -> str:
     return f"finished; student in {str(student)!r}; it was not evaluated: {why}"
 
 
-def write(rows: Rows, folder: Path, log: Sequence[Mapping[str, Any]]) -> None:
-    """Write `results.png`, then `results.json` (whole or not at all), into `folder`.
+def tabulate(scores: Iterable[Score]) -> tuple[dict[str, dict[str, float]], Protocols]:
+    """Scores as rows of the table, and their protocols."""
+    rows: dict[str, dict[str, float]] = {}
+    protocols: dict[str, dict[str, str]] = {}
+    for score in scores:
+        rows.setdefault(score.model, {})[score.name] = score.value
+        protocols.setdefault(score.model, {})[score.name] = score.protocol
+    return rows, protocols
+
+
+def write(
+    rows: Rows,
+    folder: Path,
+    log: Sequence[Mapping[str, Any]],
+    protocols: Protocols | None = None,
+) -> None:
+    """Write `results.png`, `protocols.json`, then `results.json` (whole or not at all).
 
     `log` are the rows of the run's log.jsonl; those with a step and a loss are drawn.
     """
     curve = {row["step"]: row["loss"] for row in log if "step" in row and "loss" in row}
     plot(rows, sorted(curve.items()), folder / "results.png", title=folder.name)
-    plain = {model: dict(values) for model, values in rows.items()}
-    write_atomic(folder / "results.json", json.dumps(plain, indent=1))
+    # A file of its own: every key of results.json is a model, also to older versions.
+    if protocols:
+        write_atomic(folder / PROTOCOLS, json.dumps(plain(protocols), indent=1))
+    write_atomic(folder / "results.json", json.dumps(plain(rows), indent=1))
+
+
+def plain(table: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A table as dictionaries."""
+    return {model: dict(values) for model, values in table.items()}
 
 
 def read(file: Path) -> dict[str, dict[str, float]]:
     """The rows of a `results.json`."""
     return json.loads(file.read_text())
+
+
+def read_protocols(folder: Path) -> dict[str, dict[str, str]]:
+    """How the numbers of a run's results.json were made; {} for a run of an older version."""
+    file = folder / PROTOCOLS
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def plot(rows: Rows, curve: Sequence[tuple[int, float]], file: Path, title: str = "") -> Path:

@@ -5,21 +5,22 @@ own start.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unic_ds import data, dist, rng
-from unic_ds.config import job
+from unic_ds import config, data, dist, rng
+from unic_ds.data import Source
 from unic_ds.engine import deepspeed_engine
-from unic_ds.evaluate import features, rounds, table
+from unic_ds.evaluate import features, registry, table
+from unic_ds.evaluate.features import Annotation, EvalBatch, Model, ModelOutput, Outputs
+from unic_ds.evaluate.table import Score
 from unic_ds.models.student import Student
 from unic_ds.process import console, entry_point
+from unic_ds.tokens import Tokens
 from unic_ds.training import run_log, student_folder
 from unic_ds.training.setup import can_evaluate
 from unic_ds.training.state import RunContext, TrainState
@@ -36,17 +37,19 @@ def export_and_evaluate(run: RunContext, state: TrainState) -> None:
     dist.barrier()
     free_training_memory(state)
     student, on = run.out / "student", run.cfg.eval.on
-    rows: rounds.Rows = {}
+    scores: list[Score] = []
     if on and can_evaluate(run.train, run.val):
-        rows = evaluate(run, state, student)
+        scores = evaluate(run, state, student)
     if dist.rank() == 0:
-        table.write(rows, run.out, run_log.read(run.out / "log.jsonl"))
-        end = f"\n{table.render(rows)}" if rows else table.unevaluated(student, on=on)
-        print(end, flush=True)
+        rows, protocols = table.tabulate(scores)
+        table.write(rows, run.out, run_log.read(run.out / "log.jsonl"), protocols)
+        text = f"\n{table.render(rows, protocols)}"
+        end = text if rows else table.unevaluated(student, on=on)
+        console.say(end)
 
 
-def evaluate(run: RunContext, state: TrainState, student: Path) -> rounds.Rows:
-    """The rows of `measure`; RuntimeError with the way on where it cannot read what it needs."""
+def evaluate(run: RunContext, state: TrainState, student: Path) -> list[Score]:
+    """The scores of `measure`; RuntimeError with the remedy if it cannot read what it needs."""
     try:
         return measure(run, state)
     except (OSError, RuntimeError, ValueError) as error:
@@ -86,79 +89,90 @@ def free_training_memory(state: TrainState) -> None:
     torch.cuda.empty_cache()  # DALI takes memory beside torch's; nothing where there is no GPU
 
 
-def measure(run: RunContext, state: TrainState) -> rounds.Rows:
-    """kNN and linear accuracy (%) of pixels, each teacher, the student before and after."""
-    from unic_ds.evaluate import knn, linear  # scikit-learn takes seconds, and few starts get here
-
-    cfg, (train, val, widths) = run.cfg, extract(run, state)
-    evaluators = (
-        partial(knn.knn, k=cfg.eval.k, temperature=cfg.eval.temperature),
-        partial(linear.linear, seed=cfg.seed),
-    )
-    return rounds.evaluate(train, val, widths, evaluators, dist.device())
-
-
-def extract(run: RunContext, state: TrainState) -> tuple[rounds.Side, rounds.Side, dict[str, int]]:
-    """Features of the training and the validation images, and how wide each model's are."""
-    task, cfg, device = run.job, run.cfg, dist.device()
+def measure(run: RunContext, state: TrainState) -> list[Score]:
+    """Scores of pixels, each teacher that is run, the student before and after."""
+    cfg = run.cfg
     assert run.val is not None
-    before, after = (
-        Student(cfg.student, cfg.ladder, {}, seed=cfg.seed).to(device).eval() for _ in range(2)
-    )
-    if task.init:
-        warm_start.start_encoder(task.init, before.encoder)
-    warm_start.start_encoder(str(task.out / "student"), after.encoder)
-    widths: dict[str, int] = {}
     if state.teachers.cached:
         console.say(f"not measured, since not run: {', '.join(state.teachers.cached)}")
-
-    def encode(images: dict[int, Tensor]) -> Tensor:
-        small = images[cfg.student.size]
-        columns = {"pixels": features.pixels(small)}
-        columns |= {name: tokens.cls_BC for name, tokens in state.teachers.features(images).items()}
-        columns |= {
-            "student before": before.encode(small).cls_BC,
-            "student after": after.encode(small).cls_BC,
-        }
-        widths.update({name: value.shape[1] for name, value in columns.items()})
-        return torch.cat([value.float() for value in columns.values()], 1)
-
-    sizes = (cfg.student.size, *state.teachers.sizes)
     train, val = (
-        side_of(task, source, limit, sizes, encode)
+        SampledImages(source, cfg, limit)
         for source, limit in ((run.train, cfg.eval.max_train), (run.val, cfg.eval.max_val))
     )
-    return train, val, widths
-
-
-def side_of(
-    task: job.Job,
-    source: Any,
-    limit: int,
-    sizes: tuple[int, ...],
-    encode: Callable[[dict[int, Tensor]], Tensor],
-) -> rounds.Side:
-    """Features and labels of a seeded choice of `limit` images, shared by ranks."""
-    words_N = rng.random_bits(task.cfg.seed, "probe", 1, np.arange(len(source)))[:, 0]
-    order_N = np.argsort(words_N, kind="stable")
-    chosen_N = np.sort(order_N[source.label_N[order_N] >= 0][:limit])
-    mine_R = chosen_N[rounds.dealt(len(chosen_N))]
-    batches = data.passes(
-        source,
-        task.cfg.data,
-        sizes=tuple(dict.fromkeys(sizes)),
-        batch=task.cfg.eval.batch,
-        indices=mine_R,
+    return registry.evaluate_models(
+        models_of(run, state),
+        train,
+        val,
+        options=cfg.eval,
+        seed=cfg.seed,
         device=dist.device(),
     )
-    labels: list[Any] = []
 
-    def noted() -> Iterator[Any]:
-        for batch in console.track(batches, -(-len(mine_R) // task.cfg.eval.batch), "evaluating"):
-            # of what is shown: for a broken image that is its neighbour
-            labels.append(source.label_N[batch.index_B])
-            yield batch
 
-    share_RC = features.extract(encode, noted())
-    label_WR = dist.all_gather(torch.from_numpy(np.concatenate(labels)))
-    return rounds.Side(share_RC, rounds.in_order(label_WR, len(chosen_N)))
+def models_of(run: RunContext, state: TrainState) -> list[Model]:
+    """The models of the table, in its order."""
+    cfg, size = run.cfg, run.cfg.student.size
+    before, after = (
+        Student(cfg.student, cfg.ladder, {}, seed=cfg.seed).to(dist.device()).eval()
+        for _ in range(2)
+    )
+    if run.job.init:
+        warm_start.start_encoder(run.job.init, before.encoder)
+    warm_start.start_encoder(str(run.out / "student"), after.encoder)
+    return [
+        Model("pixels", size, frozenset({"cls"}), lambda image, _: Outputs(features.pixels(image))),
+        *(encoder(name, t.size, t) for name, t in state.teachers.teachers.items()),
+        encoder("student before", size, before.encode),
+        encoder("student after", size, after.encode),
+    ]
+
+
+def encoder(name: str, size: int, encode: Callable[[Tensor], Tokens]) -> Model:
+    """A model with CLS and patch tokens, such as a teacher or a `Student`'s `encode`."""
+
+    @torch.no_grad()
+    def outputs(image_B3HW: Tensor, _: frozenset[ModelOutput]) -> Outputs:
+        return Outputs(*encode(image_B3HW))
+
+    return Model(name, size, frozenset({"cls", "patch"}), outputs)
+
+
+class SampledImages:
+    """A seeded choice of a source's labelled images, dealt to the ranks (`features.ImageSet`).
+
+    An image that cannot be read is left out; too many of them are a ValueError.
+    """
+
+    annotations: frozenset[Annotation] = frozenset({"labels"})
+
+    def __init__(self, source: Source, cfg: config.Config, limit: int):
+        """Choose at most `limit` images."""
+        words_N = rng.random_bits(cfg.seed, "probe", 1, np.arange(len(source)))[:, 0]
+        order_N = np.argsort(words_N, kind="stable")
+        self.source, self.cfg = source, cfg
+        self.chosen_N = np.sort(order_N[source.label_N[order_N] >= 0][:limit])
+
+    def __len__(self) -> int:
+        return len(self.chosen_N)
+
+    def batches(self, sizes: Sequence[int]) -> Iterator[EvalBatch]:
+        """This rank's images once, as central squares."""
+        place_R, counted_R = features.deal(len(self))
+        size = self.cfg.eval.batch
+        shown = data.passes(
+            self.source,
+            self.cfg.data,
+            sizes=tuple(dict.fromkeys(sizes)),
+            batch=size,
+            indices=self.chosen_N[place_R],
+            device=dist.device(),
+        )
+        total = -(-len(place_R) // size)
+        for at, batch in enumerate(console.track(shown, total, "encoding images")):
+            here = slice(at * size, (at + 1) * size)
+            place_B = place_R[here]
+            # In place of a broken image its neighbour is shown, which is not to count twice.
+            read_B = batch.index_B == self.chosen_N[place_B]
+            place_B = np.where(counted_R[here] & read_B, place_B, features.FILLER)
+            labels = self.source.label_N[batch.index_B]
+            yield EvalBatch(batch.images, place_B, {"labels": labels})

@@ -109,6 +109,7 @@ def set_aside(run: RunContext) -> None:
     for name, aside in (
         ("results.json", f"results_{step}.json"),
         ("results.png", f"results_{step}.png"),
+        ("protocols.json", f"protocols_{step}.json"),
         ("student", f"encoders/{step}"),
     ):
         if (run.out / name).exists():
