@@ -33,14 +33,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unic_kernels.image_losses_kernels import (
+from unic_kernels.device import wide
+from unic_kernels.image_losses.kernels import (
     Lists,
     backward_triton,
     empty_grads,
     empty_results,
     forward_triton,
 )
-from unic_kernels.launch import wide
 
 TERMS = ("cosine", "smooth_l1", "mse")
 SMALL = 1e-8

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unic_kernels.buffers import buffer
-from unic_kernels.ladder_layout import Layout
+from unic_kernels.ladder.layout import Layout
 
 aten = torch.ops.aten
 

@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from unic_kernels import ladder_torch, ladder_triton
-from unic_kernels.ladder_layout import Layout, layout_of
-from unic_kernels.launch import wide
+from unic_kernels.device import wide
+from unic_kernels.ladder import cpu, launch
+from unic_kernels.ladder.layout import Layout, layout_of
 
 RECOMPUTE = ("none", "hidden", "all")
 
@@ -80,7 +80,7 @@ def _ladder(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Predictions per teacher, and z and h where they are kept."""
     layout = layout_of(widths, len(w2))
-    return ladder_torch.forward(x, w1, b1, w2, b2, layout, recompute)
+    return cpu.forward(x, w1, b1, w2, b2, layout, recompute)
 
 
 @_ladder.register_fake
@@ -116,7 +116,7 @@ def _ladder_backward(
     """Gradients of x (an empty list unless needed), w1, b1, w2, b2."""
     dy = [dy_BNC.contiguous() for dy_BNC in dy]  # autograd may expand one number over them
     layout = layout_of(widths, len(w2))
-    return ladder_torch.backward(dy, x, w1, b1, w2, z, h, layout, recompute, need_x)
+    return cpu.backward(dy, x, w1, b1, w2, z, h, layout, recompute, need_x)
 
 
 @_ladder_backward.register_fake
@@ -166,7 +166,7 @@ def on_device(
 ) -> Any:
     """Forward by Triton."""
     layout = layout_of(widths, len(w2))
-    return ladder_triton.forward_triton(x, w1, b1, w2, b2, layout, recompute)
+    return launch.forward_triton(x, w1, b1, w2, b2, layout, recompute)
 
 
 def backward_on_device(dy: list[Tensor], *given: Any) -> Any:
@@ -174,7 +174,7 @@ def backward_on_device(dy: list[Tensor], *given: Any) -> Any:
     x, w1, b1, w2, z, h, widths, *options = given
     dy = [dy_BNC.contiguous() for dy_BNC in dy]
     layout = layout_of(widths, len(dy))
-    return ladder_triton.backward_triton(dy, x, w1, b1, w2, z, h, layout, *options)
+    return launch.backward_triton(dy, x, w1, b1, w2, z, h, layout, *options)
 
 
 _ladder.register_kernel("cuda")(on_device)

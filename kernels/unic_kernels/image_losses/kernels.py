@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unic_kernels.launch import Build, beside, dense, pick
+from unic_kernels.device import Build, beside, dense, pick
 
 WEIGHTS = tuple(f"{kind}_w{i}" for kind in ("cls", "patch") for i in (1, 2, 3))
 STRIDES = ("cls_b", "patch_b", "patch_n")

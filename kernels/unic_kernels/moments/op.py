@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unic_kernels.launch import Build, beside, dense, pick
+from unic_kernels.device import Build, beside, dense, pick
 
 # The torch reference
 

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unic_kernels.image_losses import Distance, Pair, image_losses, image_losses_ref
-from unic_kernels.launch import Build, beside
+from unic_kernels.device import Build, beside
+from unic_kernels.image_losses.op import Distance, Pair, image_losses, image_losses_ref
 
 Balance = Callable[[Tensor, Tensor], Tensor]
 """Losses and uniforms (T, B) -> coefficients (T, B)."""

@@ -11,15 +11,15 @@ import torch
 import triton
 from torch import Tensor
 
-from unic_kernels.ladder_kernels import (
+from unic_kernels.device import Build, beside, dense, pick
+from unic_kernels.ladder.kernels import (
     find_kept,
     first_linear,
     hidden_gradient,
     input_gradient,
     weight_gradient,
 )
-from unic_kernels.ladder_layout import Layout
-from unic_kernels.launch import Build, beside, dense, pick
+from unic_kernels.ladder.layout import Layout
 
 
 class Config(NamedTuple):

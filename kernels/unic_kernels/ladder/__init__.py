@@ -1,0 +1,5 @@
+"""Ladder of projectors of one kind of token: `op.py` has the maths and the public function."""
+
+from unic_kernels.ladder.op import RECOMPUTE, ladder_projection, ladder_projection_ref
+
+__all__ = ["RECOMPUTE", "ladder_projection", "ladder_projection_ref"]
