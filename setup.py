@@ -14,7 +14,7 @@ setup(
     description="Distil several frozen vision models into one ViT by UNIC, on DeepSpeed",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=[*find_packages(include=["unic_ds", "unic_ds.*"]), "unic_kernels"],
+    packages=[*find_packages(include=["unic_ds", "unic_ds.*"]), *find_packages("kernels")],
     package_dir={"unic_kernels": "kernels/unic_kernels"},
     python_requires=">=3.11",
     classifiers=[

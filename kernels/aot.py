@@ -2,11 +2,11 @@
 golden table.
 
     python kernels/aot.py                 print the table
-    python kernels/aot.py --check         fail where it differs from aot.json, or may not ship
+    python kernels/aot.py --check         fail if it differs from aot.json, or may not ship
     python kernels/aot.py --write         make kernels/aot.json anew
     python kernels/aot.py --op moments    one op alone; also --arch 90
 
-An op is a file of `unic_kernels` with a function `builds(arch)`. What may not ship: code that
+Compiled is everything that `builds(arch)` of an op's `launch.py` yields. Code may not ship if it
 spills to the stack, wants more shared memory than a block can have, or multiplies bf16 without
 tensor cores, without asynchronous copies, or with operands loaded number by number. Numbers depend
 on the compiler, so the table names the versions that it holds for.
@@ -45,40 +45,36 @@ sys.path.insert(0, str(HERE))
 
 
 def ops() -> list[str]:
-    """The files of unic_kernels that have something to compile."""
-    files = sorted((HERE / "unic_kernels").glob("*.py"))
-    return [file.stem for file in files if re.search(r"^def builds\(", file.read_text(), re.M)]
+    """Names of the ops that have kernels to compile."""
+    return sorted(file.parent.name for file in (HERE / "unic_kernels").glob("*/launch.py"))
 
 
 def builds(names: list[str], archs: list[int]) -> Iterator[tuple[str, int, Any]]:
-    """Op, architecture and build of everything asked for."""
+    """Yield op, architecture and build of everything asked for."""
     for name in names:
-        module = importlib.import_module(f"unic_kernels.{name}")
+        module = importlib.import_module(f"unic_kernels.{name}.launch")
         for arch in archs:
             yield from ((name, arch, build) for build in module.builds(arch))
 
 
 def compiled(arch: int, build: Any) -> Any:
-    """What the compiler makes of a build, as the launcher would on a device."""
+    """Compile a build, as the launcher would on a device."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = build.kernel.arg_names
-    missing = set(names) ^ (build.types.keys() | build.constants.keys())
-    assert not missing, f"{build.name}: arguments {sorted(missing)} have no type, or are unknown"
-    types = {name: build.types.get(name, "constexpr") for name in names}
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if types[name].startswith("*") or name in build.aligned
-    }
-    source = ASTSource(build.kernel, types, dict(build.constants), attributes)
+    signature, attributes = {}, {}
+    for i, name in enumerate(build.kernel.arg_names):
+        written = "constexpr" if name in build.constants else build.types[name]
+        signature[name], _, divisor = written.partition(":")
+        if divisor:
+            attributes[i,] = [["tt.divisibility", int(divisor)]]
+    source = ASTSource(build.kernel, signature, dict(build.constants), attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(build.options))
 
 
 def tool(name: str, *arguments: str) -> str:
-    """Output of one of the binary tools that come with triton."""
+    """Return the output of one of the binary tools that come with triton."""
     import triton
 
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -87,7 +83,7 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def measure(op: str, arch: int, build: Any) -> tuple[str, dict[str, int]]:
-    """A row of the table: what the code needs and which instructions it has."""
+    """Return a row of the table: resources and instructions of the compiled code."""
     kernel = compiled(arch, build)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -102,7 +98,7 @@ def measure(op: str, arch: int, build: Any) -> tuple[str, dict[str, int]]:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers depend on."""
+    """Return the versions that the numbers depend on."""
     import triton
 
     found = re.search(r"V\d+\.\d+\.\d+", tool("ptxas", "--version"))
@@ -110,7 +106,7 @@ def versions() -> dict[str, str]:
 
 
 def faults(key: str, row: dict[str, int]) -> list[str]:
-    """Why a row may not ship."""
+    """Return the reasons why a row may not ship."""
     most = SHARED[int(key.rpartition("_")[2])]
     found = [f"{name} {row[name]}" for name in ("stack", "spill") if row[name]]
     if row["shared"] > most:
@@ -125,7 +121,7 @@ def faults(key: str, row: dict[str, int]) -> list[str]:
 
 
 def differences(table: dict[str, Any], golden: dict[str, Any], *, whole: bool) -> list[str]:
-    """How a table differs from the golden one; a row that is gone counts if all was compiled."""
+    """Return the differences from the golden table; a row may be absent unless all was compiled."""
     if golden["versions"] != versions():
         return [f"the table holds for {golden['versions']}, here is {versions()}: run with --write"]
     rows = golden["rows"]
@@ -141,7 +137,7 @@ def differences(table: dict[str, Any], golden: dict[str, Any], *, whole: bool) -
 
 
 def show(table: dict[str, dict[str, int]]) -> None:
-    """The table, for people."""
+    """Print the table."""
     width = max(map(len, table))
     print(" " * width, *(f"{name:>9}" for name in next(iter(table.values()))))
     for key, row in table.items():
@@ -149,7 +145,7 @@ def show(table: dict[str, dict[str, int]]) -> None:
 
 
 def main() -> int:
-    """The exit code: 1 where something may not ship or differs from the golden table."""
+    """Return the exit code: 1 if something may not ship or differs from the golden table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare with the golden table")

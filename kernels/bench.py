@@ -4,8 +4,8 @@
     python kernels/bench.py --op step --case unic_b      ladder and loss together, one case
     python kernels/bench.py --csv bench.csv --json bench.jsonl --plot pictures
 
-An op is first checked against the plain algebra in fp64, on the case in narrow; where that fails no
-number is printed and the exit code is 1. Counts (launches, bytes, FLOPs, activations kept) are of
+An op is first checked against the plain algebra in fp64, on a narrow case; if that fails, no number
+is printed and the exit code is 1. Counts (launches, bytes, FLOPs, activations kept) are of
 the case at its GPU batch and need no device. Times are of the machine at hand: with CUDA of the
 Triton kernels, without of the CPU path, never of a GPU that is not there.
 """
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 
 def options() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     about, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=about, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,14 +70,14 @@ def options() -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1."""
+    """Parse a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
     return int(text)
 
 
 def count(op: str, case: Case, compile_: bool) -> list[Row]:
-    """Counted rows of an op on a case, printed."""
+    """Count an op on a case, print it, return its rows."""
     print(f"\n{op} | {case.name} | counted at {case.images} images, forward unless said")
     print(
         f"  {'':14}{'launches':>10}{'GB moved':>10}{'TFLOP':>9}{'bwd':>9}{'GB kept':>9}{'syncs':>7}"
@@ -108,7 +108,7 @@ def count(op: str, case: Case, compile_: bool) -> list[Row]:
 
 
 def figure(name: str, value: float, target: float, *, most: bool, form: str = ".3f") -> Row:
-    """A figure with its target, printed."""
+    """Print a figure with its target; return its row."""
     reached = value <= target if most else value >= target
     sign = "<=" if most else ">="
     verdict = "reached" if reached else "NOT REACHED"
@@ -117,7 +117,7 @@ def figure(name: str, value: float, target: float, *, most: bool, form: str = ".
 
 
 def figures(op: str, case: Case, rows: list[Row]) -> list[Row]:
-    """What the counted rows of ladder and loss are held against."""
+    """Compare the counted rows of ladder and loss with their targets; print and return rows."""
     if op != "step":
         return []
     by = {row["way"]: row for row in rows}
@@ -138,7 +138,7 @@ def figures(op: str, case: Case, rows: list[Row]) -> list[Row]:
 
 
 def main() -> int:
-    """The exit code: 1 where a check fails."""
+    """Return the exit code: 1 if a check fails."""
     parser = options()
     given = parser.parse_args()
     if given.plot:
@@ -172,7 +172,7 @@ def main() -> int:
 
 
 def write_csv(file: Path, rows: list[Row]) -> None:
-    """A column for everything that any row has."""
+    """Write a column for every key that any row has."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with file.open("w", newline="") as out:
         writer = csv.DictWriter(out, columns)

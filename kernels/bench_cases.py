@@ -1,12 +1,12 @@
 """The cases of the benchmark, and every implementation that it sets side by side.
 
-A case is a real run's ladder and loss. Implementations, all differentiable from the rungs' tokens
-and their own weights, from the same values:
+A case is a real run's ladder and loss. Implementations, all differentiable by the rungs' tokens
+and by weights that start from the same values:
 
-    ours/NAME     `unic_kernels`, NAME what backward computes again: none, hidden, all
+    ours/NAME     `unic_kernels`, NAME the activation recomputation: none, hidden, all
     plain         a module per rung, teacher and kind of token; the loss in plain torch
-    concatenated  our large GEMMs left to torch's autograd: kept whole, backward dense
-    reference     what `--kernels reference` runs: plain, by slices of the concatenated weights
+    concatenated  our large GEMMs left to torch's autograd: all is kept, backward is dense
+    reference     the ops of `--kernels reference`: plain, by slices of the concatenated weights
 """
 
 from __future__ import annotations
@@ -20,23 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unic_kernels.distill_loss import (
-    Distilled,
-    distill_loss,
-    distill_loss_ref,
-    drop_coefficients,
-    drop_coefficients_ref,
-)
-from unic_kernels.image_losses import BOTH, Pair
+from unic_kernels.distill_loss import Distilled, distill_loss, distill_loss_ref
+from unic_kernels.drop_coefficients import drop_coefficients, drop_coefficients_ref
+from unic_kernels.dtype import upcast
+from unic_kernels.image_losses import Pair
+from unic_kernels.image_losses.cases import BOTH
 from unic_kernels.ladder import RECOMPUTE, ladder_projection, ladder_projection_ref
-from unic_kernels.ladder_layout import Layout
+from unic_kernels.ladder.layout import Layout
 
 KINDS = ("cls", "patch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Sizes of a run; `images` on a GPU as there, `cpu_images` where there is none."""
+    """Sizes of a run; `images` per GPU, `cpu_images` if there is none."""
 
     name: str
     about: str
@@ -51,8 +48,13 @@ class Case:
     @property
     def layout(self) -> tuple[tuple[int, ...], ...]:
         """Hidden width of a rung and teacher: the student's, fourfold on the last rung."""
-        own = [self.width] * (self.rungs - 1) + [4 * self.width]
-        return tuple((hidden,) * len(self.out) for hidden in own)
+        widths = [self.width] * (self.rungs - 1) + [4 * self.width]
+        return tuple((hidden,) * len(self.out) for hidden in widths)
+
+    @property
+    def hidden_T(self) -> tuple[int, ...]:
+        """Hidden units per token of each teacher, of all rungs."""
+        return tuple(map(sum, zip(*self.layout, strict=True)))
 
     @property
     def kept(self) -> float:
@@ -60,7 +62,7 @@ class Case:
         return (1 + (len(self.out) - 1) * (1 - self.drop)) / len(self.out)
 
     def small(self, divisor: int = 8, images: int = 4) -> Case:
-        """The same in narrow, for checks: as many rungs, teachers and tokens."""
+        """Return a narrower case for checks, with as many rungs, teachers and tokens."""
         out = tuple(width // divisor for width in self.out)
         return replace(self, width=self.width // divisor, out=out, images=images, cpu_images=images)
 
@@ -117,7 +119,7 @@ CASES = {
 
 
 class Batch(NamedTuple):
-    """What ladder and loss are given: tokens of every rung by kind, raw features, statistics."""
+    """Inputs of ladder and loss: tokens of every rung by kind, raw features, statistics."""
 
     x: dict[str, list[Tensor]]
     target: list[Pair]
@@ -127,10 +129,10 @@ class Batch(NamedTuple):
     weight_T: Tensor
     keep_TB: Tensor  # for gradients of the ladder alone
 
-    def given(self) -> list[Tensor]:
-        """What others hold anyway."""
+    def tensors(self) -> list[Tensor]:
+        """All that the student and the teachers hold anyway."""
         features = [x for pair in self.target for x in pair]
-        return [x for own in self.x.values() for x in own] + features + self.mean + self.std
+        return [x for rungs in self.x.values() for x in rungs] + features + self.mean + self.std
 
 
 class Weights(NamedTuple):
@@ -142,14 +144,14 @@ class Weights(NamedTuple):
     b2: list[Tensor]
 
     def leaves(self) -> list[Tensor]:
-        return [x for own in self for x in own]
+        return [x for group in self for x in group]
 
 
 def batch_of(case: Case, images: int, dtype: torch.dtype, device: str) -> Batch:
-    """Random tokens and features, drawn in bf16, held in `dtype`, the tokens behind one CLS token.
+    """Draw tokens and features in bf16, held in `dtype`, the tokens behind one CLS token.
 
-    As many pairs are kept as on average: a draw's luck would otherwise be in every ratio. Teachers
-    take turns at being the hardest; of the other pairs, the share `drop` is dropped.
+    Exactly as many pairs are kept as on average, since every ratio depends on their number. The
+    hardest teacher alternates from image to image; of the other pairs, `drop` are dropped.
     """
     torch.manual_seed(0)
     normal = partial(torch.randn, dtype=torch.bfloat16, device=device)
@@ -180,7 +182,7 @@ def batch_of(case: Case, images: int, dtype: torch.dtype, device: str) -> Batch:
 
 
 def weights_of(case: Case, dtype: torch.dtype, device: str) -> dict[str, Weights]:
-    """Random weights at the scale of training, drawn in bf16, held in `dtype`."""
+    """Draw weights at the scale of training in bf16, held in `dtype`."""
     torch.manual_seed(1)
 
     def normal(*shape: int, std: float) -> Tensor:
@@ -188,7 +190,7 @@ def weights_of(case: Case, dtype: torch.dtype, device: str) -> dict[str, Weights
         return value.to(dtype).requires_grad_()
 
     rows = [sum(widths) for widths in case.layout]
-    hidden = sum(own[0] for own in case.layout)
+    hidden = case.hidden_T[0]
     return {
         kind: Weights(
             [normal(size, case.width, std=case.width**-0.5) for size in rows],
@@ -205,8 +207,8 @@ class Projector(nn.Module):
 
     def __init__(self, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor):
         super().__init__()
-        own = (x.detach().clone() for x in (w1, b1, w2, b2))
-        self.w1, self.b1, self.w2, self.b2 = map(nn.Parameter, own)
+        copies = (x.detach().clone() for x in (w1, b1, w2, b2))
+        self.w1, self.b1, self.w2, self.b2 = map(nn.Parameter, copies)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         return F.linear(F.gelu(F.linear(x_BND, self.w1, self.b1)), self.w2, self.b2)
@@ -221,10 +223,11 @@ class Plain(nn.Module):
         columns: list[list[nn.Module]] = [[] for _ in teachers]
         blocks = Layout(case.layout).rungs
         for rung, (w1, b1) in enumerate(zip(weights.w1, weights.b1, strict=True)):
-            for t, row, column, width in blocks[rung]:
-                own, across = slice(row, row + width), slice(column, column + width)
-                bias_C = weights.b2[t] if rung == 0 else torch.zeros_like(weights.b2[t])
-                columns[t].append(Projector(w1[own], b1[own], weights.w2[t][:, across], bias_C))
+            for block in blocks[rung]:
+                w2, b2 = weights.w2[block.teacher], weights.b2[block.teacher]
+                bias_C = b2 if rung == 0 else torch.zeros_like(b2)
+                parts = (w1[block.rows], b1[block.rows], w2[:, block.columns], bias_C)
+                columns[block.teacher].append(Projector(*parts))
         self.columns = nn.ModuleList(map(nn.ModuleList, columns))
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
@@ -233,23 +236,22 @@ class Plain(nn.Module):
             total: Any = 0
             for rung, x_BND in zip(column, x, strict=True):  # type: ignore[arg-type]
                 y_BNC = rung(x_BND)
-                total = total + (y_BNC if y_BNC.dtype == torch.float64 else y_BNC.float())
+                total = total + upcast(y_BNC)
             found.append(total)
         return found
 
 
 def concatenated(x: Sequence[Tensor], weights: Weights) -> list[Tensor]:
-    """Two GEMMs where plain has one per teacher or rung, differentiated by torch."""
+    """Compute one GEMM for all that plain does per teacher or rung, differentiated by torch."""
     teachers = len(weights.w2)
     hidden: list[list[Tensor]] = [[] for _ in range(teachers)]
     for x_BND, w1, b1 in zip(x, weights.w1, weights.b1, strict=True):
-        for own, part in zip(
-            hidden, F.gelu(F.linear(x_BND, w1, b1)).chunk(teachers, -1), strict=True
-        ):
-            own.append(part)
+        h_BNH = F.gelu(F.linear(x_BND, w1, b1))
+        for parts, part in zip(hidden, h_BNH.chunk(teachers, -1), strict=True):
+            parts.append(part)
     return [
-        F.linear(torch.cat(own, -1), w2, b2)
-        for own, w2, b2 in zip(hidden, weights.w2, weights.b2, strict=True)
+        F.linear(torch.cat(parts, -1), w2, b2)
+        for parts, w2, b2 in zip(hidden, weights.w2, weights.b2, strict=True)
     ]
 
 
@@ -263,8 +265,8 @@ class Way(NamedTuple):
 
 
 def ways(case: Case, weights: dict[str, Weights], names: Sequence[str]) -> list[Way]:
-    """The implementations asked for, by name."""
-    own = [x for kind in KINDS for x in weights[kind].leaves()]
+    """Return the implementations asked for, by name."""
+    concatenated_weights = [x for kind in KINDS for x in weights[kind].leaves()]
     found = []
     for name in names:
         if name == "plain":
@@ -285,22 +287,22 @@ def ways(case: Case, weights: dict[str, Weights], names: Sequence[str]) -> list[
                 return concatenated(x, weights[kind])
             return op(x, *weights[kind], case.layout)
 
-        found.append(Way(name, own, partial(pairs, project), partial(lost, case, fused)))
+        lose = partial(lost, case, fused)
+        found.append(Way(name, concatenated_weights, partial(pairs, project), lose))
     return found
 
 
 def pairs(project: Callable[..., list[Tensor]], x: dict[str, list[Tensor]]) -> list[Pair]:
-    """Predictions of both kinds per teacher."""
+    """Return the predictions of both kinds per teacher."""
     cls, patch = (project(x[kind], kind) for kind in KINDS)
     return [(y_B1C[:, 0], y_BNC) for y_B1C, y_BNC in zip(cls, patch, strict=True)]
 
 
 def lost(case: Case, fused: bool, pred: list[Pair], batch: Batch) -> Distilled:
-    """The loss of predictions, with teacher dropping."""
-    loss, drop = (
-        (distill_loss, drop_coefficients) if fused else (distill_loss_ref, drop_coefficients_ref)
-    )
-    return loss(  # type: ignore[operator]
+    """Return the loss of predictions, with teacher dropping."""
+    loss = distill_loss if fused else distill_loss_ref
+    drop = drop_coefficients if fused else drop_coefficients_ref
+    return loss(
         pred,
         *batch[1:5],
         distances=((BOTH, BOTH),) * len(case.out),

@@ -2,8 +2,8 @@
 
     python kernels/bench_peaks.py [--json]
 
-With CUDA in bf16 at UNIC-L's shapes (336 px, 32 images), timed by Triton's own clock; without a GPU
-small ones, which time the program and not the machine. Shares are of the data sheet's peaks.
+With CUDA in bf16 at UNIC-L's shapes (336 px, 32 images), timed by `triton.testing.do_bench`; else
+small ones, whose times say nothing of the machine. Shares are of the data sheet's peaks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_time import ROOF, processor
+from bench_time import processor
+
+from unic_kernels.data_sheets import Peaks, peaks_of
 
 ROUNDS = 5
 """Of which the median counts on a CPU."""
@@ -34,7 +36,7 @@ def main() -> None:
         sys.exit(__doc__)
     gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if gpu else processor()
-    rows = list(measured("cuda" if gpu else "cpu", roof(name)))
+    rows = list(measured("cuda" if gpu else "cpu", peaks_of(name)))
     if "--json" in sys.argv:
         print(json.dumps({"device": name, "rows": rows}))
         return
@@ -44,22 +46,18 @@ def main() -> None:
         print(f"  {row['what']:44}{row['value']:10.2f} {row['unit']}{share}")
 
 
-def roof(name: str) -> tuple[float, float] | None:
-    """TFLOP/s and GB/s of a device's data sheet; None where it is not known."""
-    return next((found for part, found in ROOF.items() if part in name), None)
-
-
-def measured(device: str, peaks: tuple[float, float] | None) -> Iterator[dict[str, Any]]:
-    """The measurements, each with its share of the data sheet's peak."""
+def measured(device: str, peaks: Peaks | None) -> Iterator[dict[str, Any]]:
+    """Yield the measurements, each with its share of the data sheet's peak."""
     for kind, what, work, run in works(device):
-        value, unit = work / milliseconds(run, device), "GB/s" if kind == "memory" else "TFLOP/s"
-        value /= 1e6 if kind == "memory" else 1e9
-        share = value / peaks[kind == "memory"] if peaks else None
+        memory = kind == "memory"
+        unit = "GB/s" if memory else "TFLOP/s"
+        value = work / milliseconds(run, device) / (1e6 if memory else 1e9)
+        share = value / (peaks.gb_s if memory else peaks.tflops) if peaks else None
         yield {"kind": kind, "what": what, "value": value, "unit": unit, "share": share}
 
 
 def works(device: str) -> Iterator[tuple[str, str, float, Callable[[], Any]]]:
-    """(kind, description, bytes or FLOPs, what to run)."""
+    """Yield kind, description, bytes or FLOPs, and a function that does the work once."""
     large = device == "cuda"
 
     def normal(*shape: int) -> Tensor:
@@ -81,7 +79,7 @@ def works(device: str) -> Iterator[tuple[str, str, float, Callable[[], Any]]]:
 def attention(
     normal: Callable[..., Tensor], images: int, heads: int, tokens: int
 ) -> Iterator[tuple[str, str, float, Callable[[], Any]]]:
-    """Attention of a ViT with heads of 64, forward, and forward and backward."""
+    """Yield attention of a ViT with heads of 64: forward, then forward and backward."""
     q, k, v = (normal(images, heads, tokens, 64).requires_grad_() for _ in range(3))
     flops = 4.0 * images * heads * tokens**2 * 64
     given = torch.ones_like(q)
@@ -99,7 +97,7 @@ def attention(
 
 
 def milliseconds(run: Callable[[], Any], device: str) -> float:
-    """Median time of a call."""
+    """Return the median time of a call."""
     if device == "cuda":
         from triton.testing import do_bench
 

@@ -1,4 +1,4 @@
-"""Times of the machine at hand: Triton's own clock on a GPU, interleaved rounds on a CPU."""
+"""Times of this machine: by `triton.testing.do_bench` on a GPU, interleaved rounds on a CPU."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import torch
 from bench_cases import Case
 from bench_work import NAMES, Counts, Work, counts, works
 
-ROOF = {"H100": (989, 3350), "H200": (989, 4800), "A100": (312, 2039), "B200": (2250, 8000)}
-"""Dense bf16 TFLOP/s and GB/s that NVIDIA's data sheets state, by a part of the device's name."""
+from unic_kernels.data_sheets import peaks_of
+
 ON_CPU = ("plain", "ours/hidden", "ours")
-"""What is timed on a CPU; `hidden` is what the program does by default. On unic_b every way is."""
+"""Implementations timed on a CPU; `hidden` is the program's default. On unic_b all are timed."""
 TARGET = 1.5
-"""How much faster than plain ladder and loss shall be on a CPU, unic_b, 8 images, bf16."""
+"""The least speed-up of ladder and loss over plain on a CPU: unic_b, 8 images, bf16."""
 
 
 def machine(device: str) -> dict[str, str]:
-    """What a time depends on."""
+    """Device, versions and commit, on which a time depends."""
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
     import triton
 
@@ -39,7 +39,7 @@ def machine(device: str) -> dict[str, str]:
 
 
 def processor() -> str:
-    """Name of the CPU and the threads that torch uses."""
+    """Return the name of the CPU and the number of threads that torch uses."""
     file = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", file.read_text()) if file.exists() else None
     name = found[1].strip() if found else platform.processor() or platform.machine()
@@ -47,7 +47,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out; + where files differ from it."""
+    """Return the commit that is checked out, with + if files here differ from it."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -64,7 +64,7 @@ def commit() -> str:
 def measure(
     op: str, case: Case, images: int, device: str, repeats: int | None, compile_: bool
 ) -> list[dict[str, Any]]:
-    """Measured rows of an op on a case, printed."""
+    """Measure an op on a case, print it, return its rows."""
     every = device == "cuda" or case.name == "unic_b"
     names = [name for name in NAMES[op] if every or name in ON_CPU]
     made = list(works(op, case, images, torch.bfloat16, device, names))
@@ -94,14 +94,14 @@ def measure(
 
 
 def rates(cost: Counts, mode: str, ms: float) -> dict[str, float]:
-    """TFLOP/s, and GB/s forward, from what was counted."""
+    """Return TFLOP/s, and GB/s forward, by the counts."""
     tflop = {"fwd": cost.forward_tflop, "bwd": cost.backward_tflop}
     found = {"tflops": (tflop[mode] if mode in tflop else sum(tflop.values())) / ms * 1e3}
     return found | ({"gb_s": cost.gigabytes / ms * 1e3} if mode == "fwd" else {})
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What times on a CPU are held against: beside plain, and beside `--kernels reference`."""
+    """Compare times on a CPU with plain and with `--kernels reference`; print and return rows."""
     both = {row["way"]: row["ms"] for row in rows if row["mode"] == "both"}
     found = []
     for base in ("plain", "reference"):
@@ -115,17 +115,18 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def of_roof(row: dict[str, Any]) -> float | None:
-    """Share of the device's peak in FLOPs or bytes, whichever binds; none for unknown devices."""
-    name = torch.cuda.get_device_name()
-    roof = next((roof for part, roof in ROOF.items() if part in name), None)
-    return roof and max(row["tflops"] / roof[0], row.get("gb_s", 0) / roof[1])
+    """Return the share of the roofline: of peak FLOPs or bytes, whichever is larger; None for a
+    device whose data sheet is not known.
+    """
+    peaks = peaks_of(torch.cuda.get_device_name())
+    return peaks and max(row["tflops"] / peaks.tflops, row.get("gb_s", 0) / peaks.gb_s)
 
 
 Times = dict[tuple[str, str], tuple[tuple[float, float, float], float]]
 
 
 def on_cpu(made: list[Work], repeats: int) -> Times:
-    """Rounds in which every implementation runs once, so that all meet the machine alike."""
+    """Time rounds in which every implementation runs once, so that drift of the clock hits all."""
     found: dict[tuple[str, str], list[float]] = {}
     for turn in range(repeats + 1):
         for work in made:
@@ -145,7 +146,7 @@ def on_cpu(made: list[Work], repeats: int) -> Times:
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
-    """20 % quantile, median, 80 % quantile."""
+    """Return 20 % quantile, median, 80 % quantile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     cuts = quantiles(values, n=5, method="inclusive")
@@ -153,7 +154,7 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def on_gpu(made: list[Work]) -> Times:
-    """Triton's own clock, and the peak of memory."""
+    """Time by `triton.testing.do_bench`, and read the peak of memory."""
     from triton.testing import do_bench
 
     found: Times = {}
@@ -166,7 +167,7 @@ def on_gpu(made: list[Work]) -> Times:
 
 
 def modes(work: Work) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What is timed of an implementation."""
+    """Yield the timed parts of an implementation: forward, backward, both."""
     yield "fwd", work.forward
     if work.backward is None:
         return

@@ -1,10 +1,10 @@
-"""What the benchmark runs: per op and case the implementations, their check, their counts.
+"""Work of the benchmark: per op and case the implementations, their check, their counts.
 
 A check compares with the truth, the plain algebra in fp64: an implementation may be no further from
-it than twice what eager torch is in the benchmark's own type, + 1e-6. The truth is affordable on
-the case in narrow (an eighth of every width, 4 images; as many rungs, teachers and tokens). Of
-ladder and loss together it looks at predictions and gradients: how far the losses, few numbers, are
-from theirs is luck, and gradients go through them.
+it than twice what eager torch is in the benchmark's type, + 1e-6. The truth is affordable on
+a narrow case (an eighth of every width, 4 images; as many rungs, teachers and tokens). Of
+ladder and loss together it looks at predictions and gradients: losses are too few numbers to bound
+a distance, and gradients go through them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from counted import Launches, kept_bytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from unic_kernels import ladder_torch
 from unic_kernels.distill_loss import Distilled
 from unic_kernels.image_losses import Pair
-from unic_kernels.ladder_layout import Layout
+from unic_kernels.ladder import cpu
+from unic_kernels.ladder.arguments import BackwardArguments, ForwardArguments
+from unic_kernels.ladder.launch import CONFIGS
 from unic_kernels.moments import moments, moments_ref
 
 BOTH_WAYS = ("plain", "reference", "concatenated", *OURS)
@@ -43,13 +44,13 @@ class Work(NamedTuple):
     name: str
     forward: Callable[[], Any]
     backward: Callable[..., Any] | None
-    known: list[Tensor]  # what is not kept for backward, but held anyway
+    known: list[Tensor]  # held anyway, so not counted as kept for backward
 
 
 def works(
     op: str, case: Case, images: int, dtype: torch.dtype, device: str, names: Sequence[str]
 ) -> Iterator[Work]:
-    """The implementations of an op on a case, all from the same values."""
+    """Yield the implementations of an op on a case, all from the same values."""
     batch = batch_of(case, images, dtype, device)
     if op == "moments":
         x_BNC = batch.target[0][1]
@@ -69,7 +70,7 @@ def works(
 
 
 def drawn_like(x: Tensor) -> Tensor:
-    """Random numbers of type bf16, the same whatever type holds them."""
+    """Draw numbers in bf16, the same whatever type holds them."""
     return torch.randn_like(x, dtype=torch.bfloat16).to(x.dtype)
 
 
@@ -78,7 +79,7 @@ def inputs(batch: Batch) -> list[Tensor]:
 
 
 def step_work(way: Way, batch: Batch) -> Work:
-    """Ladder and loss; forward gives both results."""
+    """Return the work of ladder and loss; forward returns both results."""
     leaves = [*inputs(batch), *way.leaves]
 
     def forward() -> tuple[list[Pair], Distilled]:
@@ -88,11 +89,11 @@ def step_work(way: Way, batch: Batch) -> Work:
     def backward(found: tuple[list[Pair], Distilled], again: bool = False) -> Any:
         return torch.autograd.grad(found[1].loss, leaves, retain_graph=again)
 
-    return Work(way.name, forward, backward, [*batch.given(), *way.leaves])
+    return Work(way.name, forward, backward, [*batch.tensors(), *way.leaves])
 
 
 def ladder_work(way: Way, batch: Batch) -> Work:
-    """The ladder, led back from gradients that are 0 on dropped (teacher, image) pairs."""
+    """Return the work of the ladder; its gradients are 0 on dropped (teacher, image) pairs."""
     leaves = [*inputs(batch), *way.leaves]
     shared: dict[torch.dtype, list[Tensor]] = {}
 
@@ -107,17 +108,17 @@ def ladder_work(way: Way, batch: Batch) -> Work:
             ]
         return torch.autograd.grad(y, leaves, shared[y[0].dtype], retain_graph=again)
 
-    known = [*batch.given(), *way.leaves]
+    known = [*batch.tensors(), *way.leaves]
     return Work(way.name, lambda: way.project(batch.x), backward, known)
 
 
 def loss_work(way: Way, pred: Any, batch: Batch, leaves: list[Tensor]) -> Work:
-    """The loss of given predictions."""
+    """Return the work of the loss of given predictions."""
 
     def backward(found: Distilled, again: bool = False) -> Any:
         return torch.autograd.grad(found.loss, leaves, retain_graph=again)
 
-    return Work(way.name, lambda: way.lose(pred, batch), backward, [*batch.given(), *leaves])
+    return Work(way.name, lambda: way.lose(pred, batch), backward, [*batch.tensors(), *leaves])
 
 
 # The check
@@ -126,9 +127,9 @@ def loss_work(way: Way, pred: Any, batch: Batch, leaves: list[Tensor]) -> Work:
 def faults(
     op: str, case: Case, dtype: torch.dtype, device: str, wanted: Sequence[str], perturb: float = 0
 ) -> list[str]:
-    """How implementations are wrong on the case in narrow; none: they may be timed.
+    """Return the faults of implementations on the narrow case; none: they may be timed.
 
-    `perturb` scales what ours gives, to see that the check would notice.
+    `perturb` changes our results by this share, to show that the check finds it.
     """
     base = "reference" if op in ("step", "ladder") else "plain"
     names = dict.fromkeys((base, *wanted))
@@ -153,7 +154,7 @@ def faults(
 
 
 def results(work: Work, inputs: int) -> list[list[Tensor]]:
-    """What forward gives, gradients of inputs, and of weights."""
+    """Return the results of forward, gradients of inputs, and of weights."""
     given = work.forward()
     grads = list(work.backward(given)) if work.backward else []
     if work.backward is None:
@@ -167,14 +168,14 @@ def results(work: Work, inputs: int) -> list[list[Tensor]]:
 
 
 def errors(groups: list[list[Tensor]], truth: list[list[Tensor]]) -> list[float]:
-    """Largest distance from the truth per group; plain's weights are cut otherwise: left out."""
+    """Return the largest distance from the truth per group; groups cut otherwise are left out."""
     return [
         max(
-            ((x.double() - t).abs().max().item() for x, t in zip(own, right, strict=True)),
+            ((x.double() - t).abs().max().item() for x, t in zip(group, true, strict=True)),
             default=0.0,
         )
-        for own, right in zip(groups, truth, strict=True)
-        if len(own) == len(right)
+        for group, true in zip(groups, truth, strict=True)
+        if len(group) == len(true)
     ]
 
 
@@ -182,7 +183,7 @@ def errors(groups: list[list[Tensor]], truth: list[list[Tensor]]) -> list[float]
 
 
 class Counts(NamedTuple):
-    """What a forward pass and the whole cost, on a GPU at the case's own size."""
+    """Cost of a forward and a backward pass, on a GPU at the case's size."""
 
     launches: int
     gigabytes: float  # read and written forward
@@ -193,7 +194,7 @@ class Counts(NamedTuple):
 
 
 def counts(op: str, case: Case, images: int, names: Sequence[str]) -> dict[str, Counts]:
-    """Counts of every implementation, by tracing it on the meta device at full size."""
+    """Count every implementation by tracing it on the meta device at full size."""
     found = {}
     for work in works(op, case, images, torch.bfloat16, "meta", names):
         with Launches() as trace, torch.no_grad():
@@ -222,7 +223,7 @@ def counts(op: str, case: Case, images: int, names: Sequence[str]) -> dict[str, 
 
 
 def launched(case: Case, trace: Launches) -> int:
-    """Launches of ours: what the launchers' loops say in place of each op that the trace saw."""
+    """Return the launches of ours: those of its launchers for each op that the trace saw."""
     teachers = len(case.out)
     inside = {
         "unic_kernels::ladder": case.rungs + teachers,
@@ -234,7 +235,7 @@ def launched(case: Case, trace: Launches) -> int:
 
 
 def moved(op: str, case: Case, images: int, name: str) -> int:
-    """Bytes that ours reads and writes forward: each launch its tensors once."""
+    """Return the bytes that ours reads and writes forward: each launch its tensors once."""
     rows, out = images * (1 + case.patches), sum(case.out)
     hidden = sum(map(sum, case.layout))
     loss = 2 * rows * out * 2 + rows * len(case.out) * 3 * 4
@@ -243,7 +244,7 @@ def moved(op: str, case: Case, images: int, name: str) -> int:
     if op == "distill_loss":
         return loss
     weights = 2 * 2 * hidden * case.width + 2 * 2 * sum(
-        c * sum(own) for c, own in zip(case.out, zip(*case.layout, strict=True), strict=True)
+        c * k for c, k in zip(case.out, case.hidden_T, strict=True)
     )
     writes = 2 if name in ("ours/none", "ours/hidden") else 1  # z and h, or h
     ladder = 2 * rows * (case.rungs * case.width + hidden * (writes + 1) + out) + weights
@@ -251,23 +252,23 @@ def moved(op: str, case: Case, images: int, name: str) -> int:
 
 
 def cost(case: Case, recompute: str) -> list[int]:
-    """Multiplications and additions backward for one token of each teacher."""
+    """Return multiplications and additions backward for one token of each teacher."""
     again = recompute == "all"
     return [
-        2 * sum(own) * (2 * width + (2 + again) * case.width)
-        for width, own in zip(case.out, zip(*case.layout, strict=True), strict=True)
+        2 * hidden * (2 * width + (2 + again) * case.width)
+        for width, hidden in zip(case.out, case.hidden_T, strict=True)
     ]
 
 
 def backward_flops(op: str, case: Case, images: int, name: str) -> float:
-    """Multiplications and additions of ours backward, for as many kept pairs as on average."""
+    """Return multiplications and additions of ours backward, for the average of kept pairs."""
     if op not in ("step", "ladder"):
         return 0.0
     return case.kept * images * (1 + case.patches) * sum(cost(case, name.partition("/")[2]))
 
 
 class Share(NamedTuple):
-    """Backward FLOPs of the ladder over the dense ones: as done, and of kept pairs alone."""
+    """Backward FLOPs of the ladder over the dense ones: as computed, and of kept pairs alone."""
 
     path: str
     done: float
@@ -275,27 +276,26 @@ class Share(NamedTuple):
 
 
 def shares(case: Case) -> list[Share]:
-    """The ladder's shares on a CPU, by what is recomputed, and in tiles of a GPU."""
+    """Return the ladder's shares on a CPU, by recomputation, and in tiles of a GPU."""
     found = [on_cpu(case.small(), way.partition("/")[2]) for way in OURS]
     keep_TB = batch_of(case.small(), case.images, torch.bfloat16, "cpu").keep_TB
-    where = f"tiles of a GPU at {case.images} images"
-    return [*found, Share(where, tiled(case, keep_TB), least(case, keep_TB, "none"))]
+    path = f"tiles of a GPU at {case.images} images"
+    return [*found, Share(path, tiled(case, keep_TB), least(case, keep_TB, "none"))]
 
 
 def least(case: Case, keep_TB: Tensor, recompute: str) -> float:
-    """q, where teachers are of one width."""
+    """Return the share of kept pairs, weighted by cost: q if all teachers have one width."""
     cost_T = torch.tensor(cost(case, recompute), dtype=torch.float64)
     return float((keep_TB.double().mean(1) * cost_T).sum() / cost_T.sum())
 
 
 def on_cpu(case: Case, recompute: str) -> Share:
-    """Counted by torch from what runs, with 8 images."""
+    """Count by torch's FLOP counter, running 8 images."""
     batch = batch_of(case, 8, torch.bfloat16, "cpu")
-    own = weights_of(case, torch.bfloat16, "cpu")["patch"]
-    layout = Layout(case.layout)
-    x = [x_BND.detach() for x_BND in batch.x["patch"]]
-    weights = [[w.detach() for w in group] for group in own]
-    _, z, h = ladder_torch.forward(x, *weights, layout, recompute)
+    groups = (batch.x["patch"], *weights_of(case, torch.bfloat16, "cpu")["patch"])
+    x, w1, b1, w2, b2 = ([tensor.detach() for tensor in group] for group in groups)
+    widths = [width for rung in case.layout for width in rung]
+    _, z, h = cpu.forward(ForwardArguments(x, w1, b1, w2, b2, widths, recompute))
 
     def flops(keep_TB: Tensor) -> int:
         shape = (8, case.patches)
@@ -304,41 +304,42 @@ def on_cpu(case: Case, recompute: str) -> Share:
             for c, keep_B in zip(case.out, keep_TB, strict=True)
         ]
         with FlopCounterMode(display=False) as counter:
-            ladder_torch.backward(dy, x, *weights[:3], z, h, layout, recompute, need_x=True)
+            cpu.backward(BackwardArguments(dy, x, w1, b1, w2, z, h, widths, recompute, True))
         return counter.get_total_flops()
 
     share = flops(batch.keep_TB) / flops(torch.ones_like(batch.keep_TB))
     return Share(f"CPU path, {recompute}", share, least(case, batch.keep_TB, recompute))
 
 
-ROWS, NARROW, DEPTH = 128, 64, 64
-"""Rows of a tile, the same where images are no multiple of it, rows that a weight's gradient adds
-in one step: as the table of configs in `ladder_kernels` has them for 16-bit types."""
+_CONFIGS = CONFIGS[90]
+ROWS, FEW_ROWS, DEPTH = _CONFIGS.half.block_m, _CONFIGS.few_rows.block_m, _CONFIGS.half.block_k
+"""Rows of a tile; of one of dx if images are no multiple of it; rows that a weight's gradient adds
+in one step."""
 
 
 def tiled(case: Case, keep_TB: Tensor) -> float:
-    """Backward FLOPs of whole tiles over the dense ones without tiles.
+    """Return the backward FLOPs of whole tiles over the dense ones without tiles.
 
     dz and the weights' gradients go over packed rows of kept images; dx adds up the teachers that
     keep any image of a tile of plain rows.
     """
     tokens, images = case.patches, keep_TB.shape[1]
     rows = images * tokens
-    height = ROWS if tokens % ROWS == 0 else NARROW
+    height = ROWS if tokens % ROWS == 0 else FEW_ROWS
     first_image = torch.arange(0, rows, height) // tokens
     last_image = (torch.arange(0, rows, height) + height - 1).clamp(max=rows - 1) // tokens
     done = dense = 0.0
-    for width, own, keep_B in zip(case.out, zip(*case.layout, strict=True), keep_TB, strict=True):
+    for width, hidden, keep_B in zip(case.out, case.hidden_T, keep_TB, strict=True):
         packed = int(keep_B.sum()) * tokens
         high, deep = (-(-packed // step) * step for step in (ROWS, DEPTH))
         plain = int((keep_B[first_image] | keep_B[last_image]).sum()) * height
-        done += sum(own) * ((high + deep) * width + (deep + plain) * case.width)
-        dense += sum(own) * rows * 2 * (width + case.width)
+        done += hidden * ((high + deep) * width + (deep + plain) * case.width)
+        dense += hidden * rows * 2 * (width + case.width)
     return done / dense
 
 
 def compiled_launches(case: Case) -> int:
-    """Kernels and GEMM calls in what inductor writes for plain, forward; minutes for many rungs."""
+    """Count kernels and GEMM calls in inductor's code of plain, forward; takes minutes."""
     from torch._inductor.utils import run_and_get_code
 
     work = next(iter(works("step", case.small(), 2, torch.bfloat16, "cpu", ["plain"])))

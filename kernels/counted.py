@@ -1,4 +1,4 @@
-"""What a computation costs, counted without a device: launches, bytes, what autograd keeps.
+"""Costs of a computation, counted without a device: launches, bytes, memory that autograd keeps.
 
 Everything is seen from torch's dispatcher, so it may run on the meta device at full size.
 """
@@ -23,7 +23,7 @@ SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal
 class Launches(TorchDispatchMode):
     """Counts operations that compute, the bytes they read and write, host syncs, ours by name.
 
-    An operation reads its tensors and writes its results once; of views only what they show.
+    An operation reads its tensors and writes its results once; of a view, only its elements.
     """
 
     def __init__(self) -> None:
@@ -45,19 +45,19 @@ class Launches(TorchDispatchMode):
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """Every tensor of a nest once."""
+    """Yield every tensor of a nested structure once."""
     found = {id(x): x for x in tree_leaves(tree) if isinstance(x, Tensor)}
     yield from found.values()
 
 
 def size(x: Tensor) -> int:
-    """Bytes that a tensor shows: an expanded axis counts once."""
+    """Return the bytes of a tensor; an expanded axis counts once."""
     seen = (n for n, stride in zip(x.shape, x.stride(), strict=True) if stride)
     return int(torch.Size(seen).numel()) * x.element_size() if x.numel() else 0
 
 
 def kept_bytes(run: Callable[[], object], known: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for backward: every memory once, without that of `known`."""
+    """Return the bytes that autograd keeps for backward, each storage once, without `known`."""
     found: dict[int, int] = {}
     alive = []
 

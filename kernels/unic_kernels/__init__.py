@@ -1,1 +1,1 @@
-"""Triton ops of unic_ds; CPU tensors take torch code of the same algebra."""
+"""Triton ops of unic_ds, a folder each; CPU tensors take the same algebra in torch."""

@@ -1,8 +1,9 @@
-"""Large CPU buffers that are used again: a free list, as the CUDA allocator has one.
+"""Large CPU buffers that are reused: a free list, like that of the CUDA caching allocator.
 
-The system takes large blocks back when they are freed and hands out zeroed pages at first touch,
-one by one. For what a ladder keeps, that costs more in every step than the pass that fills it. Here
-a buffer is free once no tensor looks at it; at most twice what was in use at one time is held.
+The operating system reclaims large blocks when they are freed and zeroes new pages at first touch,
+one by one. For the activations that a ladder keeps, that costs more in every step than the pass
+that fills them. Here a buffer returns to the free list once no tensor refers to it; the pool holds
+at most twice the memory that was in use at one time.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ SMALL = 2**21
 
 
 class Pool:
-    """Memory that was in use and is free, the longest free first."""
+    """Blocks of memory that were in use and are free, the longest free first."""
 
     def __init__(self) -> None:
         self.free: list[mmap.mmap] = []
         self.used = self.peak = 0
 
     def take(self, need: int) -> mmap.mmap:
-        """The smallest free block that fits and is not twice too large, else a new one."""
+        """Return the smallest free block that fits and is not twice too large, else a new one."""
         fitting = [block for block in self.free if need <= len(block) <= 2 * need]
         block = min(fitting, key=len, default=None)
         if block is None:
@@ -50,7 +51,7 @@ POOL = Pool()
 
 
 def buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised CPU tensor."""
+    """Return an uninitialised CPU tensor."""
     need = prod(shape) * dtype.itemsize
     if need < SMALL:
         return torch.empty(shape, dtype=dtype)

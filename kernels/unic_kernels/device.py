@@ -1,14 +1,10 @@
-"""What every op shares on its way to a device: configs by architecture, builds to check ahead.
-
-An op file offers `builds(arch)`: every variant of its kernels that it ships for an architecture.
-`kernels/aot.py` compiles them all without a device.
-"""
+"""Launching on the device that holds a tensor, with the config of its architecture."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,23 +15,12 @@ ARCHS = (80, 90, 100)
 Config = TypeVar("Config")
 
 
-class Build(NamedTuple):
-    """One compilation of a kernel, as the launcher would ask for it on a device.
+def config_for(configs: Mapping[int, Config], device: torch.device) -> Config:
+    """Return the config of the newest architecture that `device` runs.
 
-    `types` has an entry per argument that is no constant, in the kernel's order; pointers and the
-    integers in `aligned` are multiples of 16, as they are for every width in use.
+    CPU tensors, which reach a launcher in Triton's interpreter alone, take Hopper's. ValueError for
+    a GPU that is older than every config.
     """
-
-    name: str
-    kernel: Any
-    types: Mapping[str, str]
-    constants: Mapping[str, Any]
-    options: Mapping[str, int]
-    aligned: frozenset[str] = frozenset()
-
-
-def pick(configs: Mapping[int, Config], device: torch.device) -> Config:
-    """The config of the newest architecture that `device` runs; Hopper's in the interpreter."""
     if device.type != "cuda":
         return configs[90]
     major, minor = torch.cuda.get_device_capability(device)
@@ -48,16 +33,11 @@ def pick(configs: Mapping[int, Config], device: torch.device) -> Config:
     return configs[max(known)]
 
 
-def beside(x: Tensor) -> AbstractContextManager:
-    """Launch on the device that holds `x`, which need not be the current one."""
+def on_device_of(x: Tensor) -> AbstractContextManager:
+    """Context manager that makes the device of `x` the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def dense(x: Tensor) -> Tensor:
-    """`x` where its last axis is contiguous, as kernels read it, else a copy."""
+def contiguous_rows(x: Tensor) -> Tensor:
+    """Return `x` if its last axis is contiguous, as kernels read it, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x` in fp32, or in fp64 where it has that."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -1,9 +1,8 @@
 """GELU and its derivative for the epilogues of Triton kernels.
 
 gelu(z) = z Phi(z), gelu'(z) = Phi(z) + z phi(z), Phi(z) = (1 + erf(z / sqrt 2)) / 2. erf by
-Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: |error| <= 1.5e-7, a fifth of an
-fp32 ulp's reach after the products. libdevice's erf is more exact, but spills at large tiles and
-does not run in the interpreter.
+Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: |error| <= 1.5e-7. libdevice's
+erf is more exact, but spills at large tiles and does not run in the interpreter.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def gelu(z):
 
 
 @triton.jit
-def gelu_slope(z):
+def gelu_derivative(z):
     """Derivative of `gelu`."""
     normal = 0.3989422804014327 * tl.exp(-0.5 * z * z)
     return 0.5 * (1.0 + erf(z * 0.7071067811865476)) + z * normal

@@ -229,8 +229,9 @@ def timed(run: Callable[[], Any]) -> dict[str, float | None]:
     The share is None where the device's data sheet is not known.
     """
     import torch
-    from bench_peaks import roof
     from torch.utils.flop_counter import FlopCounterMode
+
+    from unic_kernels.data_sheets import peaks_of
 
     with FlopCounterMode(display=False) as counter:
         run()
@@ -240,9 +241,9 @@ def timed(run: Callable[[], Any]) -> dict[str, float | None]:
         from triton.testing import do_bench
 
         ms = float(do_bench(run, warmup=100, rep=500, return_mode="median"))
-        peaks = roof(torch.cuda.get_device_name())
+        peaks = peaks_of(torch.cuda.get_device_name())
     tflops = counter.get_total_flops() / ms / 1e9
-    share = tflops / peaks[0] if peaks else None
+    share = tflops / peaks.tflops if peaks else None
     return {"ms": ms, "host_ms": host * 1e3, "tflops": tflops, "share": share}
 
 

@@ -1,23 +1,24 @@
 """The ladder's kernels in Triton's interpreter; `test_ladder_triton.py` runs this.
 
-Here the ops take the Triton path for CPU tensors too. Memory comes poisoned with NaN, between
-guards, so what a kernel leaves out or writes beside shows.
+Here the ops take the Triton path for CPU tensors too. Memory comes filled with NaN, between guards,
+so that a value which a kernel does not write, or writes out of bounds, shows.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from guarded_memory import Guarded, watched
+from guarded_memory import Guarded, use_triton
 from ladder_accuracy import UNEVEN, double, error, gradients
 from torch import Tensor
 
-from unic_kernels import ladder, ladder_triton
-from unic_kernels.ladder import Case, ladder_projection, ladder_projection_ref
-from unic_kernels.ladder_layout import Layout
+from unic_kernels.ladder import RECOMPUTE, ladder_projection, ladder_projection_ref, launch
+from unic_kernels.ladder.arguments import BackwardArguments, ForwardArguments
+from unic_kernels.ladder.cases import Case
+from unic_kernels.ladder.op import BACKWARD, FORWARD
 
-watched(ladder._ladder, ladder.on_device)
-watched(ladder._ladder_backward, ladder.backward_on_device)
+use_triton(FORWARD, ForwardArguments, launch.forward)
+use_triton(BACKWARD, BackwardArguments, launch.backward)
 
 CASES = [
     Case(name="M 127", images=1, tokens=127, width=96, layout=((32,), (64,)), out=(40,)),
@@ -32,7 +33,7 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("dtype", "recompute"),
-    [(torch.float16, "hidden"), *((torch.float32, kind) for kind in ladder.RECOMPUTE)],
+    [(torch.float16, "hidden"), *((torch.float32, kind) for kind in RECOMPUTE)],
     ids=str,
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -48,22 +49,22 @@ def test_near_the_truth(case: Case, dtype: torch.dtype, recompute: str) -> None:
 
 
 def test_nothing_is_computed_for_dropped_pairs() -> None:
-    """Rows of dz that belong to dropped images stay as poisoned as they came."""
+    """Rows of dz that belong to dropped images stay NaN, as their memory came."""
     case = Case(name="", images=5, tokens=30, width=32, layout=((16, 16),), out=(16, 16), drop=0)
-    x, w1, b1, w2, b2, layout, dy = case.inputs(torch.float32)
+    inputs = case.inputs(torch.float32)
     for teacher, dropped in ((0, [1, 2]), (1, [0, 2, 4])):
-        dy[teacher][dropped] = 0
-    plan = Layout(layout)
-    _, z, _ = ladder_triton.forward_triton(x, w1, b1, w2, b2, plan, "none")
+        inputs.dy[teacher][dropped] = 0
+    given = inputs.forward_arguments("none")
+    _, z, _ = launch.forward(given)
     with Guarded():
-        kept, _ = ladder_triton.seek(dy)
-        dz, _ = ladder_triton.hidden_gradients(dy, w2, z, plan, kept)
+        kept, _ = launch.find_kept(inputs.dy)
+        dz, _ = launch.hidden_grad(inputs.dy, inputs.w2, z, given.layout, kept)
     assert kept.count_T.tolist() == [3, 2]
     for teacher, images in ((0, [0, 3, 4]), (1, [1, 3])):
-        own_BNK = plan.of(dz, teacher, 150).unflatten(0, (5, 30))
-        written_B = own_BNK.isfinite().all(2).all(1)
+        dz_BNK = given.layout.matrix_of(dz, teacher, 150).unflatten(0, (5, 30))
+        written_B = dz_BNK.isfinite().all(2).all(1)
         assert written_B.nonzero().flatten().tolist() == images
-        assert own_BNK[~written_B].isnan().all()
+        assert dz_BNK[~written_B].isnan().all()
 
 
 def test_what_dropped_images_hold_reaches_nothing() -> None:

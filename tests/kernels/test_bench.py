@@ -15,6 +15,9 @@ import torch
 from bench_cases import CASES, batch_of, ways, weights_of
 from bench_work import counts, least, shares, tiled
 
+from unic_ds.planning import gpus
+from unic_kernels.data_sheets import PEAKS, peaks_of
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = ("--case", "unic_b", "--images", "1", "--repeats", "1")
@@ -118,3 +121,21 @@ def test_ways_start_from_one_value() -> None:
         weight_TB = way.lose(way.project(batch.x), batch).weight_TB
         assert torch.equal(weight_TB > 0, batch.keep_TB)
         assert (weight_TB > 0).float().mean() == case.kept
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA H100 80GB HBM3", "h100-80"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA L40S", "l40s"),
+    ],
+)
+def test_peaks_by_the_name_of_a_device(device: str, name: str) -> None:
+    """The planner has the same, and a device without a row has none."""
+    gpu = gpus.GPUS[name]
+    assert peaks_of(device) == PEAKS[name] == (gpu.tflops, gpu.memory_gb_s)
+    assert peaks_of("Tesla T4") is None

@@ -14,10 +14,12 @@ from unic_ds import config
 from unic_ds.config import Drop, Loss
 from unic_ds.losses.balance import Balancer, Dropping
 from unic_ds.losses.distill import distill_loss as plain_distill_loss
-from unic_ds.ops import REFERENCE
 from unic_ds.tokens import Target, Tokens
-from unic_kernels.distill_loss import CASES, distill_loss, drop_coefficients
-from unic_kernels.image_losses import CASES as LOSS_CASES
+from unic_kernels.distill_loss import distill_loss
+from unic_kernels.drop_coefficients import drop_coefficients
+from unic_kernels.drop_coefficients.cases import CASES
+from unic_kernels.image_losses.cases import CASES as LOSS_CASES
+from unic_kernels.ops import REFERENCE
 
 VECTORS = np.load(Path(__file__).parents[1] / "vectors" / "loss.npz", allow_pickle=False)
 

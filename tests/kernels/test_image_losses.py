@@ -9,15 +9,9 @@ import torch
 from image_losses_accuracy import doubled, near_the_truth, run
 from torch import Tensor
 
-from unic_kernels.image_losses import (
-    ALL,
-    BOTH,
-    CASES,
-    Case,
-    image_losses,
-    image_losses_ref,
-    lists,
-)
+from unic_kernels.image_losses import image_losses, image_losses_ref
+from unic_kernels.image_losses.cases import ALL, BOTH, CASES, Case
+from unic_kernels.image_losses.op import forward_arguments
 
 FORWARD = torch.ops.unic_kernels.image_losses.default
 BACKWARD = torch.ops.unic_kernels.image_losses_backward.default
@@ -79,7 +73,7 @@ def test_gradcheck(case):
 @pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[6]], ids=str)
 def test_opcheck(case):
     given = case.make(torch.float32)
-    plain = lists(*given[:4], case.distances, case.clamp, 1e-6)
+    plain = forward_arguments(*given[:4], case.distances, case.clamp, 1e-6)
     torch.library.opcheck(FORWARD, plain)
     detached = plain._replace(pred=[x.detach() for x in plain.pred])
     torch.library.opcheck(BACKWARD, (*detached, FORWARD(*detached)[2], given.grad_TB))
@@ -117,12 +111,12 @@ def test_a_broken_feature_is_seen():
 def test_only_references_and_row_statistics_are_saved():
     case = CASES[6]
     given = case.make(torch.bfloat16)
-    own = {x.data_ptr() for side in (given.pred, given.target) for pair in side for x in pair}
-    own |= {x.data_ptr() for x in (*given.mean, *given.std)}
+    inputs = {x.data_ptr() for side in (given.pred, given.target) for pair in side for x in pair}
+    inputs |= {x.data_ptr() for x in (*given.mean, *given.std)}
     fresh: list[Tensor] = []
 
     def pack(x: Tensor) -> Tensor:
-        if x.data_ptr() not in own:
+        if x.data_ptr() not in inputs:
             fresh.append(x)
         return x
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from ladder_accuracy import SMALL, UNEVEN, double, error, gradients
 from torch import Tensor
+from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
+from unic_kernels import ladder
+from unic_kernels.ladder import RECOMPUTE, cpu, ladder_projection, ladder_projection_ref
+from unic_kernels.ladder.cases import Case
+from unic_kernels.ladder.layout import Layout
+from unic_kernels.ladder.op import BACKWARD, FORWARD
 
-from unic_kernels import ladder, ladder_torch
-from unic_kernels.ladder import Case, ladder_projection, ladder_projection_ref
-from unic_kernels.ladder_layout import Layout
 
-
-@pytest.mark.parametrize("recompute", ladder.RECOMPUTE)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_near_the_truth(case: Case, dtype: torch.dtype, recompute: str) -> None:
@@ -29,7 +29,7 @@ def test_near_the_truth(case: Case, dtype: torch.dtype, recompute: str) -> None:
     assert [a <= 2 * b + 1e-6 for a, b in zip(ours, eager, strict=True)] == [True] * len(ours)
 
 
-@pytest.mark.parametrize("recompute", ladder.RECOMPUTE)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("layout", [((3, 3), (4, 4)), ((3, 0), (2, 4))], ids=["even", "uneven"])
 def test_gradcheck(layout: tuple[tuple[int, ...], ...], recompute: str) -> None:
     case = Case(name="tiny", images=2, tokens=3, width=4, layout=layout, out=(3, 2))
@@ -44,18 +44,16 @@ def test_gradcheck(layout: tuple[tuple[int, ...], ...], recompute: str) -> None:
     assert torch.autograd.gradcheck(op, leaves)
 
 
-@pytest.mark.parametrize("recompute", ladder.RECOMPUTE)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_opcheck(recompute: str) -> None:
-    x, w1, b1, w2, b2, layout, dy = SMALL[1].inputs(torch.float32)
-    widths = [width for rung in layout for width in rung]
-    args = [[t.detach().requires_grad_() for t in group] for group in (x, w1, b1, w2, b2)]
-    torch.library.opcheck(ladder._ladder, (*args, widths, recompute))
+    inputs = SMALL[1].inputs(torch.float32)
+    given = inputs.forward_arguments(recompute)
+    args = [[t.detach().requires_grad_() for t in group] for group in given[:5]]
+    torch.library.opcheck(FORWARD, (*args, given.widths, recompute))
     with torch.no_grad():
-        _, z, h = ladder._ladder(x, w1, b1, w2, b2, widths, recompute)
+        _, z, h = FORWARD(*given)
     for need_x in (True, False):
-        torch.library.opcheck(
-            ladder._ladder_backward, (dy, x, w1, b1, w2, z, h, widths, recompute, need_x)
-        )
+        torch.library.opcheck(BACKWARD, inputs.backward_arguments(z, h, recompute, need_x=need_x))
 
 
 def test_compiles_whole() -> None:
@@ -125,17 +123,32 @@ def test_errors_speak(change: dict[str, object], says: str) -> None:
 
 def test_layout() -> None:
     layout = Layout(UNEVEN)
-    assert layout.width_T == (11, 30, 19) and layout.before_T == (0, 11, 41)
+    assert layout.width_T == (11, 30, 19) and layout.column0_T == (0, 11, 41)
     assert layout.block(2, 2) == (2, 24, 7, 12) and layout.block(0, 1) is None
     assert not layout.even and Layout(((2, 2), (4, 4))).even
     flat = torch.arange(2.0 * layout.total)
-    assert torch.equal(torch.cat([layout.of(flat, t, 2).flatten() for t in range(3)]), flat)
+    assert torch.equal(torch.cat([layout.matrix_of(flat, t, 2).flatten() for t in range(3)]), flat)
 
 
 def test_kept_images() -> None:
     """Nothing is gathered where every image has a gradient."""
     dy_BNC = torch.zeros(4, 3, 2)
     dy_BNC[[0, 3], [1, 2], 1] = 1e-30
-    kept_B = ladder_torch.kept_images(dy_BNC)
+    kept_B = cpu.kept_images(dy_BNC)
     assert kept_B is not None and kept_B.tolist() == [0, 3]
-    assert ladder_torch.kept_images(dy_BNC[[0, 3]]) is None
+    assert cpu.kept_images(dy_BNC[[0, 3]]) is None
+
+
+def test_the_readme_shows_two_ways_to_one_result() -> None:
+    text = (Path(ladder.__file__).parents[2] / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    L, T, D, H, C = 3, 2, 8, 16, 5
+    x = [torch.randn(2, 4, D) for _ in range(L)]
+    w1, b1, w2 = (
+        [[torch.randn(*shape) / 4 for _ in range(T)] for _ in range(L)]
+        for shape in ((H, D), (H,), (C, H))
+    )
+    names = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": [torch.randn(C) for _ in range(T)]}
+    names |= {"L": L, "T": T, "H": H, "F": F, "torch": torch}
+    exec(code, found := names | {"ladder_projection": ladder_projection})
+    torch.testing.assert_close(found["fused"], found["plain"])

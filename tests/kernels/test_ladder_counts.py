@@ -1,10 +1,8 @@
-"""What the ladder op costs, counted: launches, what is kept for backward, multiplications."""
+"""Costs of the ladder op, counted: launches, memory kept for backward, multiplications."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
-
-from unic_kernels import ladder_torch
-from unic_kernels.ladder import Case, Inputs, ladder_projection
-from unic_kernels.ladder_layout import Layout
+from unic_kernels.ladder import cpu, ladder_projection
+from unic_kernels.ladder.cases import Case, Inputs
 
 
 def sizes(rungs: int, teachers: int, **changes: Any) -> Case:
@@ -42,9 +37,9 @@ def test_forward_launches() -> None:
     rungs, teachers = 24, 4
     count = 0
     for kind in ({}, {"tokens": 1}):
-        x, w1, b1, w2, b2, layout, _ = sizes(rungs, teachers, **kind).inputs(torch.bfloat16)
+        inputs = sizes(rungs, teachers, **kind).inputs(torch.bfloat16)
         with Launches() as launches:
-            ladder_torch.forward(x, w1, b1, w2, b2, Layout(layout), "none")
+            cpu.forward(inputs.forward_arguments("none"))
         count += launches.count
     print(f"\nCPU forward, both kinds, L = 24, T = 4: {count} launches")
     assert count == 3 * rungs + 2 * (1 + teachers) <= 4 * rungs + 2 * teachers
@@ -121,9 +116,7 @@ def test_backward_multiplies_for_kept_pairs_alone(tokens: int, recompute: str) -
 
 
 def flops(inputs: Inputs, recompute: str) -> int:
-    x, w1, b1, w2, b2, widths, dy = inputs
-    layout = Layout(widths)
-    _, z, h = ladder_torch.forward(x, w1, b1, w2, b2, layout, recompute)
+    _, z, h = cpu.forward(inputs.forward_arguments(recompute))
     with FlopCounterMode(display=False) as counter:
-        ladder_torch.backward(dy, x, w1, b1, w2, z, h, layout, recompute, need_x=True)
+        cpu.backward(inputs.backward_arguments(z, h, recompute))
     return counter.get_total_flops()

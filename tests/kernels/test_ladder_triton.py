@@ -12,8 +12,8 @@ import pytest
 import torch
 from ladder_accuracy import SMALL, double, error, gradients
 
-from unic_kernels import ladder
-from unic_kernels.ladder import Case, ladder_projection, ladder_projection_ref
+from unic_kernels.ladder import RECOMPUTE, ladder_projection, ladder_projection_ref
+from unic_kernels.ladder.cases import Case
 
 HERE = Path(__file__).resolve().parent
 
@@ -52,7 +52,7 @@ LARGE = Case(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recompute", ladder.RECOMPUTE)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [*SMALL, LARGE], ids=str)
 def test_near_the_truth_on_the_device(case, dtype, recompute):

@@ -13,7 +13,14 @@ import torch
 from image_losses_accuracy import near_the_truth, run
 from moments_accuracy import near_the_truth as moments_near_the_truth
 
-from unic_kernels import distill_loss, image_losses, moments
+from unic_kernels.distill_loss import distill_loss
+from unic_kernels.drop_coefficients import drop_coefficients, drop_coefficients_ref
+from unic_kernels.drop_coefficients.cases import CASES as DROP_CASES
+from unic_kernels.image_losses import image_losses, image_losses_ref
+from unic_kernels.image_losses.cases import BOTH, Case
+from unic_kernels.image_losses.cases import CASES as LOSS_CASES
+from unic_kernels.moments import moments
+from unic_kernels.moments.cases import CASES as MOMENTS_CASES
 
 HERE = Path(__file__).resolve().parent
 
@@ -34,33 +41,33 @@ def test_in_the_interpreter():
 @pytest.mark.gpu
 @pytest.mark.parametrize("raw", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", image_losses.CASES, ids=str)
+@pytest.mark.parametrize("case", LOSS_CASES, ids=str)
 def test_losses_near_the_truth_on_the_device(case, dtype, raw):
     near_the_truth(case, case.make(dtype, "cuda", raw))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", distill_loss.CASES, ids=str)
+@pytest.mark.parametrize("case", DROP_CASES, ids=str)
 def test_dropping_on_the_device(case):
     given = case.make("cuda")
-    found_TB = distill_loss.drop_coefficients(*given, **case.options)
-    want_TB = distill_loss.drop_coefficients_ref(*given, **case.options)
+    found_TB = drop_coefficients(*given, **case.options)
+    want_TB = drop_coefficients_ref(*given, **case.options)
     torch.testing.assert_close(found_TB, want_TB, rtol=1e-6, atol=0)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", moments.CASES[:-1], ids=str)
+@pytest.mark.parametrize("case", MOMENTS_CASES[:-1], ids=str)
 def test_moments_on_the_device(case, dtype):
     moments_near_the_truth(case, dtype, "cuda")
 
 
-LARGE = image_losses.Case(
+LARGE = Case(
     name="as trained",
     images=64,
     patches=256,
     widths=(768, 1024, 1280, 1536),
-    distances=((image_losses.BOTH, image_losses.BOTH),) * 4,
+    distances=((BOTH, BOTH),) * 4,
     strided=True,
 )
 
@@ -68,18 +75,18 @@ LARGE = image_losses.Case(
 @pytest.mark.gpu
 def test_a_hundred_runs_are_bitwise_equal():
     given = LARGE.make(torch.bfloat16, "cuda")
-    first = run(image_losses.image_losses, LARGE, given)
-    first_SC = moments.moments(given.target[3][1])
+    first = run(image_losses, LARGE, given)
+    first_SC = moments(given.target[3][1])
     for _ in range(100):
-        again = run(image_losses.image_losses, LARGE, given)
+        again = run(image_losses, LARGE, given)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
-        assert torch.equal(moments.moments(given.target[3][1]), first_SC)
+        assert torch.equal(moments(given.target[3][1]), first_SC)
 
 
 def whole(given, uniform_TB):
     """Forward and backward of the loss, dropping included."""
-    drop = partial(distill_loss.drop_coefficients, weight_T=torch.ones_like(uniform_TB[:, 0]))
-    found = distill_loss.distill_loss(
+    drop = partial(drop_coefficients, weight_T=torch.ones_like(uniform_TB[:, 0]))
+    found = distill_loss(
         *given[:4],
         uniform_TB,
         distances=LARGE.distances,
@@ -97,7 +104,7 @@ def test_the_host_never_waits():
     torch.cuda.set_sync_debug_mode("error")
     try:
         whole(given, uniform_TB)
-        moments.moments(given.target[0][1])
+        moments(given.target[0][1])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -108,7 +115,6 @@ def test_not_slower_than_eager():
 
     given = LARGE.make(torch.bfloat16, "cuda")
     ours, eager = (
-        do_bench(partial(run, op, LARGE, given))
-        for op in (image_losses.image_losses, image_losses.image_losses_ref)
+        do_bench(partial(run, op, LARGE, given)) for op in (image_losses, image_losses_ref)
     )
     assert ours < eager

@@ -6,7 +6,8 @@ import pytest
 import torch
 from moments_accuracy import near_the_truth
 
-from unic_kernels.moments import CASES, moments, moments_ref
+from unic_kernels.moments import moments, moments_ref
+from unic_kernels.moments.cases import CASES
 
 OP = torch.ops.unic_kernels.moments.default
 FILLED = [case for case in CASES if 0 not in case.shape]

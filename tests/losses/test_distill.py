@@ -11,8 +11,8 @@ from unic_ds.config import Drop, Loss
 from unic_ds.losses.balance import Balancer, Dropping
 from unic_ds.losses.distill import distill_loss, no_gather
 from unic_ds.losses.terms import TERMS, Context
-from unic_ds.ops import KERNELS
 from unic_ds.tokens import Target, Tokens
+from unic_kernels.ops import KERNELS
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "loss.npz"
 

@@ -13,9 +13,9 @@ from unic_ds.models.encoder import build_encoder
 from unic_ds.models.initial_weights import initialise
 from unic_ds.models.ladder import Head, Ladder, rung_blocks
 from unic_ds.models.student import Student
-from unic_ds.ops import KERNELS
 from unic_ds.tokens import Tokens
 from unic_ds.weights.export import export
+from unic_kernels.ops import KERNELS
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "ladder.npz"
 TINY = config.Student(model="vit_tiny_patch16_224", size=32, drop_path=0.3)

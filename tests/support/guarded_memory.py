@@ -31,12 +31,12 @@ class Guarded(TorchFunctionMode):
         return block[WIDTH:-WIDTH].view(fresh.shape)
 
 
-def watched(op: CustomOpDef, path: Callable[..., Any]) -> None:
-    """Let CPU tensors take `path`, which may write nothing beside a new tensor."""
+def use_triton(op: CustomOpDef, arguments: Callable[..., Any], launch: Callable[..., Any]) -> None:
+    """Let CPU tensors take the launcher, which may write nothing outside of new tensors."""
 
     def guarded(*given: Any) -> Any:
         with Guarded() as mode:
-            found = path(*given)
+            found = launch(arguments(*given))
         for block in mode.blocks:
             assert block[:WIDTH].eq(GUARD).all() and block[-WIDTH:].eq(GUARD).all()
         return found

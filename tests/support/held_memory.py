@@ -24,9 +24,9 @@ from unic_ds.losses import balance
 from unic_ds.losses.distill import distill_loss
 from unic_ds.models.ladder import Head, heads_of
 from unic_ds.models.student import Student
-from unic_ds.ops import KERNELS
 from unic_ds.planning.counters import flop_counter
 from unic_ds.tokens import Target, Tokens
+from unic_kernels.ops import KERNELS
 
 WIDTHS = {"effnet": 1280, "dinov2": 384}
 

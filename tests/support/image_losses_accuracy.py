@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unic_kernels.image_losses import Case, Example, image_losses, image_losses_ref
+from unic_kernels.image_losses import image_losses, image_losses_ref
+from unic_kernels.image_losses.cases import Case, Example
 
 
 def run(op, case: Case, given: Example) -> list[Tensor | None]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from unic_kernels.ladder import Case, Inputs
+from unic_kernels.ladder.cases import Case, Inputs
 
 UNEVEN = ((5, 0, 7), (6, 6, 0), (0, 24, 12))
 """Teachers absent from rungs, widths that differ within one."""

@@ -21,10 +21,10 @@ from unic_ds import dist
 from unic_ds.config import args, job
 from unic_ds.engine import deepspeed_engine, optim
 from unic_ds.losses.distill import distill_loss
-from unic_ds.ops import KERNELS
 from unic_ds.process import entry_point
 from unic_ds.training import loop, setup
 from unic_ds.training.state import RunContext, TrainState
+from unic_kernels.ops import KERNELS
 
 TURNS, STEPS = 8, 6  # the first step of a turn is not counted, nor the last, which saves
 

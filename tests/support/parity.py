@@ -36,10 +36,10 @@ from unic_ds.losses.balance import Dropping
 from unic_ds.losses.distill import distill_loss
 from unic_ds.models.ladder import Head, Ladder
 from unic_ds.models.student import Student
-from unic_ds.ops import FUSED, Ops
 from unic_ds.teachers.standardise import Standardiser
 from unic_ds.tokens import KINDS, Target, Tokens
 from unic_ds.weights import import_unic
+from unic_kernels.ops import FUSED, Ops
 
 EXACT, PUBLISHED = 1e-5, 1e-4
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from unic_ds import config, dist
-from unic_ds.ops import FUSED, KERNELS, Ops
+from unic_kernels.ops import FUSED, KERNELS, Divisor, Ops
 
 
 class Balancer(nn.Module):
@@ -66,7 +66,7 @@ class Dropping(Balancer):
     authors' code, which depends on how a batch is split.
     """
 
-    def __init__(self, weight_T: Tensor, drop: config.Drop, divisor: str, ops: Ops = FUSED):
+    def __init__(self, weight_T: Tensor, drop: config.Drop, divisor: Divisor, ops: Ops = FUSED):
         super().__init__(weight_T)
         self.drop, self.divisor, self.ops = drop, divisor, ops
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from unic_ds import config
 from unic_ds.losses.balance import Balancer
 from unic_ds.losses.terms import TERMS, AllGather, Context
-from unic_ds.ops import FUSED, Ops
 from unic_ds.tokens import KINDS, Target, Tokens
 from unic_kernels.distill_loss import Distilled
+from unic_kernels.ops import FUSED, Ops
 
 FUSED_TERMS = ("cosine", "smooth_l1", "mse")
 """Terms that `unic_kernels` computes, in both of its implementations."""

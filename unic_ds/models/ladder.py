@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from unic_ds import config
 from unic_ds.config.block_choice import RungChoice
-from unic_ds.ops import FUSED, Ops
 from unic_ds.tokens import KINDS, Tokens
+from unic_kernels.ops import FUSED, Ops
 
 
 class Head(NamedTuple):

@@ -24,8 +24,8 @@ from unic_ds.models.encoder import (
 )
 from unic_ds.models.initial_weights import initialise
 from unic_ds.models.ladder import Head, Ladder
-from unic_ds.ops import FUSED, Ops
 from unic_ds.tokens import Normalise, Tokens
+from unic_kernels.ops import FUSED, Ops
 
 Gathered = Callable[[nn.Parameter], AbstractContextManager[bool]]
 """Context manager that gathers a ZeRO-3 parameter; True on the rank whose writes are kept."""

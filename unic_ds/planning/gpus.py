@@ -12,6 +12,7 @@ from unic_ds.config.option import nearest
 from unic_ds.config.overrides import coerce
 from unic_ds.files.documents import read_yaml
 from unic_ds.files.printable import printable
+from unic_kernels.data_sheets import PEAKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +79,13 @@ class Efficiency:
 
 
 def _row(  # a data sheet's numbers, in the order of the fields
-    name: str, memory: float, tflops: float, hbm: float, node: float, net: float, host: float
+    name: str, memory: float, node: float, net: float, host: float
 ) -> Gpu:
     return Gpu(
         name=name,
         memory_gb=memory,
-        tflops=tflops,
-        memory_gb_s=hbm,
+        tflops=PEAKS[name].tflops,
+        memory_gb_s=PEAKS[name].gb_s,
         node_gb_s=node,
         net_gb_s=net,
         host_gb_s=host,
@@ -94,12 +95,12 @@ def _row(  # a data sheet's numbers, in the order of the fields
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _row("a100-40", 42.5, 312, 1555, 300, 25, 32),
-        _row("a100-80", 85.0, 312, 2039, 300, 25, 32),
-        _row("h100-80", 85.5, 989, 3350, 450, 50, 64),
-        _row("h200", 150.7, 989, 4800, 450, 50, 64),
-        _row("b200", 192.2, 2250, 7700, 900, 50, 64),
-        _row("l40s", 48.3, 362, 864, 32, 25, 32),
+        _row("a100-40", 42.5, 300, 25, 32),
+        _row("a100-80", 85.0, 300, 25, 32),
+        _row("h100-80", 85.5, 450, 50, 64),
+        _row("h200", 150.7, 450, 50, 64),
+        _row("b200", 192.2, 900, 50, 64),
+        _row("l40s", 48.3, 32, 25, 32),
     )
 }
 """Networks are assumed: a 200 Gb/s adapter for each A100 and L40S, 400 Gb/s for the others."""

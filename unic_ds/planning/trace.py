@@ -25,13 +25,13 @@ from unic_ds.models.encoder import grid_of
 from unic_ds.models.ladder import heads_of
 from unic_ds.models.meta import NoInit
 from unic_ds.models.student import Student
-from unic_ds.ops import KERNELS
 from unic_ds.planning.counters import Meter, Work, flop_counter
 from unic_ds.teachers import cache as cache_of
 from unic_ds.teachers import quantisation, sources
 from unic_ds.teachers.adapters import Tower
 from unic_ds.teachers.teacher import DTYPE, Teacher
 from unic_ds.tokens import Target, Tokens
+from unic_kernels.ops import KERNELS
 
 RECOMPUTED, RECOMPUTED_ZERO3 = "recomputed", "recomputed under ZeRO-3"
 """FLOPs of recomputed blocks: up to the last tensor that backward uses; under ZeRO-3 all."""

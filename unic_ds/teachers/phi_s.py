@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from unic_ds import config
-from unic_ds.ops import FUSED, Ops
 from unic_ds.teachers.standardise import EPS, Standardiser, merge
 from unic_ds.tokens import Target, Tokens
+from unic_kernels.ops import FUSED, Ops
 
 
 def is_prime(n: int) -> bool:

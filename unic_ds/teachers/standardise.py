@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from unic_ds import config
-from unic_ds.ops import FUSED, Ops
 from unic_ds.tokens import Target, Tokens
+from unic_kernels.ops import FUSED, Ops
 
 EPS = 1e-6
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from unic_ds import config, dist
 from unic_ds.blocks import compile_each, equal_blocks
-from unic_ds.ops import FUSED, Ops
 from unic_ds.process import console
 from unic_ds.teachers import quantisation, sources
 from unic_ds.teachers.cache import FeatureCache
@@ -20,6 +19,7 @@ from unic_ds.teachers.phi_s import PhiS
 from unic_ds.teachers.standardise import Standardiser
 from unic_ds.teachers.teacher import Teacher, load
 from unic_ds.tokens import Target, Tokens
+from unic_kernels.ops import FUSED, Ops
 
 CachedTokens = Mapping[str, Tokens] | None
 """Tokens of the cached teachers by name, on the CPU."""

@@ -23,7 +23,6 @@ from unic_ds import blocks, config, dist, rng
 from unic_ds.config.job import Job, stop_files
 from unic_ds.engine import deepspeed_engine, determinism, optim
 from unic_ds.losses.distill import distill_loss
-from unic_ds.ops import KERNELS
 from unic_ds.process import console, entry_point
 from unic_ds.tokens import Target, Tokens
 from unic_ds.training import acceptance, events, final_eval, rollback, watchdog
@@ -32,6 +31,7 @@ from unic_ds.training.run_dir import resume, save, write_run_files
 from unic_ds.training.run_log import RunLog
 from unic_ds.training.setup import build
 from unic_ds.training.state import RunContext, TrainState
+from unic_kernels.ops import KERNELS
 
 COLLECT_EVERY = 50
 """Steps after which Python's garbage is collected, if no log line came before."""

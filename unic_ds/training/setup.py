@@ -25,7 +25,6 @@ from unic_ds.losses import balance
 from unic_ds.models.encoder import grid_of
 from unic_ds.models.ladder import heads_of
 from unic_ds.models.student import Student
-from unic_ds.ops import KERNELS
 from unic_ds.planning.counters import flop_counter
 from unic_ds.planning.trace import forward_flops
 from unic_ds.process import console, entry_point
@@ -36,6 +35,7 @@ from unic_ds.training.phases import Phases, SetPhase
 from unic_ds.training.state import RunContext, TrainState
 from unic_ds.training.step_guard import StepGuard
 from unic_ds.weights import warm_start
+from unic_kernels.ops import KERNELS
 
 FEW = 8
 """Real images that a quantised teacher is judged by, and validation images that are tried."""

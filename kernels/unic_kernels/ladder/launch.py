@@ -1,4 +1,4 @@
-"""Launches of the ladder's kernels, their configs by architecture, and builds to check ahead."""
+"""Launches of the ladder's kernels: tiles by architecture, grids, arguments, builds to check."""
 
 from __future__ import annotations
 
@@ -11,124 +11,120 @@ import torch
 import triton
 from torch import Tensor
 
-from unic_kernels.device import Build, beside, dense, pick
+from unic_kernels.builds import Build, build
+from unic_kernels.device import config_for, contiguous_rows, on_device_of
+from unic_kernels.ladder.arguments import BackwardArguments, ForwardArguments, Gradients, Results
 from unic_kernels.ladder.kernels import (
-    find_kept,
-    first_linear,
-    hidden_gradient,
-    input_gradient,
-    weight_gradient,
+    FIND_KEPT_TYPES,
+    FIRST_LINEAR_TYPES,
+    HIDDEN_GRAD_TYPES,
+    INPUT_GRAD_TYPES,
+    WEIGHT_GRAD_TYPES,
+    find_kept_kernel,
+    first_linear_kernel,
+    hidden_grad_kernel,
+    input_grad_kernel,
+    weight_grad_kernel,
 )
-from unic_kernels.ladder.layout import Layout
+from unic_kernels.ladder.layout import Layout, TileEntry
 
 
 class Config(NamedTuple):
     """A GEMM's tile: rows and columns of the result, depth of a step, warps, pipeline stages."""
 
-    rows: int
-    columns: int
-    inner: int
-    warps: int
-    stages: int
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
 
     def constants(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "COLUMNS": self.columns, "INNER": self.inner, "GROUP": 8}
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+        return blocks | {"GROUP_M": 8}
 
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-NARROW = 64
-"""Rows that are so few take smaller tiles: CLS tokens."""
+FEW_ROWS = 64
+"""Up to so many rows, smaller tiles are taken: CLS tokens."""
 
 
 class Configs(NamedTuple):
-    """Tiles of an architecture: for 16-bit types, the same for few rows, where the epilogue reads
-    a tile more, for fp32.
+    """Tiles of an architecture: for 16-bit types, the same for few rows, for `hidden_grad_kernel`,
+    whose epilogue reads one tile more, and for fp32.
     """
 
     half: Config
-    narrow: Config
-    slope: Config
-    single: Config
+    few_rows: Config
+    hidden_grad: Config
+    fp32: Config
 
-    def of(self, dtype: torch.dtype, *, narrow: bool = False, slope: bool = False) -> Config:
+    def of(
+        self, dtype: torch.dtype, *, few_rows: bool = False, hidden_grad: bool = False
+    ) -> Config:
         if dtype == torch.float32:
-            return self.single
-        return self.slope if slope else self.narrow if narrow else self.half
+            return self.fp32
+        return self.hidden_grad if hidden_grad else self.few_rows if few_rows else self.half
 
 
-_SLOPE = Config(128, 64, 64, 8, 3)
-_LATE = Configs(
+_HIDDEN_GRAD = Config(128, 64, 64, 8, 3)
+_HOPPER = Configs(
     half=Config(128, 128, 64, 8, 3),
-    narrow=Config(64, 128, 64, 4, 3),
-    slope=_SLOPE,
-    single=Config(64, 64, 32, 4, 2),
+    few_rows=Config(64, 128, 64, 4, 3),
+    hidden_grad=_HIDDEN_GRAD,
+    fp32=Config(64, 64, 32, 4, 2),
 )
 _AMPERE = Configs(
     half=Config(128, 128, 32, 8, 3),
-    narrow=Config(64, 128, 64, 8, 3),
-    slope=_SLOPE,
-    single=Config(64, 64, 16, 4, 2),
+    few_rows=Config(64, 128, 64, 8, 3),
+    hidden_grad=_HIDDEN_GRAD,
+    fp32=Config(64, 64, 16, 4, 2),
 )
-CONFIGS = {80: _AMPERE, 90: _LATE, 100: _LATE}
-SEEK_ROWS, SEEK_COLUMNS = 16, 256
-"""Tile of `find_kept`."""
+CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER}
+FIND_KEPT_BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 256}
 
 
-def forward_triton(
-    x: Sequence[Tensor],
-    w1: Sequence[Tensor],
-    b1: Sequence[Tensor],
-    w2: Sequence[Tensor],
-    b2: Sequence[Tensor],
-    layout: Layout,
-    recompute: str,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Predictions per teacher, z and h; these are empty unless they are kept. L + T launches."""
-    shape = x[0].shape[:2]
-    nothing = x[0].new_empty(0)
-    h = x[0].new_empty(shape.numel() * layout.total)
-    z = nothing if recompute == "all" else torch.empty_like(h)
-    fill_hidden(x, w1, b1, z, h, layout, None)
+def forward(given: ForwardArguments) -> Results:
+    """Return predictions per teacher, z and h. L + T launches."""
+    x, layout, rows = given.x, given.layout, given.shape.numel()
+    empty = x[0].new_empty(0)
+    h = x[0].new_empty(rows * layout.total)
+    z = empty if given.recompute == "all" else torch.empty_like(h)
+    first_linear(given, z, h, None)
     y = []
-    for teacher, (weight_CK, bias_C) in enumerate(zip(w2, b2, strict=True)):
-        h_MK = layout.of(h, teacher, shape.numel())
-        y.append(torch.addmm(bias_C, h_MK, weight_CK.T).unflatten(0, shape))
-    return y, z, h if recompute == "none" else nothing.clone()
+    for teacher, (weight_CK, bias_C) in enumerate(zip(given.w2, given.b2, strict=True)):
+        h_MK = layout.matrix_of(h, teacher, rows)
+        y.append(torch.addmm(bias_C, h_MK, weight_CK.T).unflatten(0, given.shape))
+    return y, z, h if given.recompute == "none" else empty.clone()
 
 
 class Kept(NamedTuple):
-    """Which images every teacher keeps: flags, the kept ones' indices in front, their number."""
+    """Images kept, per teacher: flags, indices with those of kept images in front, their number."""
 
     flag_TB: Tensor
     order_TB: Tensor
     count_T: Tensor
 
 
-def fill_hidden(
-    x: Sequence[Tensor],
-    w1: Sequence[Tensor],
-    b1: Sequence[Tensor],
-    z: Tensor,
-    h: Tensor,
-    layout: Layout,
-    kept: Kept | None,
+def first_linear(
+    given: ForwardArguments | BackwardArguments, z: Tensor, h: Tensor, kept: Kept | None
 ) -> None:
     """Write h, and z unless it is empty, of all images or of those kept."""
-    images, tokens, width = x[0].shape
+    layout = given.layout
+    images, tokens, width = given.x[0].shape
     rows = images * tokens
-    config = pick(CONFIGS, h.device).of(h.dtype, narrow=rows <= NARROW)
-    row_tiles = triton.cdiv(rows, config.rows)
-    for rung, x_BND in enumerate(map(dense, x)):
-        table = table_of(layout, rung, config.columns, h.device)
-        if not rows:
-            return
-        with beside(h):
-            first_linear[(row_tiles * len(table),)](
+    if not rows:
+        return
+    config = config_for(CONFIGS, h.device).of(h.dtype, few_rows=rows <= FEW_ROWS)
+    row_tiles = triton.cdiv(rows, config.block_m)
+    for rung, x_BND in enumerate(map(contiguous_rows, given.x)):
+        table = rung_table(layout, rung, config.block_n, h.device)
+        with on_device_of(h):
+            first_linear_kernel[(row_tiles * len(table),)](
                 x_BND,
-                w1[rung].contiguous(),
-                b1[rung].contiguous(),
+                given.w1[rung].contiguous(),
+                given.b1[rung].contiguous(),
                 z,
                 h,
                 table,
@@ -142,55 +138,46 @@ def fill_hidden(
                 x_BND.stride(1),
                 row_tiles,
                 len(table),
-                PACKED=kept is not None,
-                KEEP_Z=z.numel() > 0,
+                KEPT_ONLY=kept is not None,
+                STORE_Z=z.numel() > 0,
                 ALIGN=layout.align,
-                EVEN=width % config.inner == 0,
+                EVEN_K=width % config.block_k == 0,
                 **config.constants(),
                 **config.options(),
             )
 
 
-def backward_triton(
-    dy: Sequence[Tensor],
-    x: Sequence[Tensor],
-    w1: Sequence[Tensor],
-    b1: Sequence[Tensor],
-    w2: Sequence[Tensor],
-    z: Tensor,
-    h: Tensor,
-    layout: Layout,
-    recompute: str,
-    need_x: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Gradients of x (empty unless needed), w1, b1, w2, b2, over kept (teacher, image) pairs."""
-    images, tokens, _ = x[0].shape
-    kept, db2 = seek(dy)
-    if recompute == "hidden":  # of all images: a pass over memory, no GEMM
+def backward(given: BackwardArguments) -> Gradients:
+    """Return the gradients over kept (teacher, image) pairs."""
+    x, layout, z, h = given.x, given.layout, given.z, given.h
+    dy = [dy_BNC.contiguous() for dy_BNC in given.dy]  # autograd may expand one number over it
+    kept, db2 = find_kept(dy)
+    if given.recompute == "hidden":  # of all images: a pass over memory, no GEMM
         h = torch.ops.aten.gelu(z)
-    if recompute == "all":
-        h = x[0].new_empty(images * tokens * layout.total)
+    if given.recompute == "all":
+        h = x[0].new_empty(given.shape.numel() * layout.total)
         z = torch.empty_like(h)
-        fill_hidden(x, w1, b1, z, h, layout, kept)
-    dz, db1_K = hidden_gradients(dy, w2, z, layout, kept)
-    dx = input_gradients(x, w1, dz, layout, kept) if need_x else []
+        first_linear(given, z, h, kept)
+    dz, db1_K = hidden_grad(dy, given.w2, z, layout, kept)
+    dx = input_grad(x, given.w1, dz, layout, kept) if given.need_x else []
     dw1, dw2 = [], []
-    tile = pick(CONFIGS, x[0].device).of(x[0].dtype).rows
-    for rung, x_BND in enumerate(map(dense, x)):
-        table = table_of(layout, rung, tile, dz.device)
-        dw1.append(torch.empty_like(w1[rung], memory_format=torch.contiguous_format))
-        product(dz, x_BND, dw1[-1], table, kept, layout.align)
+    block_m = config_for(CONFIGS, x[0].device).of(x[0].dtype).block_m
+    for rung, x_BND in enumerate(map(contiguous_rows, x)):
+        table = rung_table(layout, rung, block_m, dz.device)
+        dw1.append(torch.empty_like(given.w1[rung], memory_format=torch.contiguous_format))
+        weight_grad(dz, x_BND, dw1[-1], table, kept, layout.align)
     for teacher, dy_BNC in enumerate(dy):
-        table = table_of_rows(teacher, dy_BNC.shape[2], tile, dz.device)
-        h_BNK = layout.of(h, teacher, images * tokens).unflatten(0, (images, tokens))
-        dw2.append(torch.empty_like(w2[teacher], memory_format=torch.contiguous_format))
-        product(dy_BNC, h_BNK, dw2[-1], table, kept, math.gcd(16, dy_BNC.shape[2]))
-    db1 = [torch.cat([db1_K[at] for at in layout.columns(rung)]) for rung in range(len(x))]
-    return dx, dw1, db1, dw2, db2
+        width = dy_BNC.shape[2]
+        table = output_table(teacher, width, block_m, dz.device)
+        h_BNK = layout.matrix_of(h, teacher, given.shape.numel()).unflatten(0, given.shape)
+        dw2.append(torch.empty_like(given.w2[teacher], memory_format=torch.contiguous_format))
+        weight_grad(dy_BNC, h_BNK, dw2[-1], table, kept, math.gcd(16, width))
+    db1 = [torch.cat([db1_K[part] for part in layout.columns(rung)]) for rung in range(len(x))]
+    return Gradients(dx, dw1, db1, dw2, db2)
 
 
-def seek(dy: Sequence[Tensor]) -> tuple[Kept, list[Tensor]]:
-    """The images with any gradient, and db2, in one pass over `dy`."""
+def find_kept(dy: Sequence[Tensor]) -> tuple[Kept, list[Tensor]]:
+    """Return the images with any gradient, and db2, in one pass over `dy`."""
     images, tokens, _ = dy[0].shape
     flag_TB = dy[0].new_zeros(len(dy), images, dtype=torch.int32)
     db2 = []
@@ -198,15 +185,14 @@ def seek(dy: Sequence[Tensor]) -> tuple[Kept, list[Tensor]]:
         width = dy_BNC.shape[2]
         part_BC = dy_BNC.new_empty(images, width, dtype=torch.float32)
         if images:
-            with beside(dy_BNC):
-                find_kept[(images, triton.cdiv(width, SEEK_COLUMNS))](
+            with on_device_of(dy_BNC):
+                find_kept_kernel[(images, triton.cdiv(width, FIND_KEPT_BLOCKS["BLOCK_N"]))](
                     dy_BNC,
                     flag_TB[teacher],
                     part_BC,
                     tokens,
                     width,
-                    ROWS=SEEK_ROWS,
-                    COLUMNS=SEEK_COLUMNS,
+                    **FIND_KEPT_BLOCKS,
                     num_warps=4,
                 )
         db2.append(part_BC.sum(0).to(dy_BNC.dtype))
@@ -214,27 +200,23 @@ def seek(dy: Sequence[Tensor]) -> tuple[Kept, list[Tensor]]:
     return Kept(flag_TB, order_TB, flag_TB.sum(1, dtype=torch.int32)), db2
 
 
-def hidden_gradients(
-    dy: Sequence[Tensor],
-    w2: Sequence[Tensor],
-    z: Tensor,
-    layout: Layout,
-    kept: Kept,
+def hidden_grad(
+    dy: Sequence[Tensor], w2: Sequence[Tensor], z: Tensor, layout: Layout, kept: Kept
 ) -> tuple[Tensor, Tensor]:
-    """dz of the kept images (the rest is not written) and its sum over all rows."""
+    """Return dz of the kept images (the rest is not written) and its sum over all rows."""
     images, tokens, _ = dy[0].shape
     rows = images * tokens
-    config = pick(CONFIGS, z.device).of(z.dtype, slope=True)
-    row_tiles = triton.cdiv(rows, config.rows)
+    config = config_for(CONFIGS, z.device).of(z.dtype, hidden_grad=True)
+    row_tiles = triton.cdiv(rows, config.block_m)
     dz = torch.empty_like(z)
     part_K = z.new_zeros(row_tiles, layout.total, dtype=torch.float32)
     for teacher, dy_BNC in enumerate(dy):
-        width, own = dy_BNC.shape[2], layout.width_T[teacher]
-        column_tiles = triton.cdiv(own, config.columns)
+        width, ld_k = dy_BNC.shape[2], layout.width_T[teacher]
+        column_tiles = triton.cdiv(ld_k, config.block_n)
         if not rows:
             break
-        with beside(z):
-            hidden_gradient[(row_tiles * column_tiles,)](
+        with on_device_of(z):
+            hidden_grad_kernel[(row_tiles * column_tiles,)](
                 dy_BNC,
                 w2[teacher].contiguous(),
                 z,
@@ -245,38 +227,37 @@ def hidden_gradients(
                 rows,
                 tokens,
                 width,
-                layout.before_T[teacher],
-                own,
+                layout.column0_T[teacher],
+                ld_k,
                 layout.total,
                 row_tiles,
                 column_tiles,
-                ALIGN=math.gcd(16, own),
-                EVEN=width % config.inner == 0,
+                ALIGN=math.gcd(16, ld_k),
+                EVEN_K=width % config.block_k == 0,
                 **config.constants(),
                 **config.options(),
             )
     return dz, part_K.sum(0).to(z.dtype)
 
 
-def input_gradients(
+def input_grad(
     x: Sequence[Tensor], w1: Sequence[Tensor], dz: Tensor, layout: Layout, kept: Kept
 ) -> list[Tensor]:
-    """dx of every rung, dense; L launches."""
+    """Return dx of every rung, dense; L launches."""
     images, tokens, width = x[0].shape
     rows = images * tokens
-    configs = pick(CONFIGS, dz.device)
-    config = configs.of(dz.dtype)
-    # A tile that meets several images computes a teacher for all where one keeps it.
-    narrow = rows <= NARROW or tokens % config.rows > 0
-    config = configs.of(dz.dtype, narrow=narrow)
-    row_tiles, column_tiles = triton.cdiv(rows, config.rows), triton.cdiv(width, config.columns)
+    configs = config_for(CONFIGS, dz.device)
+    # A tile that meets several images computes a teacher for all if one keeps it.
+    meets_several = tokens % configs.of(dz.dtype).block_m > 0
+    config = configs.of(dz.dtype, few_rows=rows <= FEW_ROWS or meets_several)
+    row_tiles, column_tiles = triton.cdiv(rows, config.block_m), triton.cdiv(width, config.block_n)
     dx = [x_BND.new_empty(x_BND.shape) for x_BND in x]
     for rung, weight_HD in enumerate(w1):
-        table = table_of(layout, rung, None, dz.device)
+        table = rung_table(layout, rung, None, dz.device)
         if not rows:
             break
-        with beside(dz):
-            input_gradient[(row_tiles * column_tiles,)](
+        with on_device_of(dz):
+            input_grad_kernel[(row_tiles * column_tiles,)](
                 dz,
                 weight_HD.contiguous(),
                 dx[rung],
@@ -290,25 +271,25 @@ def input_gradients(
                 row_tiles,
                 column_tiles,
                 ALIGN=math.gcd(layout.align, width),
-                EVEN=all(block.width % config.inner == 0 for block in layout.rungs[rung]),
+                EVEN_K=all(block.width % config.block_k == 0 for block in layout.rungs[rung]),
                 **config.constants(),
                 **config.options(),
             )
     return dx
 
 
-def product(
+def weight_grad(
     left: Tensor, right_BND: Tensor, out: Tensor, table: Tensor, kept: Kept, align: int
 ) -> None:
-    """Write left^T right over kept rows; the table says which columns of `left` are which rows.
+    """Write left^T right over kept rows; `table` maps columns of `left` to rows of `out`.
 
     `align` divides every width in the table.
     """
     images, tokens, width = right_BND.shape
-    config = pick(CONFIGS, out.device).of(out.dtype)
-    column_tiles = triton.cdiv(width, config.columns)
-    with beside(out):
-        weight_gradient[(len(table) * column_tiles,)](
+    config = config_for(CONFIGS, out.device).of(out.dtype)
+    column_tiles = triton.cdiv(width, config.block_n)
+    with on_device_of(out):
+        weight_grad_kernel[(len(table) * column_tiles,)](
             left,
             right_BND,
             out,
@@ -330,69 +311,65 @@ def product(
 
 
 @lru_cache(maxsize=4096)
-def table_of(layout: Layout, rung: int, tile: int | None, device: torch.device) -> Tensor:
-    """A rung's tiles of hidden units, or its blocks; sent to the device once."""
-    rows = [
-        (block.teacher, block.row + at, block.column + at, min(step, block.width - at), *place)
+def rung_table(layout: Layout, rung: int, tile: int | None, device: torch.device) -> Tensor:
+    """Return a rung's hidden units by tile, or by block if `tile` is None: int32 [tiles, 6].
+
+    Cached, so that it is sent to the device once.
+    """
+    entries = [
+        TileEntry(
+            block.teacher,
+            row0=block.row0 + start,
+            column=block.column + start,
+            num_columns=min(step, block.width - start),
+            column0=layout.column0_T[block.teacher],
+            ld_k=layout.width_T[block.teacher],
+        )
         for block in layout.rungs[rung]
         for step in (tile or block.width,)
-        for at in range(0, block.width, step)
-        for place in ((layout.before_T[block.teacher], layout.width_T[block.teacher]),)
+        for start in range(0, block.width, step)
     ]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+    return torch.tensor(entries, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=1024)
-def table_of_rows(teacher: int, width: int, tile: int, device: torch.device) -> Tensor:
-    """Tiles of a teacher's own channels, which have a matrix of their own."""
-    rows = [(teacher, at, at, min(tile, width - at), 0, width) for at in range(0, width, tile)]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+def output_table(teacher: int, width: int, tile: int, device: torch.device) -> Tensor:
+    """Return a teacher's output channels by tile, which have a matrix of their own."""
+    entries = [
+        TileEntry(teacher, start, start, min(tile, width - start), column0=0, ld_k=width)
+        for start in range(0, width, tile)
+    ]
+    return torch.tensor(entries, dtype=torch.int32, device=device)
 
 
 def builds(arch: int) -> Iterator[Build]:
-    """Every variant that ships for an architecture: bf16 in its tiles, and fp32."""
-    half, narrow, slope, single = CONFIGS[arch]
-    for name, kernel, constants in variants():
-        tiles = {"bf16": half, "bf16 narrow": narrow, "fp32": single}
-        if kernel is hidden_gradient:
-            tiles = {"bf16": slope, "fp32": single}
-        if kernel is weight_gradient:
-            del tiles["bf16 narrow"]
+    """Yield every variant that ships for an architecture: bf16 in its tiles, and fp32."""
+    configs = CONFIGS[arch]
+    for name, kernel, types, constants in variants():
+        tiles = {"bf16": configs.half, "bf16 few rows": configs.few_rows, "fp32": configs.fp32}
+        if kernel is hidden_grad_kernel:
+            tiles = {"bf16": configs.hidden_grad, "fp32": configs.fp32}
+        if kernel is weight_grad_kernel:
+            del tiles["bf16 few rows"]
         for size, config in tiles.items():
-            types = types_of(kernel, size.split()[0])
-            known = config.constants() | constants
-            aligned = frozenset(types) & ALIGNED
-            yield Build(f"{name} {size}", kernel, types, known, config.options(), aligned)
+            known, options = config.constants() | constants, config.options()
+            dtype = size.split()[0]
+            yield build(f"{name} {size}", kernel, types, known, options, dtype=dtype)
     for dtype in ("bf16", "fp32"):
-        constants = {"ROWS": SEEK_ROWS, "COLUMNS": SEEK_COLUMNS}
-        types = types_of(find_kept, dtype)
-        name = f"find_kept {dtype}"
-        yield Build(name, find_kept, types, constants, {"num_warps": 4}, frozenset({"width"}))
+        options = {"num_warps": 4}
+        name, kernel = f"find_kept {dtype}", find_kept_kernel
+        yield build(name, kernel, FIND_KEPT_TYPES, FIND_KEPT_BLOCKS, options, dtype=dtype)
 
 
-def variants() -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Name, kernel and constants of everything that the launchers ask for, in aligned widths."""
-    even: dict[str, Any] = {"ALIGN": 16, "EVEN": True}
-    for keep in (True, False):
-        kind = "z" if keep else "h alone"
-        yield f"first_linear {kind}", first_linear, even | {"PACKED": False, "KEEP_Z": keep}
-    yield "first_linear packed", first_linear, even | {"PACKED": True, "KEEP_Z": True}
-    yield "hidden_gradient", hidden_gradient, even
-    yield "input_gradient", input_gradient, even
-    yield "weight_gradient", weight_gradient, {"ALIGN": 16}
-
-
-ALIGNED = frozenset(
-    {"width", "x_image", "x_token", "before", "own", "total_width", "right_image", "right_token"}
-)
-POINTERS = frozenset({"x", "weight", "bias", "z", "h", "dy", "dz", "dx", "left", "right", "out"})
-
-
-def types_of(kernel: Any, dtype: str) -> dict[str, str]:
-    """The types of a kernel's arguments, as launched."""
-    special = {"table": "*i32", "order": "*i32", "count": "*i32", "keep": "*i32", "part": "*fp32"}
-    return {
-        name: special.get(name, f"*{dtype}" if name in POINTERS else "i32")
-        for name in kernel.arg_names
-        if not name.isupper()
-    }
+def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
+    """Yield name, kernel, types and constants of all that is launched, for aligned widths."""
+    even: dict[str, Any] = {"ALIGN": 16, "EVEN_K": True}
+    for name, constants in (
+        ("first_linear z", {"KEPT_ONLY": False, "STORE_Z": True}),
+        ("first_linear h alone", {"KEPT_ONLY": False, "STORE_Z": False}),
+        ("first_linear kept", {"KEPT_ONLY": True, "STORE_Z": True}),
+    ):
+        yield name, first_linear_kernel, FIRST_LINEAR_TYPES, even | constants
+    yield "hidden_grad", hidden_grad_kernel, HIDDEN_GRAD_TYPES, even
+    yield "input_grad", input_grad_kernel, INPUT_GRAD_TYPES, even
+    yield "weight_grad", weight_grad_kernel, WEIGHT_GRAD_TYPES, {"ALIGN": 16}
