@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     stages = waiting(task)  # looked at before anything runs, when all ranks see the same
     from unic_ds.training import loop
 
-    loop.start(task, stages)
+    loop.run_stages(task, stages)
     return 0
 
 

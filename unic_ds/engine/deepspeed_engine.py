@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -139,22 +140,22 @@ def queue_waits(optimizer: Any, name: str, accelerator: Any, stream: Any) -> Non
     if method is None:
         return
 
-    def meet(*_: Any) -> None:
+    def wait_mutually(*_: object) -> None:
         current = accelerator.current_stream()
         stream.wait_stream(current)  # in ZeRO-1 and 2 a bucket may be full and not reduced yet
         current.wait_stream(stream)
 
-    def queued(*given: Any) -> None:
+    def without_host_waits(*given: object) -> None:
         for owner in (accelerator, stream):
-            owner.synchronize = meet
+            owner.synchronize = wait_mutually
         try:
             method(*given)
-            meet()
+            wait_mutually()
         finally:
             for owner in (accelerator, stream):
                 del owner.synchronize
 
-    setattr(optimizer, name, queued)
+    setattr(optimizer, name, without_host_waits)
 
 
 def mask_norm_on_device() -> None:
@@ -165,7 +166,7 @@ def mask_norm_on_device() -> None:
     """
     from deepspeed.runtime.zero import stage_1_and_2
 
-    def mask(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
+    def mask(norm: Tensor, device: object = None, val: float = -1.0) -> None:
         norm.masked_fill_(~norm.isfinite(), val)
 
     if hasattr(stage_1_and_2, "mask_nan_or_inf_with_val_inplace"):
@@ -185,7 +186,7 @@ def adamw(groups: list[dict[str, Any]], cfg: config.Optim) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, **options)
 
 
-def use_zero3_linear_in_student_only(student: nn.Module, linear: Any) -> None:
+def use_zero3_linear_in_student_only(student: nn.Module, linear: Callable[..., Tensor]) -> None:
     """Use the `linear` of ZeRO-3 in the student's Linears, and nowhere else in this process.
 
     DeepSpeed replaces `F.linear` globally by one that keeps no gathered weight. In bf16 it rounds
@@ -200,7 +201,7 @@ def use_zero3_linear_in_student_only(student: nn.Module, linear: Any) -> None:
             module.forward = partial(forward, module)  # type: ignore[method-assign]
 
 
-def load_deepspeed() -> Any:
+def load_deepspeed() -> ModuleType:
     """Import DeepSpeed without its log lines, and without its C++ all-reduce for CPUs.
 
     That op needs a compiler and half a minute at the first start, and works on one node only; gloo
@@ -280,14 +281,14 @@ def set_found_inf(engine: Engine[nn.Module], found_inf: Callable[[Tensor | float
     """
     outer, inner = engine.optimizer, engine.basic_optimizer
 
-    def ask(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def set_from_guard(optimizer: torch.optim.Optimizer, *_: object) -> None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         norm = local_grad_norm(weights) if outer is inner else outer._global_grad_norm
         optimizer.found_inf = found_inf(norm).to(weights[0].device)  # type: ignore[attr-defined]
 
     # If a part of the state is offloaded, DeepSpeed steps the rest by a second AdamW.
     for optimizer in filter(None, (inner, getattr(outer, "backup_optimizer", None))):
-        optimizer.register_step_pre_hook(ask)
+        optimizer.register_step_pre_hook(set_from_guard)
 
 
 def local_grad_norm(weights: list[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 from timm.models import group_parameters
 from torch import nn
@@ -71,7 +71,13 @@ def layer_scales(encoder: Any, decay: float) -> dict[str, float]:
     return {f"encoder.{name}": decay ** (top - i) for name, i in layer.items()}
 
 
-def apply(optimizer: Any, rate: float) -> None:
+class ParamGroups(Protocol):
+    """An optimiser, or DeepSpeed's wrapper of one."""
+
+    param_groups: list[dict[str, Any]]
+
+
+def apply(optimizer: ParamGroups, rate: float) -> None:
     """Set the learning rate of every group, by its scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]

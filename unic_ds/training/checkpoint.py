@@ -50,6 +50,14 @@ class RollbackRow(TypedDict):
     left_out: list[int]  # first and last step of the data order that are skipped from then on
 
 
+class FileHash(TypedDict, total=False):
+    """A row of a checkpoint's manifest, or the error of reading a file."""
+
+    bytes: int
+    sha256: str
+    error: str
+
+
 class CheckpointFacts(TypedDict, total=False):
     """A checkpoint's run.json; beside these keys `--SECTION.KEY` for each setting of the science,
     as text, and `feature cache`.
@@ -110,7 +118,7 @@ def save(
     return final
 
 
-def commit(part: Path, final: Path, hashes: dict[str, Any]) -> str:
+def commit(part: Path, final: Path, hashes: dict[str, FileHash]) -> str:
     """Rename a complete checkpoint to its final name; the error if that fails, else ""."""
     try:
         write_atomic(part / MANIFEST, json.dumps(hashes, indent=1))
@@ -199,7 +207,7 @@ def steps_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob(f"step_{'[0-9]' * 7}") if p.is_dir())
 
 
-def hash_files(folder: Path, *, sync: bool = False) -> dict[str, dict[str, Any]]:
+def hash_files(folder: Path, *, sync: bool = False) -> dict[str, FileHash]:
     """Size and SHA-256 of every file in `folder`, or the error of reading it.
 
     The ranks share the work, and all return the same. `sync` flushes the files to the disk, so
@@ -214,7 +222,7 @@ def hash_files(folder: Path, *, sync: bool = False) -> dict[str, dict[str, Any]]
     return {k: v for part in dist.all_gather_objects(mine) for k, v in part.items()}
 
 
-def hash_file(file: Path, *, sync: bool) -> dict[str, Any]:
+def hash_file(file: Path, *, sync: bool) -> FileHash:
     """Size and SHA-256 of a file, or its error: raised on one rank, it would hang the others."""
     try:
         if sync:
@@ -225,7 +233,7 @@ def hash_file(file: Path, *, sync: bool) -> dict[str, Any]:
         return {"error": error.strerror or str(error)}
 
 
-def first_unreadable(found: dict[str, dict[str, Any]]) -> str:
+def first_unreadable(found: dict[str, FileHash]) -> str:
     """A clause about the first file that could not be read, or ""."""
     wrong = {name: row["error"] for name, row in found.items() if "error" in row}
     return next((f"{name} cannot be read: {why}" for name, why in wrong.items()), "")
@@ -245,7 +253,7 @@ def verify(folder: Path) -> str:
     return ""
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, FileHash]:
     """Size and SHA-256 of a checkpoint's files; empty if its manifest is missing or damaged."""
     try:
         rows = json.loads(read_text(folder / MANIFEST))

@@ -61,83 +61,6 @@ def train_step(run: RunContext, state: TrainState) -> list[Metrics]:
     return metrics
 
 
-def draw_noise(
-    run: RunContext, state: TrainState, position_B: NDArray[np.int64]
-) -> tuple[Tensor, Tensor]:
-    """Uniforms that decide teacher dropping (T, B) and drop path (B, K).
-
-    A function of seed, step and position in the global batch, so that ranks cannot change them.
-    """
-    cfg, step, paths = run.cfg, state.step, len(state.engine.module.paths)
-    drop_position_B = position_B * (0 if cfg.drop.unit == "step" else 1)
-    drop_BT = rng.uniform(cfg.seed, "teacher drop", len(cfg.teachers), step, drop_position_B)
-    path_BK = rng.uniform(cfg.seed, "drop path", paths, step, position_B)
-    device = state.engine.device
-    return to_device(drop_BT.T.copy(), device), to_device(path_BK, device)
-
-
-def compute_loss(
-    run: RunContext,
-    state: TrainState,
-    pred: Mapping[str, Tokens],
-    target: Mapping[str, Target],
-    drop_TB: Tensor,
-) -> tuple[Tensor, Metrics]:
-    """The distillation loss of a micro batch, by the settings of the run, and its metrics."""
-    cfg = run.cfg
-    return distill_loss(
-        pred,
-        target,
-        drop_TB,
-        loss=cfg.loss,
-        balance=state.balancer,
-        distances=cfg.distances,
-        all_gather_fn=dist.all_gather_batch,
-        ops=KERNELS[cfg.kernels],
-    )
-
-
-def to_device(values: NDArray[np.floating], device: torch.device) -> Tensor:
-    """Values as fp32 on the device; the host does not wait for the copy."""
-    tensor = torch.from_numpy(values).float()
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """An action, and the steps after which it is due.
-
-    It is due after every multiple of a number in `every` (0: never), after the last step of a
-    start, and, while it is requested, after every multiple of `on_request` (0: never).
-    """
-
-    action: Callable[[], object]
-    every: Sequence[int]
-    on_request: int = 0
-
-    def due(self, step: int, *, last: bool, requested: bool) -> bool:
-        """True if the action is due after `step`, which may be the last."""
-        periods = (*self.every, self.on_request if requested else 0)
-        return last or any(period and step % period == 0 for period in periods)
-
-
-def cadences(
-    run: RunContext, state: TrainState, log: RunLog, votes: dist.StepVotes
-) -> list[Cadence]:
-    """Everything that happens every so many steps, in this order; every rank does it."""
-    cfg = run.cfg.run
-    saves = (cfg.save_every, cfg.keep_every)
-    return [
-        # On all ranks at once, and while a GPU still computes.
-        Cadence(gc.collect, every=(cfg.log_every, COLLECT_EVERY)),
-        # A checkpoint notes the loss of a log line, and a roll-back must come before it is saved.
-        Cadence(partial(write_log, run, state, log), every=(cfg.log_every, *saves)),
-        Cadence(
-            partial(save_checkpoint, run, state, log, votes), every=saves, on_request=cfg.log_every
-        ),
-    ]
-
-
 def train_loop(run: RunContext, state: TrainState, votes: dist.StepVotes) -> None:
     """Train from the step after `state.step` until the last, or until `votes` stop it.
 
@@ -159,54 +82,6 @@ def train_loop(run: RunContext, state: TrainState, votes: dist.StepVotes) -> Non
                     cadence.action()
             if last:
                 break
-
-
-def open_log(run: RunContext, first: int) -> RunLog:
-    """The log of a start whose first step is `first`."""
-    return RunLog(
-        run.out,
-        steps=run.steps,
-        first=first,
-        batch_size=run.cfg.optim.batch_size,
-        flops_per_image=run.flops_per_image,
-    )
-
-
-def write_log(run: RunContext, state: TrainState, log: RunLog) -> None:
-    """Write a log line; rollback.RollbackNeeded if too many steps in a row were skipped."""
-    rate = optim.learning_rate(state.step, run.cfg.optim, run.train.per_epoch)
-    _, reason_PK = log.write(
-        state.step,
-        waited_s=run.stream.waited_s,
-        bad=len(run.stream.bad),
-        reason_K=state.guard.take_reasons(),
-        lr=rate,
-        grad_norm=deepspeed_engine.grad_norm(state.engine),
-    )
-    rollback.check_skipped_steps(run, state, reason_PK)
-
-
-def save_checkpoint(run: RunContext, state: TrainState, log: RunLog, votes: dist.StepVotes) -> None:
-    """Save a checkpoint with the loss of the last log line."""
-    run.phases.set_phase("saving", state.step)
-    save(run, state, loss=log.last["loss"])
-    votes.saved()
-
-
-@contextmanager
-def garbage_kept() -> Iterator[None]:
-    """Context manager in which Python's garbage waits for `gc.collect`, which skips older objects.
-
-    Left to itself, Python collects on each rank at another moment, and all ranks wait for each.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
 
 
 def run_stage(job: Job, set_phase: SetPhase, *, parent_job: Job) -> bool:
@@ -252,7 +127,132 @@ def train_with_rollbacks(run: RunContext, state: TrainState, votes: dist.StepVot
             resume(run, state)
 
 
-def start(job: Job, stages: list[Job]) -> None:
+def draw_noise(
+    run: RunContext, state: TrainState, position_B: NDArray[np.int64]
+) -> tuple[Tensor, Tensor]:
+    """Uniforms that decide teacher dropping (T, B) and drop path (B, K).
+
+    A function of seed, step and position in the global batch, so that ranks cannot change them.
+    """
+    cfg, step, paths = run.cfg, state.step, len(state.engine.module.paths)
+    drop_position_B = position_B * (0 if cfg.drop.unit == "step" else 1)
+    drop_BT = rng.uniform(cfg.seed, "teacher drop", len(cfg.teachers), step, drop_position_B)
+    path_BK = rng.uniform(cfg.seed, "drop path", paths, step, position_B)
+    device = state.engine.device
+    return to_device(drop_BT.T.copy(), device), to_device(path_BK, device)
+
+
+def to_device(values: NDArray[np.floating], device: torch.device) -> Tensor:
+    """Values as fp32 on the device; the host does not wait for the copy."""
+    tensor = torch.from_numpy(values).float()
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def compute_loss(
+    run: RunContext,
+    state: TrainState,
+    pred: Mapping[str, Tokens],
+    target: Mapping[str, Target],
+    drop_TB: Tensor,
+) -> tuple[Tensor, Metrics]:
+    """The distillation loss of a micro batch, by the settings of the run, and its metrics."""
+    cfg = run.cfg
+    return distill_loss(
+        pred,
+        target,
+        drop_TB,
+        loss=cfg.loss,
+        balance=state.balancer,
+        distances=cfg.distances,
+        all_gather_fn=dist.all_gather_batch,
+        ops=KERNELS[cfg.kernels],
+    )
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """An action, and the steps after which it is due.
+
+    It is due after every multiple of a number in `every` (0: never), after the last step of a
+    start, and, while it is requested, after every multiple of `on_request` (0: never).
+    """
+
+    action: Callable[[], object]
+    every: Sequence[int]
+    on_request: int = 0
+
+    def due(self, step: int, *, last: bool, requested: bool) -> bool:
+        """True if the action is due after `step`, which may be the last."""
+        periods = (*self.every, self.on_request if requested else 0)
+        return last or any(period and step % period == 0 for period in periods)
+
+
+def cadences(
+    run: RunContext, state: TrainState, log: RunLog, votes: dist.StepVotes
+) -> list[Cadence]:
+    """Everything that happens every so many steps, in this order; every rank does it."""
+    cfg = run.cfg.run
+    saves = (cfg.save_every, cfg.keep_every)
+    return [
+        # On all ranks at once, and while a GPU still computes.
+        Cadence(gc.collect, every=(cfg.log_every, COLLECT_EVERY)),
+        # A checkpoint notes the loss of a log line, and a roll-back must come before it is saved.
+        Cadence(partial(write_log, run, state, log), every=(cfg.log_every, *saves)),
+        Cadence(
+            partial(save_checkpoint, run, state, log, votes), every=saves, on_request=cfg.log_every
+        ),
+    ]
+
+
+def write_log(run: RunContext, state: TrainState, log: RunLog) -> None:
+    """Write a log line; rollback.RollbackNeeded if too many steps in a row were skipped."""
+    rate = optim.learning_rate(state.step, run.cfg.optim, run.train.per_epoch)
+    _, reason_PK = log.write(
+        state.step,
+        waited_s=run.stream.waited_s,
+        bad=len(run.stream.bad),
+        reason_K=state.guard.take_reasons(),
+        lr=rate,
+        grad_norm=deepspeed_engine.grad_norm(state.engine),
+    )
+    rollback.check_skipped_steps(run, state, reason_PK)
+
+
+def save_checkpoint(run: RunContext, state: TrainState, log: RunLog, votes: dist.StepVotes) -> None:
+    """Save a checkpoint with the loss of the last log line."""
+    run.phases.set_phase("saving", state.step)
+    save(run, state, loss=log.last["loss"])
+    votes.saved()
+
+
+def open_log(run: RunContext, first: int) -> RunLog:
+    """The log of a start whose first step is `first`."""
+    return RunLog(
+        run.out,
+        steps=run.steps,
+        first=first,
+        batch_size=run.cfg.optim.batch_size,
+        flops_per_image=run.flops_per_image,
+    )
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Context manager in which Python's garbage waits for `gc.collect`, which skips older objects.
+
+    Left to itself, Python collects on each rank at another moment, and all ranks wait for each.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def run_stages(job: Job, stages: list[Job]) -> None:
     """Check a run, then train its unfinished stages in turn, until one is stopped."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         refuse_early(job, stages)
