@@ -21,7 +21,7 @@ main() {
       *.yaml | *.yml) say "refused: a recipe from a file needs --out, or UNIC_DS_OUT" && exit 2 ;;
     esac
     if [[ ! $wanted =~ ^[A-Za-z0-9_][A-Za-z0-9_.+-]*$ ]]; then
-      say "refused: no recipe is called ${wanted@Q}; unic-ds --help names them" && exit 2
+      say "refused: no recipe is called ${wanted@Q}; unic-ds train --help names them" && exit 2
     fi
   fi
   default out "${OUT:-$RUNS/$wanted}"

@@ -27,6 +27,7 @@ VERB = Verb(
     summary="find in 10 s what a training command would be refused for, without training",
     options=Options,
     takes="job",
+    usage="unic-ds check --ds_config FILE [--option value ...]",
 )
 
 

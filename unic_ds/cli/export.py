@@ -22,6 +22,7 @@ VERB = Verb(
     name="export",
     summary="write the encoder of a run's newest checkpoint as a folder that timm loads",
     options=Options,
+    usage="unic-ds export --run DIR [--out DIR]",
 )
 
 

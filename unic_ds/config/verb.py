@@ -67,7 +67,8 @@ class Verb(Generic[Options]):
             sections += help_text.run_sections([row.name for row in own])
         words = " ".join(["unic-ds", self.name, *self.arguments])
         usage = self.usage or words + (" [--option value ...]" if own else "")
-        return help_text.render(usage, self.summary, sections)
+        summary = f"{self.summary[0].upper()}{self.summary[1:]}."
+        return help_text.render(usage, summary, sections)
 
     def read(self, argv: Sequence[str]) -> Call[Options]:
         """Read a command line without the verb; ValueError for an unknown or ill-typed option."""

@@ -2,8 +2,8 @@
 
 A model folder is what a finished run writes as `student/` and what `import-unic` writes: encoder,
 ladder and statistics. A bare `.safetensors` file holds an encoder in timm's names. The encoder must
-fit, except for its position embeddings, which timm resamples to the run's grid. Ladder and
-statistics are loaded if all of them fit; otherwise they start from the seed, and a line says so.
+fit, except for its position embeddings, which timm resamples to the run's grid. The ladder is
+loaded if all of it fits, and so are the statistics; otherwise it starts anew, and a line says so.
 """
 
 from __future__ import annotations
