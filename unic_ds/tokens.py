@@ -18,9 +18,9 @@ KINDS = ("cls", "patch")
 
 
 class Tokens(NamedTuple):
-    """An image batch seen by one model: a global token and a grid of patch tokens.
+    """One model's tokens of an image batch: a global token and a grid of patch tokens.
 
-    A ladder that keeps its rungs apart puts an axis L in front of both.
+    A ladder with a loss per rung puts an axis L in front of both.
     """
 
     cls_BC: Tensor

@@ -107,7 +107,7 @@ def test_a_term_in_plain_torch_is_its_formula(name):
         (".3 contrastive + cosine", "cosine"),
     ],
 )
-def test_a_formula_means_what_it_says(cls, patch):
+def test_a_weighted_sum_of_terms_is_its_formula(cls, patch):
     loss = Loss(cls=cls, patch=patch, temperature=0.2)
     pred, target, uniform_TB = random_batch(6, teachers=2)
     found, metrics = distill_loss(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from forked import Forked
+from pictures import folder
+from runs import TRAIN, curve, run, tiny
 
 from unic_ds import config
-from unic_ds.config import loss_terms, teacher_source
+from unic_ds.config import plugins
 from unic_ds.losses import balance
 from unic_ds.losses.balance import BALANCERS, Balancer
 from unic_ds.losses.distill import distill_loss
@@ -38,8 +43,9 @@ def plugin():
 
 
 def test_the_light_names_are_those_of_the_registries():
-    assert list(SOURCES) == list(teacher_source.GRAMMAR)
-    assert tuple(TERMS) == loss_terms.TERMS
+    assert list(SOURCES) == list(plugins.BUILT_IN.sources)
+    assert list(TERMS) == list(plugins.BUILT_IN.terms)
+    assert sorted(BALANCERS) == sorted(plugins.BUILT_IN.balancers)
 
 
 def test_a_kind_of_source_is_one_entry(plugin):
@@ -92,13 +98,52 @@ def test_a_term_is_one_entry(plugin, rungs):
 
 
 def test_a_balancer_is_one_entry(plugin):
-    cfg = config.Config(teachers=ROWS, balance=config.Balance(kind="hardest"))
+    kind = config.Balance(kind="hardest")
+    cfg = config.Config(teachers=ROWS, balance=kind, plugins=("example_plugin",))
     loss_TB = torch.tensor([[1.0, 3.0], [2.0, 1.0]])
     coefficient_TB = balance.build(cfg)(loss_TB, torch.rand(2, 2))
     assert coefficient_TB.tolist() == [[0.0, 0.5], [0.5, 0.0]]
 
 
-def test_an_unknown_balancer_is_refused():
-    cfg = config.Config(teachers=ROWS, balance=config.Balance(kind="hardest"))
-    with pytest.raises(ValueError, match=r"--balance.kind must be one of none, .*'hardest'"):
-        balance.build(cfg)
+RUN = {
+    "plugins": "example_plugin",
+    "teachers": "mine=small:24,theirs=python:small_teacher:wide",
+    "loss.cls": "0.5 cosine + 0.5 charbonnier",
+    "balance.kind": "hardest",
+    "eval.on": "false",
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder with images to train on and to evaluate on."""
+    made = tmp_path_factory.mktemp("registries")
+    folder(made / "train", 16)
+    folder(made / "val", 8)
+    return made
+
+
+def test_a_run_takes_all_three(images):
+    run(Forked(1, [TRAIN, *tiny(images, "run", RUN)]))
+    rows = curve(images / "run")
+    assert list(rows) == [1, 2, 3]
+    for row in rows.values():
+        assert row["loss"] > 0
+        assert row["mine/kept"] + row["theirs/kept"] == pytest.approx(1)
+    facts = json.loads((images / "run" / "teachers.json").read_text())
+    assert (facts["mine"]["source"], facts["mine"]["licence"]) == ("small:24", "MIT")
+    cfg = yaml.safe_load((images / "run" / "config.yaml").read_text())
+    assert (cfg["plugins"], cfg["balance"]["kind"]) == (["example_plugin"], "hardest")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"loss.cls": "charbonier"}, "did you mean charbonnier?"),
+        ({"balance.kind": "hardst"}, "did you mean hardest?"),
+        ({"teachers": "mine=smal:24"}, "did you mean small:?"),
+    ],
+)
+def test_a_name_that_no_plugin_has_is_refused(images, given, sentence):
+    printed = run(Forked(1, [TRAIN, *tiny(images, "refused", RUN | given)]), code=2)
+    assert sentence in printed

@@ -571,14 +571,14 @@ def pair(vit, tmp_path_factory) -> tuple[config.Teacher, ...]:
     return replace(vit[1], name="vit", size=0), row_of(path, "test_efficientnet", name="cnn")
 
 
-def make_pool(rows: tuple[config.Teacher, ...], **keys) -> teacher_set.TeacherSet:
+def make_teacher_set(rows: tuple[config.Teacher, ...], **keys) -> teacher_set.TeacherSet:
     return teacher_set.TeacherSet(
         rows, grid=GRID, standardise=config.Standardise(**keys), device=CPU
     )
 
 
-def test_pool_keeps_config_order_and_standardises(pair):
-    teachers = make_pool(pair, target_clamp=0.0, std_floor=0.0)
+def test_teacher_set_keeps_config_order_and_standardises(pair):
+    teachers = make_teacher_set(pair, target_clamp=0.0, std_floor=0.0)
     batch = {size: images(size, 6) for size in teachers.sizes}
     assert teachers.sizes == (64, 160)
     assert list(teachers.widths) == ["vit", "cnn"]
@@ -597,13 +597,13 @@ def targets(teachers: teacher_set.TeacherSet, batch: dict[int, torch.Tensor]) ->
 
 
 def test_validation_leaves_no_trace(pair):
-    teachers = make_pool(pair)
+    teachers = make_teacher_set(pair)
     teachers({size: images(size) for size in teachers.sizes}, observe=False)
     assert all(norm.moments().abs().sum() == 0 for norm in teachers.norms.values())
 
 
 def test_pool_state_is_the_statistics_alone(pair, tmp_path):
-    teachers, fresh = make_pool(pair), make_pool(pair)
+    teachers, fresh = make_teacher_set(pair), make_teacher_set(pair)
     batch = {size: images(size) for size in teachers.sizes}
     teachers(batch)
     teachers.track(1.0)
@@ -615,11 +615,11 @@ def test_pool_state_is_the_statistics_alone(pair, tmp_path):
     statistics = sum(value.numel() for value in teachers.state_dict().values())
     assert statistics == 4 * sum(teachers.widths.values())
     with pytest.raises(ValueError, match="this run's teachers are vit"):
-        make_pool(pair[:1]).load_state_dict(teachers.state_dict())
+        make_teacher_set(pair[:1]).load_state_dict(teachers.state_dict())
 
 
 def test_manifest_and_check_are_plain_values(pair):
-    manifest = make_pool(pair).manifest()
+    manifest = make_teacher_set(pair).manifest()
     assert json.loads(json.dumps(manifest)) == manifest
     assert manifest["cnn"]["cls"] == "mean of patches"
     rows = teacher_set.describe(pair, grid=GRID, device=CPU)
@@ -628,11 +628,11 @@ def test_manifest_and_check_are_plain_values(pair):
     assert rows[0]["sha256"] == manifest["vit"]["sha256"]
 
 
-def test_missing_weights_stop_the_pool_before_anything_is_read(pair, tmp_path):
+def test_missing_weights_stop_the_set_before_anything_is_read(pair, tmp_path):
     with pytest.raises(ValueError, match="fetch"):
-        make_pool((*pair, row_of(tmp_path / "no.pth", "test_vit")))
+        make_teacher_set((*pair, row_of(tmp_path / "no.pth", "test_vit")))
     with pytest.raises(ValueError, match="no teachers"):
-        make_pool(())
+        make_teacher_set(())
 
 
 RANKS = """
@@ -674,7 +674,7 @@ def test_two_ranks_track_as_one(vit, tmp_path):
         for r in range(2)
     ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    alone = make_pool((replace(vit[1], size=0),))
+    alone = make_teacher_set((replace(vit[1], size=0),))
     alone({64: images(64, 8)})
     alone.track(0.5)
     states = [torch.load(tmp_path / f"state.{r}", weights_only=True) for r in range(2)]

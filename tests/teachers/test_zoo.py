@@ -225,7 +225,7 @@ FAMILIES = {
     "open_clip:RN50": (224, POOL),
     "open_clip:roberta-ViT-B-32": HF_TEXT,
 }
-"""What becomes of the families that users ask for, on a grid of 7: (image side, summary) or the
+"""Families that users ask for, on a grid of 7, with their (image side, summary) or the
 words of a refusal."""
 
 

@@ -1,7 +1,7 @@
 """The distillation loss: distances between predictions and targets per (teacher, image), balanced.
 
 A token's loss is a weighted sum of `TERMS` (method: section 3); per teacher and image it is the
-mean of the CLS loss and the mean patch loss. The terms that `unic_kernels` knows are one op; all
+mean of the CLS loss and the mean patch loss. The terms that `unic_kernels` has are one op; all
 others are added in plain torch. Tensors in, tensors out, no host read.
 """
 

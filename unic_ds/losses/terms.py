@@ -21,7 +21,7 @@ AllGather = Callable[[Tensor], tuple[Tensor, int]]
 
 
 class Context(NamedTuple):
-    """What a term may use besides one token and its target."""
+    """Inputs of a term besides a token and its target."""
 
     temperature: float  # loss.temperature
     all_gather_fn: AllGather

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class DropPath(nn.Module):
     """Stochastic depth whose decisions are given, so that ranks, restarts and recomputation agree.
 
-    timm's own draws from each rank's generator. `scale_B` is 0 (dropped) or 1 / (1 - rate) per
+    timm's DropPath draws from each rank's generator. `scale_B` is 0 (dropped) or 1 / (1 - rate) per
     image.
     """
 

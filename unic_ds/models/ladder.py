@@ -45,7 +45,7 @@ Columns: TypeAlias = Mapping[str, Mapping[str, nn.Module]]
 
 class Projector(nn.Module):
     """`[LayerNorm ->] Linear(D, H) -> [LayerNorm ->] GELU -> Linear(H, C)`; `[LN ->] Linear(D, C)`
-    where there is no hidden width.
+    without a hidden width.
     """
 
     def __init__(self, width: int, hidden: int, out: int, *, prenorm: bool, midnorm: bool):
@@ -167,7 +167,9 @@ class Ladder(nn.Module):
         """`heads` is keyed by teacher; `width`, `depth`, `attention_heads` are the encoder's."""
         super().__init__()
         if taken := [name for name in heads if hasattr(nn.ModuleDict(), name)]:
-            raise ValueError(f"a teacher may not be named {taken[0]!r}, a word of torch's own")
+            raise ValueError(
+                f"a teacher may not be named {taken[0]!r}, an attribute of torch modules"
+            )
         self.cfg, self.names = cfg, tuple(heads)
         rungs = {name: rung_blocks(head.rungs or cfg.rungs, depth) for name, head in heads.items()}
         # Without teachers (to evaluate the encoder alone) the rungs are those of the settings.

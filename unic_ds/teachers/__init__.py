@@ -1,1 +1,1 @@
-"""Frozen teachers: found on disk, built, run, standardised; they know no data, student or loss."""
+"""Frozen teachers: located, built, run and standardised, without data, student or loss."""

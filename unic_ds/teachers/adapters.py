@@ -35,7 +35,7 @@ class Tower(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The modules that repeat, in order: most of the weights, used one after another.
 
-        What stands in a list and holds no such list itself; of CNNs those are small.
+        These are the entries of lists that hold no such list themselves; those of CNNs are small.
         """
         return list(repeated(self))
 
@@ -50,7 +50,7 @@ def repeated(module: nn.Module) -> Iterator[nn.Module]:
 
 
 LISTS = ("blocks", "resblocks", "stages", "layers", "layer")
-"""What timm, open_clip and most others call the lists that hold a tower's blocks."""
+"""Names that timm, open_clip and most others give to the lists of a tower's blocks."""
 
 
 class TeacherModel(NamedTuple):
@@ -68,8 +68,8 @@ class TimmViT(Tower):
     """A timm ViT: its output tokens, or those after `block` without the final norm.
 
     The output's summary is the attention pool's, if there is one (SigLIP, PE): the embedding that
-    its text tower knows, before a projection. Tokens after a block have no such pool: their summary
-    is the CLS token or the mean of the patches.
+    is compared with text, before a projection. Tokens after a block have no such pool: their
+    summary is the CLS token or the mean of the patches.
 
     Unnormed, because the final norm is fitted to the last block and the targets are standardised
     anyway; on the demonstration's ViT the two differ by less than 0.01 in kNN, within the noise.
@@ -162,8 +162,8 @@ class ClipViT(Tower):
 
     The summary is what that projection reads: the CLS token, the mean of the patches (CLIPA) or an
     attention pool's (CoCa). Such a pool may be narrower than the patches, whose width its summary
-    is given by zeros: a tower has one width. It norms the patches as they enter it, and so are they
-    here. After `block` the summary is the CLS token.
+    is padded to with zeros: a tower has one width. It norms the patches as they enter it, which is
+    done here too. After `block` the summary is the CLS token.
     """
 
     def __init__(self, visual: ClipTransformer, block: int):
@@ -180,7 +180,7 @@ class ClipViT(Tower):
                 f" patches {self.width}: a summary may not be wider than the patches"
             )
         # MultiheadAttention's own shortcut writes out its attention matrix on a CPU, and FLOP
-        # counters do not know it; without, it is scaled_dot_product_attention.
+        # counters do not count it; without it, this is scaled_dot_product_attention.
         torch.backends.mha.set_fastpath_enabled(False)
         if block >= 0:
             visual.prune_intermediate_layers([block])

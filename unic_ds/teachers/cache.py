@@ -1,10 +1,10 @@
-"""Teachers' features of drawn views on disk: for training that need not run them again.
+"""Cache on disk of the teachers' features of augmented views, for training without the teachers.
 
-A folder holds `manifest.json` and, for each teacher, `TEACHER/view_V_chunk_K.bin`: the raw tokens
-of neighbouring samples under one view, [samples, 1 + N, C] with CLS first, as bf16, or as int8
-after an fp32 scale per kind and channel [2, C] (the chunk's largest magnitude is 127). A file is
-written under another name and renamed when whole, so what stands there is good and a build that was
-stopped goes on. The manifest says what the features are of; a run that differs in it is refused.
+A folder holds `manifest.json` and, for each teacher, `TEACHER/view_V_chunk_K.bin`: the tokens of
+neighbouring samples under one view, before standardisation, [samples, 1 + N, C] with CLS first, as
+bf16, or as int8 after an fp32 scale per kind and channel [2, C] (the chunk's largest magnitude is
+127). A file is written under another name and renamed when complete, so a build that was stopped
+goes on. The manifest identifies images, augmentation and teachers; a run that differs is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from unic_ds import config, dist, files
 from unic_ds.files import open_atomic
 from unic_ds.files.printable import printable
 from unic_ds.teachers import sources, weight_files
+from unic_ds.teachers.teacher import TeacherFacts
 from unic_ds.tokens import Tokens
 
 MANIFEST = "manifest.json"
@@ -41,9 +42,24 @@ WIDEST = 1 << 20
 """Channels of a teacher, at most."""
 
 
+class CacheManifest(TypedDict):
+    """Contents of manifest.json."""
+
+    format: int
+    whole: bool  # every file is written
+    seed: int
+    views: int
+    samples: int
+    tokens: int  # patch tokens of a sample
+    chunk: int  # samples of a file
+    dtype: str
+    draws: dict[str, object]  # what images and augmentation depend on
+    teachers: dict[str, TeacherFacts]
+
+
 @dataclass(frozen=True)
 class Layout:
-    """How many features there are, and where each lies."""
+    """Number and type of the cached features, and the files that hold them."""
 
     folder: Path
     samples: int
@@ -63,7 +79,7 @@ class Layout:
         return ((view, span) for view in range(self.views) for span in self.spans())
 
     def missing(self) -> list[tuple[int, range]]:
-        """(view, samples) of files that some teacher has not, or not whole."""
+        """(view, samples) of files that are missing or incomplete for some teacher."""
         return [part for part in self.parts() if not self.written(*part)]
 
     def broken(self, names: Iterable[str]) -> Path | None:
@@ -73,7 +89,7 @@ class Layout:
             for name in names
             for view, span in self.parts()
         )
-        with ThreadPoolExecutor(READERS) as readers:  # a file server answers slowly
+        with ThreadPoolExecutor(READERS) as readers:  # a file server is slow
             while batch := list(islice(wanted, BATCH)):
                 for (path, _), whole in zip(batch, readers.map(is_whole, batch), strict=True):
                     if not whole:
@@ -99,7 +115,7 @@ class Layout:
         return self.views * view
 
     def written(self, view: int, span: range) -> bool:
-        """If every teacher's file of these samples is there, whole."""
+        """True if the files of these samples are complete for every teacher."""
         return all(
             is_whole((self.path(name, view, span[0] // self.chunk), self.size(name, len(span))))
             for name in self.widths
@@ -179,7 +195,7 @@ class Layout:
 
 
 def is_whole(wanted: tuple[Path, int]) -> bool:
-    """If a path is a regular file, not a link, of so many bytes."""
+    """True if a path is a regular file, not a link, of so many bytes."""
     path, size = wanted
     try:
         found = path.lstat()
@@ -189,13 +205,13 @@ def is_whole(wanted: tuple[Path, int]) -> bool:
 
 
 def encode(x_BNC: Tensor, dtype: str) -> list[NDArray[Any]]:
-    """A file's blocks: tokens, after their scales where they are int8."""
+    """Blocks of a file: the tokens, if int8 after their scales."""
     if dtype == "bf16":
         return [x_BNC.bfloat16().contiguous().view(torch.int16).numpy()]
     x_BNC = x_BNC.float()
     parts = (x_BNC[:, :1], x_BNC[:, 1:])
     scale_2C = torch.stack([part.abs().amax((0, 1)) for part in parts]) / 127
-    # A channel of zeros has no scale; one that is not finite stays so, for the step to see it.
+    # A channel of zeros has no scale; one that is not finite stays so, and the step is skipped.
     scale_2C = torch.where(scale_2C == 0, 1.0, scale_2C)
     whole = [part / scale_C for part, scale_C in zip(parts, scale_2C, strict=True)]
     return [scale_2C.numpy(), torch.cat(whole, 1).round().to(torch.int8).numpy()]
@@ -210,11 +226,11 @@ def decode(scale_B2C: Tensor, x_BNC: Tensor, tokens: Tokens) -> None:
 
 
 class FeatureCache:
-    """A finished cache; ValueError where `folder` holds none, or `draws` are not its draws.
+    """A finished cache; ValueError if `folder` holds none, or one with other `draws`.
 
-    `draws` is what its `samples` and their augmentation depend on; `rows` are the run's teachers,
-    of which those that the cache has by name are read from it. All ranks construct it together:
-    the first hashes weights and looks at every file.
+    `draws` is what images and augmentation depend on; `rows` are the run's teachers, of which those
+    that the cache has by name are read from it. All ranks construct it together: rank 0 hashes
+    weights and checks every file.
     """
 
     def __init__(
@@ -237,8 +253,8 @@ class FeatureCache:
         ours = {"samples": samples, "tokens": draws["grid"] ** 2}
         refuse_others(folder, manifest["draws"], draws)
         refuse_others(folder, manifest, ours)
-        stored = [row for row in rows if row.name in manifest["teachers"]]
-        if not stored:
+        cached = [row for row in rows if row.name in manifest["teachers"]]
+        if not cached:
             has = printable(", ".join(manifest["teachers"]))
             raise ValueError(
                 f"--teachers.cache {folder!r} has {has}, none of which is a teacher of this run;"
@@ -246,20 +262,22 @@ class FeatureCache:
             )
         self.seed, self.views = manifest["seed"], manifest["views"]
         self.layout = layout_of(self.folder, manifest)
-        self.facts = dist.on_rank_0(lambda: self.compare(stored, manifest))
+        self.facts = dist.on_rank_0(lambda: self.compare(cached, manifest))
         self.identity = {"views": self.views, "seed": self.seed, "dtype": self.layout.dtype}
         self.identity["teachers"] = list(self.facts)
 
     def compare(
-        self, rows: Sequence[config.Teacher], manifest: Mapping[str, Any]
-    ) -> dict[str, dict[str, Any]]:
-        """Facts of each cached teacher; ValueError where it is another or broken."""
-        facts: dict[str, dict[str, Any]] = {}
+        self, rows: Sequence[config.Teacher], manifest: CacheManifest
+    ) -> dict[str, TeacherFacts]:
+        """Facts of each cached teacher; ValueError if it is another, or its files are broken."""
+        facts: dict[str, TeacherFacts] = {}
         for row in rows:
-            theirs, ours = manifest["teachers"][row.name], own_facts(row)
+            theirs = manifest["teachers"][row.name]
+            ours: dict[str, str | int] = {**own_facts(row)}
             ours |= sources.architecture_facts(row, math.isqrt(self.layout.tokens))
             refuse_others(f"{str(self.folder)!r} ({row.name})", theirs, ours)
-            facts[row.name] = theirs | {k: ours[k] for k in weight_files.HASHES if k in ours}
+            hashes = {k: ours[k] for k in weight_files.HASHES if k in ours}
+            facts[row.name] = cast(TeacherFacts, {**theirs, **hashes})
         if path := self.layout.broken(facts):
             raise ValueError(
                 f"the feature cache is not whole: {str(path)!r} is missing, no regular file or of"
@@ -282,10 +300,10 @@ class FeatureCache:
         return lambda: {name: wait() for name, wait in started.items()}
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> CacheManifest | None:
     """The manifest of a cache, if there is one; ValueError for one that is not of this version.
 
-    Its numbers may be anything: `check_manifest` looks at them.
+    Its values are unchecked until `check_manifest`.
     """
     file = folder / MANIFEST
     if not file.exists():
@@ -301,19 +319,19 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     for name in found["teachers"]:
         if not config.TEACHER_NAME.fullmatch(name):
             raise other_version(folder, f"{printable(name)} is no teacher's name")
-    return found
+    return cast(CacheManifest, found)
 
 
 def other_version(folder: Path, why: object) -> ValueError:
-    """The sentence about a manifest that cannot be used."""
+    """The error for a manifest that cannot be used."""
     return ValueError(
         f"{str(folder / MANIFEST)!r} is no feature cache's manifest of this version"
         f" ({printable(why)}); make the cache again"
     )
 
 
-def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """ValueError for the first value that a manifest lacks, or that cannot be."""
+def check_manifest(folder: Path, manifest: CacheManifest) -> None:
+    """ValueError for the first value of a manifest that is missing or out of range."""
     kinds = {"whole": bool, "dtype": str, "draws": dict}
     wrong = [
         f"{key} must be an integer of 1 to {most}"
@@ -339,32 +357,38 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         raise other_version(folder, wrong[0])
 
 
-def is_count(value: Any, most: int, *, least: int = 1) -> bool:
-    """If a value is an integer within bounds."""
+def is_count(value: object, most: int, *, least: int = 1) -> bool:
+    """True if a value is an integer within bounds."""
     return type(value) is int and least <= value <= most
 
 
 def layout_of(folder: Path, manifest: Mapping[str, Any]) -> Layout:
     """The layout that a manifest describes."""
-    widths = {name: row["width"] for name, row in manifest["teachers"].items()}
-    numbers = {key: manifest[key] for key in LARGEST}
-    return Layout(folder, widths=widths, dtype=manifest["dtype"], **numbers)
+    return Layout(
+        folder,
+        samples=manifest["samples"],
+        views=manifest["views"],
+        tokens=manifest["tokens"],
+        widths={name: row["width"] for name, row in manifest["teachers"].items()},
+        dtype=manifest["dtype"],
+        chunk=manifest["chunk"],
+    )
 
 
-def own_facts(row: config.Teacher) -> dict[str, Any]:
-    """Facts of this run about a cached teacher; its weights count if they are on this machine."""
+def own_facts(row: config.Teacher) -> dict[str, str]:
+    """This run's options of a cached teacher, and its hashes if its weights are here."""
     keys = ("size", "patch", "mean", "std", "block", "precision")
     facts = {f"teachers.{row.name}.{key}": json.dumps(getattr(row, key)) for key in keys}
     try:
         path = sources.locate(row)
     except ValueError:
         path = None
-    # A file may move; what is not a file, or not here, is known by its name.
+    # A file may move; weights that have none, or are not here, are identified by their source.
     return facts | (weight_files.hashes(path) if path else {"source": row.source})
 
 
-def refuse_others(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """ValueError, naming the first, if something that both state differs; hashes as a whole."""
+def refuse_others(where: str, theirs: Mapping[str, object], ours: Mapping[str, object]) -> None:
+    """ValueError, naming the first, if one of `ours` differs; `weight_files.same` judges hashes."""
     for key in ours:
         same = theirs.get(key) == ours[key]
         if key in weight_files.HASHES:
@@ -376,13 +400,13 @@ def refuse_others(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]
             )
 
 
-def without_hashes(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A teacher's facts but `weights.HASHES`."""
+def without_hashes(row: Mapping[str, object]) -> dict[str, object]:
+    """A teacher's facts except `weight_files.HASHES`."""
     return {key: value for key, value in row.items() if key not in weight_files.HASHES}
 
 
 def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Keys in which two manifests differ, whole or not; `weights.same` judges hashes."""
+    """Keys other than `whole` in which two manifests differ; `weight_files.same` judges hashes."""
     keys = [key for key in ours if key not in ("whole", "teachers")]
     other = [key for key in keys if theirs.get(key) != ours[key]]
     there, here = theirs["teachers"], ours["teachers"]

@@ -4,8 +4,8 @@
 
 U holds the eigenvectors of the features' covariance and H is an orthonormal Hadamard matrix: its
 entries are +-1/sqrt(C), so every channel of y has the mean of the eigenvalues as its variance
-before the scale. The map is isotropic: distances are kept up to the scale, where a scale for each
-channel would distort them. Ranzinger et al., "PHI-S: Distribution Balancing for Label-Free
+before the scale. The map is isotropic: distances are kept up to the scale, which a scale for each
+channel would not do. Ranzinger et al., "PHI-S: Distribution Balancing for Label-Free
 Multi-Teacher Distillation" (arXiv 2410.01680).
 
 Hadamard matrices come from Sylvester's doubling of Paley's two constructions (1933), which reach
@@ -36,7 +36,7 @@ def is_prime(n: int) -> bool:
 
 
 def residues(q: int) -> Tensor:
-    """Jacobsthal matrix of a prime q: 1 where i - j is a square mod q, else -1; 0 where i = j."""
+    """Jacobsthal matrix of a prime q: 1 where i - j is a square mod q, else -1; 0 if i = j."""
     character_Q = torch.full((q,), -1.0, dtype=torch.float64)
     character_Q[torch.arange(q).square() % q] = 1
     character_Q[0] = 0
@@ -98,7 +98,7 @@ def eigenvectors(scatter_CC: Tensor) -> Tensor:
 class PhiS(Standardiser):
     """Rotation and scale of one teacher with `width` channels, fitted before training.
 
-    ValueError where there is no Hadamard matrix of that width.
+    ValueError if there is no Hadamard matrix of that width.
     """
 
     basis_2CC: Tensor
@@ -123,7 +123,7 @@ class PhiS(Standardiser):
 
     @torch.no_grad()
     def observe(self, tokens: Tokens) -> None:
-        """Add a micro batch of raw tokens to this rank's statistics."""
+        """Add a micro batch of features to this rank's statistics."""
         before_S2C = self.moments()
         super().observe(tokens)
         _, mean_2C, _ = self.moments_S2C
@@ -143,9 +143,9 @@ class PhiS(Standardiser):
 
     @torch.no_grad()
     def fit(self, moments_PS2C: Tensor, total: Callable[[Tensor], Tensor]) -> None:
-        """Fix mean, rotation and scale by what all ranks observed; `total` sums over the ranks.
+        """Fix mean, rotation and scale by the moments of all ranks; `total` sums over the ranks.
 
-        ValueError where the features are not finite, or of one kind are all the same.
+        ValueError if the features are not finite, or those of one kind are all the same.
         """
         ours_S2C = self.moments()
         super().fit(moments_PS2C, total)

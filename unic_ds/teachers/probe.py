@@ -21,7 +21,7 @@ DTYPE = {
 """The type that a teacher computes in, by its precision."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PLAIN = (RuntimeError, ValueError, AssertionError)
-"""Exceptions whose text says enough without their type."""
+"""Exceptions whose text is clear without their type."""
 
 
 @torch.no_grad()

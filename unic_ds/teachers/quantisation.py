@@ -1,7 +1,7 @@
-"""Teachers of eight bits: what is quantised, by torchao, and how near their tokens stay to bf16's.
+"""Teachers of eight bits: quantisation by torchao, and agreement of their tokens with bf16.
 
 Only the Linears of a tower's blocks are: nearly all of its weights and its work. int8 and fp8 store
-weights with a scale for each output, and compute in bf16; *_dynamic quantise what they multiply
+weights with a scale for each output, and compute in bf16; *_dynamic quantise their inputs
 too, with a scale for each token, which a GPU's eight-bit units need to be faster.
 """
 
@@ -25,7 +25,7 @@ Sample = Callable[[int], Tensor]
 
 
 def check_device(row: config.Teacher, device: torch.device) -> None:
-    """ValueError where a device has no units for a teacher's precision."""
+    """ValueError if a device has no units for a teacher's precision."""
     if row.precision != "fp8_dynamic" or device.type == "meta":
         return
     found = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -38,7 +38,7 @@ def check_device(row: config.Teacher, device: torch.device) -> None:
 
 
 def linears(blocks: list[nn.Module]) -> list[nn.Linear]:
-    """What of a tower is quantised: not what MultiheadAttention computes without calling it."""
+    """Linears to quantise: all but those that MultiheadAttention computes without calling them."""
     parts = (part for block in blocks for part in block.modules())
     return [p for p in parts if isinstance(p, nn.Linear) and not isinstance(p, Uncalled)]
 
@@ -52,7 +52,7 @@ def nbytes(blocks: list[nn.Module]) -> tuple[int, int]:
 
 
 def check_tower(row: config.Teacher, blocks: list[nn.Module]) -> None:
-    """ValueError where there is nothing to quantise."""
+    """ValueError if there is nothing to quantise."""
     if not linears(blocks):
         raise ValueError(
             f"--teachers.{row.name}.precision must be bf16 or fp32, got {row.precision!r}: the"
@@ -62,7 +62,7 @@ def check_tower(row: config.Teacher, blocks: list[nn.Module]) -> None:
 
 def quantise(row: config.Teacher, tower: nn.Module, blocks: list[nn.Module]) -> None:
     """Quantise a tower in place."""
-    # Here, for no other teacher needs it.
+    # Optional: no other teacher needs it.
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         Float8WeightOnlyConfig,
@@ -92,7 +92,7 @@ def agreement(ours: Tokens, exact: Tokens) -> dict[str, float]:
 
 
 def check_agreement(name: str, precision: str, found: dict[str, float]) -> None:
-    """RuntimeError where a quantised teacher says something else than it did in bf16."""
+    """RuntimeError if a quantised teacher's tokens differ too much from its bf16 tokens."""
     for kind in ("cls", "patch"):
         if kind in found and not found[kind] >= LEAST:
             raise RuntimeError(

@@ -61,7 +61,7 @@ class Standardiser(nn.Module):
         return Target(tokens, self.mean_2C.clone(), self.divisor(), self.cfg.target_clamp)
 
     def divisor(self) -> Tensor:
-        """Each channel's std + eps [2, C]; one that hardly varies is floored."""
+        """Each channel's std + eps [2, C], not below the floor."""
         std_2C = self.std_2C
         if self.cfg.std_floor > 0:
             floor_21 = self.cfg.std_floor * std_2C.median(1, keepdim=True).values
@@ -70,7 +70,7 @@ class Standardiser(nn.Module):
 
     @torch.no_grad()
     def observe(self, tokens: Tokens) -> None:
-        """Add a micro batch of raw tokens to this rank's share of the step; no host sync."""
+        """Add a micro batch of features to this rank's moments; no host sync."""
         if self.cfg.on:
             batch_S2C = torch.stack([self.ops.moments(x_C) for x_C in tokens], 1)
             self.moments_S2C.copy_(merge(torch.stack([self.moments_S2C, batch_S2C])))
@@ -83,8 +83,8 @@ class Standardiser(nn.Module):
     def track(self, moments_PS2C: Tensor, momentum: float, taken: Tensor | None = None) -> None:
         """Move the running statistics by the moments of all ranks; once per optimiser step.
 
-        A step that was not taken, or whose features are not finite, leaves them alone: one such
-        batch would poison every later target.
+        They do not change if the step was not taken or its features are not finite: one such batch
+        would spoil every later target.
         """
         count_2C, mean_2C, m2_2C = merge(moments_PS2C).unbind(0)
         std_2C = (m2_2C / (count_2C - 1).clamp(min=1)).sqrt() + EPS
@@ -96,9 +96,9 @@ class Standardiser(nn.Module):
         self.moments_S2C.zero_()
 
     def fit(self, moments_PS2C: Tensor, total: Callable[[Tensor], Tensor]) -> None:
-        """Fix the statistics by what all ranks observed; `total` sums a tensor over the ranks.
+        """Fix the statistics by the moments of all ranks; `total` sums a tensor over the ranks.
 
-        ValueError where the features are not finite.
+        ValueError if the features are not finite.
         """
         if not torch.isfinite(moments_PS2C).all():
             raise ValueError(

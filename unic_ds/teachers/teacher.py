@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,26 @@ from unic_ds.teachers.adapters import TOKEN, TeacherModel
 from unic_ds.tokens import Normalise, Tokens, to_grid
 
 DTYPE = probe.DTYPE
+
+
+class TeacherFacts(TypedDict):
+    """Facts that identify a teacher: its entry in teachers.json and in a cache's manifest."""
+
+    source: str
+    sha256: str
+    content: NotRequired[str]
+    size: int
+    patch: int
+    mean: list[float]
+    std: list[float]
+    block: str
+    tokens: int
+    cls: str
+    width: int
+    grid: int
+    precision: str
+    parameters: int
+    licence: str
 
 
 class Teacher(nn.Module):
@@ -98,11 +118,11 @@ class Teacher(nn.Module):
         quantisation.quantise(self.row, self.tower, blocks)
         return quantisation.agreement(self(image_B3HW), exact) if exact else {}
 
-    def facts(self) -> dict[str, Any]:
-        """Facts that identify the teacher, as plain values; hashes its weight file."""
+    def facts(self) -> TeacherFacts:
+        """Facts that identify the teacher; hashes its weight file."""
         path = sources.locate(self.row)
         of_module = {} if path else self.hashes or weight_files.module_hashes(self.tower)
-        return {
+        facts = {
             "source": self.row.source,
             **(weight_files.hashes(path) if path else of_module),
             "size": self.size,
@@ -118,6 +138,7 @@ class Teacher(nn.Module):
             "parameters": self.parameter_count,
             "licence": self.licence,
         }
+        return cast(TeacherFacts, facts)
 
 
 def load(

@@ -17,7 +17,7 @@ from unic_ds.teachers import quantisation, sources
 from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.phi_s import PhiS
 from unic_ds.teachers.standardise import Standardiser
-from unic_ds.teachers.teacher import Teacher, load
+from unic_ds.teachers.teacher import Teacher, TeacherFacts, load
 from unic_ds.tokens import Target, Tokens
 from unic_kernels.ops import FUSED, Ops
 
@@ -31,7 +31,7 @@ class TeacherSet:
     """Frozen teachers and their running statistics; only the statistics belong in a checkpoint.
 
     All ranks construct it together: the first of a node reads the weights, the others find them
-    in its cache. ValueError where a teacher's weights are missing (on every rank, before any is
+    in its cache. ValueError if a teacher's weights are missing (on every rank, before any is
     read) or do not fit.
     """
 
@@ -108,7 +108,7 @@ class TeacherSet:
         return {name: found[name] for name in self.widths if name in found}
 
     def compile(self) -> None:
-        """Run the teachers' blocks through torch.compile, saying of which there are none."""
+        """Compile the teachers' blocks; report teachers that have no equal blocks."""
         for name, teacher in self.teachers.items():
             blocks = equal_blocks(teacher.tower.blocks(), of=teacher.tower)
             compile_each(blocks)
@@ -117,29 +117,29 @@ class TeacherSet:
 
     @torch.no_grad()
     def fit(self, batches: Iterable[dict[str, Tokens]]) -> None:
-        """Fix the statistics by raw tokens of all ranks; ValueError names who misbehaves."""
+        """Fix the statistics by the features of all ranks; a ValueError names the teacher."""
         for batch in batches:
             for name, tokens in batch.items():
                 self.norms[name].observe(tokens)
         for name, moments_PS2C in self.gather().items():
             with blaming(name):
                 self.norms[name].fit(moments_PS2C, dist.all_reduce_sum)
-        # One rank's for all: eigenvectors of the same matrix may differ between two machines.
+        # Broadcast: eigenvectors of the same matrix may differ between two machines.
         self.load_state_dict(
             dist.broadcast_object({k: v.cpu() for k, v in self.state_dict().items()})
         )
 
     def track(self, momentum: float, taken: Tensor | None = None) -> None:
-        """Move running statistics by the optimiser step that ended: one collective, no host sync.
+        """Update running statistics at the end of an optimiser step: one collective, no host sync.
 
-        Fixed ones stay, and all where it was not taken.
+        Fitted ones do not change; none does if `taken` is false.
         """
         if self.standardise.running:
             for name, moments_PS2C in self.gather().items():
                 self.norms[name].track(moments_PS2C, momentum, taken)
 
     def gather(self) -> dict[str, Tensor]:
-        """What each rank has observed of each teacher, [P, 3, 2, C]: one collective."""
+        """Moments of each teacher's features on every rank, [P, 3, 2, C]: one collective."""
         shares = {name: norm.moments() for name, norm in self.norms.items()}
         flat_P = dist.all_gather(torch.cat([share.flatten() for share in shares.values()]))
         parts = flat_P.split([share.numel() for share in shares.values()], 1)
@@ -156,7 +156,7 @@ class TeacherSet:
         return nn.ModuleDict(self.norms).state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up saved statistics; ValueError where they are of other teachers."""
+        """Load saved statistics; ValueError if they are of other teachers."""
         saved = sorted({name.split(".")[0] for name in state})
         if saved != sorted(self.norms):
             theirs, ours = ", ".join(saved), ", ".join(self.norms)
@@ -172,8 +172,8 @@ class TeacherSet:
             )
         nn.ModuleDict(self.norms).load_state_dict(state)
 
-    def manifest(self) -> dict[str, dict[str, Any]]:
-        """What identifies each teacher, for `teachers.json`; hashes weight files: call it once."""
+    def manifest(self) -> dict[str, TeacherFacts]:
+        """Facts of each teacher, for `teachers.json`; hashes weight files: call it once."""
         return {
             name: self.cached[name] if name in self.cached else self.teachers[name].facts()
             for name in self.widths
@@ -182,7 +182,7 @@ class TeacherSet:
 
 @contextmanager
 def blaming(name: str) -> Iterator[None]:
-    """A ValueError of the body, with the teacher that it is about."""
+    """Context manager that adds the teacher's name to a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -196,26 +196,26 @@ def fidelities(
     device: torch.device,
     sample: quantisation.Sample,
 ) -> list[dict[str, Any]]:
-    """How near each quantised teacher stays to itself in bf16, on the images of `sample`.
+    """Agreement of each quantised teacher with its bf16 tokens, on the images of `sample`.
 
-    A teacher with nothing to quantise says so by `linears` 0.
+    A teacher with nothing to quantise has `linears` 0.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for row in rows:
         quantisation.check_device(row, device)
         model = sources.read(row, grid)
-        said: dict[str, Any] = {"name": row.name, "precision": row.precision}
-        said["linears"] = len(quantisation.linears(model.tower.blocks()))
-        if said["linears"]:
-            said |= Teacher(row, model, grid=grid, device=device, sample=sample).fidelity
-        found.append(said)
+        linears = len(quantisation.linears(model.tower.blocks()))
+        facts: dict[str, Any] = {"name": row.name, "precision": row.precision, "linears": linears}
+        if linears:
+            facts |= Teacher(row, model, grid=grid, device=device, sample=sample).fidelity
+        found.append(facts)
     return found
 
 
 def describe(
     rows: tuple[config.Teacher, ...], *, grid: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Run an image through each teacher, one at a time; a row per teacher says what came out."""
+    """Run an image through each teacher, one at a time; return a row of facts per teacher."""
     found = []
     for row in rows:
         teacher = load(row, grid=grid, device=device)
@@ -230,5 +230,5 @@ def describe(
             "patch_shape": list(tokens.patch_BNC.shape),
         }
         run = {"finite": finite, "seconds": round(seconds, 3)}
-        found.append({"name": row.name} | teacher.facts() | shapes | run)
+        found.append({"name": row.name, **teacher.facts(), **shapes, **run})
     return found

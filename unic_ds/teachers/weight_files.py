@@ -27,7 +27,7 @@ def hashes(path: Path) -> dict[str, str]:
     """Hex SHA-256 of a weight file (`sha256`) and of its tensors (`content`).
 
     `content` is what identifies weights: a file may be written anew, or converted. It is missing
-    for files that only a model's own code reads. ValueError for what is no regular file.
+    for files that only a model's own code reads. ValueError for anything but a regular file.
     """
     try:
         stat = path.stat()
@@ -40,13 +40,13 @@ def hashes(path: Path) -> dict[str, str]:
 def _hashes(path: Path, _version: tuple[int, ...]) -> dict[str, str]:
     """`hashes` of a file; its version changes whenever the file does."""
     with ThreadPoolExecutor(1) as executor:  # hashlib releases the interpreter's lock
-        whole = executor.submit(sha256, path)
+        digest_of_file = executor.submit(sha256, path)
         try:
             tensors = {k: v for k, v in state_of(path).items() if isinstance(v, Tensor)}
             found = {} if foreign(tensors) else {"content": tensor_files.content(tensors)}
         except ValueError:
             found = {}
-        return {"sha256": whole.result()} | found
+        return {"sha256": digest_of_file.result()} | found
 
 
 def module_hashes(module: nn.Module) -> dict[str, str]:
@@ -103,8 +103,8 @@ def state_of(path: Path) -> Mapping[str, Any]:
 
 def foreign(state: Mapping[str, Any]) -> str:
     """The first value that is no plain tensor of a type that weights have, in words; or nothing."""
-    said = ((name, tensor_files.unlike_weights(value)) for name, value in state.items())
-    return next((f"{printable(name)} {why}" for name, why in said if why), "")
+    reasons = ((name, tensor_files.unlike_weights(value)) for name, value in state.items())
+    return next((f"{printable(name)} {why}" for name, why in reasons if why), "")
 
 
 PATCH_LIMIT = 64
@@ -113,7 +113,7 @@ FLOATING = re.compile(r"(^|[._])(weight|bias|gamma|token|embed|embedding|running
 
 
 def integers(state: Mapping[str, Tensor], arch: str) -> str:
-    """The first tensor that is not floating where the timm model `arch` wants it so, in words.
+    """The first tensor that is not floating but is in the timm model `arch`, in words.
 
     Counters, indices and masks are no weights.
     """

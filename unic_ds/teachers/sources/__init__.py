@@ -1,4 +1,4 @@
-"""Kinds of teacher source, and what all share: reading, outlines, files and facts of a row's model.
+"""Kinds of teacher source; functions that read, outline, locate and fetch a row's model.
 
 To add a kind, write a module with a `Source` (see `contract`) and give it a name in `SOURCES`.
 """
@@ -54,7 +54,7 @@ def read(row: config.Teacher, grid: int) -> TeacherModel:
 
 
 def fuse_attention() -> None:
-    """Have timm use scaled_dot_product_attention in Swin's windows too, where it is opt-in."""
+    """Have timm use scaled_dot_product_attention in Swin's windows too, which is opt-in."""
     set_fused_attn(enable=True, experimental=True)
 
 
@@ -69,7 +69,7 @@ def outline(row: config.Teacher, *, grid: int) -> TeacherModel:
     A kind of source that has no outline is read, weights and all.
     """
     in_full = not has_outline(row)
-    with torch.random.fork_rng(devices=[], enabled=in_full):  # a run draws as if this had not been
+    with torch.random.fork_rng(devices=[], enabled=in_full):  # the run draws the same
         model = skeleton(row, grid)
     preprocessing(row, model)
     dtype = probe.DTYPE[row.precision]
@@ -126,7 +126,7 @@ def locate(row: config.Teacher) -> Path | None:
 
 
 def check_weights(row: config.Teacher, grid: int) -> None:
-    """ValueError if the names and shapes in a weight file are seen not to fit the architecture."""
+    """ValueError if the names or shapes in a weight file do not fit the architecture."""
     check = source_of(row).check_weights
     if check:
         check(row, grid)

@@ -43,7 +43,7 @@ def quiet() -> Iterator[None]:
 
 
 def check_patch(row: config.Teacher, own: int, kind: str) -> None:
-    """ValueError if a row asks for other patches of a model that has only its own (0: none)."""
+    """ValueError if a row changes the patch size of a model that is fixed to `own` (0: no ViT)."""
     if row.patch not in (0, own):
         want = f"0 or its own {own}" if own else "0"
         why = "cannot change them" if own else "is no ViT"
@@ -63,7 +63,7 @@ def vit_size(row: config.Teacher, grid: int, patch: int) -> int:
 def block_of(row: config.Teacher, count: int) -> int:
     """The block (or stage) that tokens are read after, -1 for the output.
 
-    ValueError where the row asks for one that a model of `count` lacks.
+    ValueError if a model of `count` blocks does not have it.
     """
     if row.block == "output":
         return -1

@@ -1,4 +1,4 @@
-"""What a kind of teacher source provides: a `Source` of functions, with a name in `SOURCES`."""
+"""Contract of a kind of teacher source: a `Source` of functions, with a name in `SOURCES`."""
 
 from __future__ import annotations
 
@@ -30,4 +30,4 @@ class Source:
     fetch: Callable[[config.Teacher], None] | None = None
     """Download the weight file; RuntimeError if the network fails. None: nothing to download."""
     check_weights: Callable[[config.Teacher, int], None] | None = None
-    """Compare the weight file with the outline, without reading it whole."""
+    """Compare the weight file with the outline, without reading all of it."""

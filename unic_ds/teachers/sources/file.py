@@ -43,7 +43,7 @@ def with_weights_of(
     arch = row.parsed_source.model
     check_arch(row, arch)
     classes = classes_of(row, path, arch)
-    # The head is built as the file has it: timm is strict only where their classes agree.
+    # The head is built as in the file: timm is strict only if the numbers of classes agree.
     overlay |= {"num_classes": classes, "label_offset": 0, "custom_load": False}
     return with_weights(row, grid, arch, overlay, num_classes=classes)
 

@@ -24,7 +24,7 @@ def read(row: config.Teacher, grid: int) -> TeacherModel:
     """The module that the user's function returns.
 
     Its forward maps normalised images [B, 3, size, size] to Tokens. Its attributes image_size,
-    patch_size, mean and std count where the row leaves them open; an image_size goes before the
+    patch_size, mean and std count if the row does not set them; an image_size overrides the
     grid's, since a user's module may take no other. ValueError for what cannot be used.
     """
     block_of(row, 0)  # it returns its own tokens: there is no block to choose

@@ -109,7 +109,7 @@ def beheaded(row: config.Teacher, size: int, model: nn.Module) -> TeacherModel:
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
-    """timm's facts about a model's published weights."""
+    """timm's description of a model's published weights."""
     return vars(model)["pretrained_cfg"]
 
 
@@ -126,9 +126,9 @@ def tower_of(row: config.Teacher, model: nn.Module) -> tuple[adapters.Tower, int
 def outline_for_size(
     row: config.Teacher, grid: int, name: str
 ) -> tuple[int, dict[str, Any], nn.Module]:
-    """(image side, constructor options that make the model take it, the model so made).
+    """(image side, constructor options for that side, the model built with them).
 
-    ValueError if there is no such model, or its weights cannot be had for that side.
+    ValueError if there is no such model, or its weights cannot be resampled to that side.
     """
     own = build(row, timm.create_model, name)
     size, shape = timm_shape(row, grid, own)
@@ -138,7 +138,7 @@ def outline_for_size(
     if same or hasattr(model, "set_input_size"):
         return size, shape, model
     overlay = {"state_dict": state, "custom_load": False}
-    try:  # timm's own loader knows which weights it can resample
+    try:  # timm's loader refuses weights that it cannot resample
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **shape)
     except Exception as exc:
         own_size = pretrained_cfg(own)["input_size"][-1]
@@ -165,7 +165,7 @@ def stride_of(model: nn.Module) -> int:
 
 
 def timm_shape(row: config.Teacher, grid: int, outline: nn.Module) -> tuple[int, dict[str, Any]]:
-    """(image side, constructor options that make the model take it)."""
+    """(image side, constructor options for that side)."""
     stride = stride_of(outline)
     if not stride:
         check_patch(row, 0, type(outline).__name__)
