@@ -30,13 +30,12 @@ def from_scratch(on: bool) -> Iterator[None]:
         yield
         return
     import torch._dynamo  # seconds
-    from torch._dynamo.exc import FailOnRecompileLimitHit
 
     torch._dynamo.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=VARIANTS):
         try:
             yield
-        except FailOnRecompileLimitHit as error:
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise RuntimeError(
                 f"torch.compile needs more than {VARIANTS} variants of a block (TORCH_LOGS="
                 "recompiles names them), and the others would run uncompiled; start the same"

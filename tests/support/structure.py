@@ -88,7 +88,7 @@ def walk_imports(file: Path) -> Iterator[Import]:
     tree = tree_of(file)
     functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
     inside = {id(node) for function in functions for node in ast.walk(function)}
-    for node in ast.walk(tree):
+    for node in at_run_time(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield Import(file, node.lineno, alias.name, id(node) in inside)
@@ -96,6 +96,14 @@ def walk_imports(file: Path) -> Iterator[Import]:
             assert node.level == 0, f"{name_of(file)}:{node.lineno} imports relatively"
             for alias in node.names:
                 yield Import(file, node.lineno, f"{node.module}.{alias.name}", id(node) in inside)
+
+
+def at_run_time(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and all below it, but for bodies of `if TYPE_CHECKING:`."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from at_run_time(child)
 
 
 def rooms() -> list[str]:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 def parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """(bare words, options as raw strings) of a command line; `-` in a name reads as `_`."""
     import fire
-    from fire.decorators import SetParseFn
 
     flags = [word.split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
     if "__" in flags or "-" in argv:
@@ -21,7 +20,7 @@ def parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         raise ValueError(f"--{twice[0][2:]} is given twice; give it once")
     taken: list[tuple[list[str], dict[str, str]]] = []
 
-    @SetParseFn(str)
+    @fire.decorators.SetParseFn(str)
     def collect(*words: str, **options: str) -> None:
         taken.append((list(words), options))
 

@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
@@ -305,9 +307,6 @@ def machine(threads: int) -> str:
 
 def show(result: dict[str, Any]) -> None:
     """Print the figures as tables."""
-    from rich.console import Console
-    from rich.table import Table
-
     terminal = Console()
     terminal.print(result["machine"])
     what = f"{result['images']} images, {result['size']} px, batches of {result['batch']}"

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -69,9 +69,7 @@ def gathered(parameter: nn.Parameter) -> Iterator[bool]:
     if not hasattr(parameter, "ds_id"):
         yield True
         return
-    from deepspeed.runtime.zero import GatheredParameters
-
-    with GatheredParameters([parameter], modifier_rank=0):
+    with load_deepspeed().zero.GatheredParameters([parameter], modifier_rank=0):
         yield dist.rank() == 0
 
 
@@ -164,7 +162,7 @@ def mask_norm_on_device() -> None:
     DeepSpeed 0.19.8 uploads the -1 that it writes there, and CUDA's `masked_fill_` reads it back:
     two waits for each parameter group in every step.
     """
-    from deepspeed.runtime.zero import stage_1_and_2
+    stage_1_and_2 = load_deepspeed().runtime.zero.stage_1_and_2
 
     def mask(norm: Tensor, device: object = None, val: float = -1.0) -> None:
         norm.masked_fill_(~norm.isfinite(), val)
@@ -201,8 +199,9 @@ def use_zero3_linear_in_student_only(student: nn.Module, linear: Callable[..., T
             module.forward = partial(forward, module)  # type: ignore[method-assign]
 
 
+@cache
 def load_deepspeed() -> ModuleType:
-    """Import DeepSpeed without its log lines, and without its C++ all-reduce for CPUs.
+    """Import DeepSpeed, which takes seconds, without its log lines, and without its C++ all-reduce for CPUs.
 
     That op needs a compiler and half a minute at the first start, and works on one node only; gloo
     is used instead.
@@ -237,23 +236,19 @@ def weights(engine: Engine[nn.Module], prefix: str) -> dict[str, Tensor]:
 
 def gather(parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]) -> Tensor:
     """The full value of a parameter, in fp32 if it is trained."""
-    from deepspeed.runtime.zero import GatheredParameters
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    full = masters.get(parameter)
+    deepspeed, full = load_deepspeed(), masters.get(parameter)
     if full is None and parameter.requires_grad:
-        full = safe_get_full_fp32_param(parameter)
+        full = deepspeed.utils.safe_get_full_fp32_param(parameter)
     if full is None:
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             full = parameter.detach().clone()
     return full.detach()
 
 
 def full_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
     """Each bf16 parameter's fp32 master under ZeRO-0; empty under the stages that partition it."""
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-
-    if not isinstance(optimizer, FP16_UnfusedOptimizer):
+    unfused = load_deepspeed().runtime.fp16.unfused_optimizer
+    if not isinstance(optimizer, unfused.FP16_UnfusedOptimizer):
         return {}
     pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
     return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}

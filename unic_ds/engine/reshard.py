@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,15 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unic_ds import dist
-from unic_ds.engine.deepspeed_engine import full_masters
+from unic_ds.engine.deepspeed_engine import full_masters, load_deepspeed
 from unic_ds.engine.ema import KEY
 from unic_ds.engine.protocol import Engine
 
 
 def weights(shards: Path) -> dict[str, Tensor]:
     """Weights from a checkpoint's shards, as `deepspeed_engine.weights`, by their full names."""
-    from deepspeed.utils.zero_to_fp32 import to_torch_tensor
-
     if not any(shards.glob("*_optim_states.pt")):
         raise ValueError(
             f"{str(shards)!r} was saved under ZeRO-0, whose checkpoints hold no shards to read;"
@@ -31,7 +30,14 @@ def weights(shards: Path) -> dict[str, Tensor]:
     state = saved.full(KEY if KEY in saved.keys else "")
     if saved.stage != 3:  # ZeRO-1 saves frozen weights with the module alone
         state = read_model_states(shards)["module"] | state
-    return to_torch_tensor(state, dtype=torch.float32)
+    return shard_reader().to_torch_tensor(state, dtype=torch.float32)
+
+
+def shard_reader() -> ModuleType:
+    """DeepSpeed's module that reads the shards of a checkpoint."""
+    from deepspeed.utils import zero_to_fp32
+
+    return zero_to_fp32
 
 
 def read_model_states(shards: Path) -> dict[str, Any]:
@@ -44,8 +50,7 @@ class ZeroShards:
     """A checkpoint of ZeRO 1 to 3: flat partitions, from which full tensors are gathered."""
 
     def __init__(self, folder: Path):
-        from deepspeed.utils import zero_to_fp32 as disk
-
+        disk = shard_reader()
         files = disk.get_optim_files(str(folder))
         with silenced():
             self.stage, self.world, self.masters, self.paddings = disk.parse_optim_states(
@@ -74,9 +79,7 @@ class ZeroShards:
 
         Under ZeRO-3 each is gathered when its `contiguous` is called.
         """
-        from deepspeed.utils import zero_to_fp32 as disk
-
-        flat = self.masters
+        disk, flat = shard_reader(), self.masters
         if key:  # a master is saved without its padding, the state of the same index with it
             pairs = zip(self.states, self.masters, strict=True)
             flat = [[s[i][key][: len(m)] for i, m in enumerate(masters)] for s, masters in pairs]
@@ -149,8 +152,6 @@ def load_resharded(engine: Engine[nn.Module], shards: Path) -> None:
 
 def init_optimizer_state(engine: Engine[nn.Module], saved: ZeroShards | PlainState) -> None:
     """Initialise the optimiser's state as its first step would, with zeros and the saved step."""
-    from deepspeed.utils import lazy_init_hp_params_optimizer_state
-
     base, zero, stage = engine.basic_optimizer, engine.optimizer, engine.zero_optimization_stage()
     weights = [p for group in base.param_groups for p in group["params"]]
     if stage in (1, 2):
@@ -162,13 +163,14 @@ def init_optimizer_state(engine: Engine[nn.Module], saved: ZeroShards | PlainSta
         base.state[weight]["step"] = torch.tensor(saved.step, device=weight.device)
     if stage in (1, 2):
         for parameters, weight in zip(zero.bit16_groups, weights, strict=True):
-            lazy_init_hp_params_optimizer_state(parameters, weight, base.state)
+            load_deepspeed().utils.lazy_init_hp_params_optimizer_state(
+                parameters, weight, base.state
+            )
 
 
 def setters(engine: Engine[nn.Module]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Functions that set a parameter's fp32 master, and its optimiser state, at this stage."""
-    from deepspeed import utils
-
+    utils = load_deepspeed().utils
     if engine.zero_optimization_stage() == 3:
         # The functions for full values fail on sizes that the ranks do not divide.
         return utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state

@@ -29,6 +29,7 @@ from unic_ds.planning.counters import flop_counter
 from unic_ds.planning.trace import forward_flops
 from unic_ds.process import console, entry_point
 from unic_ds.teachers.cache import FeatureCache
+from unic_ds.teachers.teacher import TeacherFacts
 from unic_ds.teachers.teacher_set import TeacherSet
 from unic_ds.tokens import Target
 from unic_ds.training.phases import Phases, SetPhase
@@ -115,7 +116,7 @@ def open_cache(cfg: config.Config, train: Source) -> FeatureCache | None:
 
 def find_teachers(
     cfg: config.Config, train: Source, cache: FeatureCache | None
-) -> tuple[TeacherSet, dict[str, dict[str, Any]]]:
+) -> tuple[TeacherSet, dict[str, TeacherFacts]]:
     """The teachers on this rank's device, and their manifest, which is rank 0's."""
     teachers = TeacherSet(
         cfg.teachers,

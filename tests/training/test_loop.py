@@ -38,7 +38,7 @@ def test_a_step_announces_its_phases_and_the_first_one_compiles(tmp_path, compil
     more = {"ds_config": file, "run.compile": compile, "optim.steps": 2, "eval.on": "false"}
     words = [word for word in tiny(tmp_path, "run", more) if word != "--data.val"]
     words = [word for word in words if word != str(tmp_path / "val")]
-    printed = run(Forked(1, [str(ROOT / "tests" / "announced_phases.py"), *words]))
+    printed = run(Forked(1, [str(ROOT / "tests" / "support" / "announced_phases.py"), *words]))
     micro = ["reading data", "teachers", "student", "backward"]
     names = [*micro, *micro, "end of step"]
     first = names if compile == "none" else ["compiling"] * len(names)
