@@ -12,6 +12,7 @@ import pytest
 from unic_ds import cli
 from unic_ds.doctor import postmortem
 from unic_ds.process import entry_point
+from unic_ds.training import heartbeat
 
 WATCHED = """
 import os, signal, sys, time
@@ -127,6 +128,17 @@ ODD = [
     ("config.yaml", b"[", "cannot be read as a run's settings"),
     ("config.yaml", None, "is no run folder"),
 ]
+
+
+def test_a_heartbeat_keeps_the_keys_of_older_runs(tmp_path):
+    (tmp_path / heartbeat.FOLDER).mkdir()
+    heartbeat.write(tmp_path, heartbeat.create("b", 3))
+    row = json.loads(heartbeat.file_of(tmp_path, 3).read_text())
+    keys = "start rank host realm pid born beat step phase moves idle_s where error time"
+    assert list(row) == keys.split()
+    (found,) = heartbeat.read_all(tmp_path)
+    assert (found.start_ticks, found.pid_namespace) == (row["born"], row["realm"])
+    assert not heartbeat.has_exited(found)
 
 
 @pytest.mark.parametrize(("name", "content", "says"), ODD, ids=range(len(ODD)))

@@ -10,10 +10,13 @@ import pytest
 from unic_ds.data import shard_index
 from unic_ds.files import (
     apply_umask,
+    nearest_existing,
     open_atomic,
     open_regular,
     read_limited,
     read_text,
+    replace_folder,
+    sha256,
     write_atomic,
 )
 from unic_ds.files.printable import markdown, printable
@@ -100,3 +103,28 @@ def test_a_part_follows_no_link_and_is_removed_where_writing_fails(tmp_path):
     assert theirs.read_text() == "theirs"
     assert np.load(file)["a"] == 0
     assert {path.name for path in tmp_path.iterdir()} == names | {"file"}
+
+
+def test_a_folder_replaces_an_older_one_and_leaves_nothing_else(tmp_path):
+    new, old, of_a_kill = (tmp_path / name for name in ("new", "old", ".old.removed"))
+    for folder in (new, old, of_a_kill):
+        (folder / f"in {folder.name}").mkdir(parents=True)
+    replace_folder(new, old)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert [path.name for path in old.iterdir()] == ["in new"]
+    replace_folder(old, tmp_path / "first")
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_the_nearest_existing_parent_of_a_path(tmp_path):
+    assert nearest_existing(tmp_path) == tmp_path
+    assert nearest_existing(tmp_path / "a" / "b") == tmp_path
+
+
+def test_sha256_of_a_regular_file(tmp_path):
+    file, pipe = tmp_path / "file", tmp_path / "pipe"
+    file.write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    assert sha256(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="not a regular file"):
+        sha256(pipe)
