@@ -359,7 +359,7 @@ def step(
             hook = student.ladder.register_forward_pre_hook(lambda *_: begin_ladder())
             pred = student(image, path_BK)
             hook.remove()
-            loss = loss_of(cfg, pred, targets, drop_TB)
+            loss, _ = loss_of(cfg, pred, targets, drop_TB)  # metrics live until the end
         mark()
         loss.backward()
         mark()
@@ -372,9 +372,9 @@ def step(
 
 def loss_of(
     cfg: config.Config, pred: dict[str, Tokens], targets: dict[str, Tokens], drop_TB: Tensor
-) -> Tensor:
-    """The distillation loss of predictions, given the teachers' tokens."""
-    loss, _ = distill_loss(
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The distillation loss of predictions, given the teachers' tokens, and its metrics."""
+    return distill_loss(
         pred,
         {name: Target.of(tokens) for name, tokens in targets.items()},
         drop_TB,
@@ -383,7 +383,6 @@ def loss_of(
         distances=cfg.distances,
         ops=KERNELS[cfg.kernels],
     )
-    return loss
 
 
 def on_gradient(x: Tensor, call: Callable[[], None]) -> None:
