@@ -19,7 +19,7 @@ from PIL import Image
 from timm.models import EfficientNet
 from torch import Tensor, nn
 
-from unic_ds.demo import PACKAGES, PARTS
+from unic_ds.demo.parts import PACKAGES, PARTS
 from unic_ds.files import tensor_files
 from unic_ds.process import console
 

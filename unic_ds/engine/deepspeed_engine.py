@@ -201,7 +201,7 @@ def use_zero3_linear_in_student_only(student: nn.Module, linear: Callable[..., T
 
 @cache
 def load_deepspeed() -> ModuleType:
-    """Import DeepSpeed, which takes seconds, without its log lines, and without its C++ all-reduce for CPUs.
+    """Import DeepSpeed (seconds) without its log lines and its C++ all-reduce for CPUs.
 
     That op needs a compiler and half a minute at the first start, and works on one node only; gloo
     is used instead.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
@@ -17,6 +18,7 @@ from unic_ds.config import extension, overrides, recipes
 from unic_ds.config.job import Job
 from unic_ds.engine import optim
 from unic_ds.process import console
+from unic_ds.teachers.teacher import TeacherFacts
 from unic_ds.teachers.weight_files import known_by
 from unic_ds.training import checkpoint, events, rollback
 from unic_ds.training.setup import decoder_of, fit_statistics
@@ -157,7 +159,7 @@ def checkpoint_identity(run: RunContext) -> dict[str, Any]:
 
 def checkpoint_contents(run: RunContext) -> dict[str, str]:
     """Hash of each weight file of a run -> that of its tensors."""
-    rows = (*run.manifest.values(), *(run.init or {}).values())
+    rows: list[Mapping[str, Any]] = [*run.manifest.values(), *(run.init or {}).values()]
     return {row["sha256"]: row["content"] for row in rows if row.get("content")}
 
 
@@ -240,7 +242,7 @@ def extend(run: RunContext, found: Path) -> tuple[dict[str, str], Extension | No
 
 
 def refuse_other_summaries(
-    where: str, saved: dict[str, str], manifest: dict[str, dict[str, Any]]
+    where: str, saved: dict[str, str], manifest: Mapping[str, TeacherFacts]
 ) -> None:
     """ValueError if a checkpoint had another kind of summary of a teacher than `manifest` has.
 

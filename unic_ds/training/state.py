@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from unic_ds.config import Config
 from unic_ds.config.job import Job
@@ -15,6 +14,7 @@ from unic_ds.engine.protocol import Engine
 from unic_ds.losses.balance import Balancer
 from unic_ds.models.student import Student
 from unic_ds.teachers.cache import FeatureCache
+from unic_ds.teachers.teacher import TeacherFacts
 from unic_ds.teachers.teacher_set import TeacherSet
 from unic_ds.tokens import Target
 from unic_ds.training.checkpoint import RollbackRow
@@ -45,7 +45,7 @@ class RunContext:
     batches: Iterator[Batch]  # of `stream`
     targets_of: Callable[[Batch], dict[str, Target]]  # by the frozen teachers, standardised
     cache: FeatureCache | None  # features of teachers that are not run
-    manifest: dict[str, dict[str, Any]]  # the teachers' sources, hashes and preprocessing
+    manifest: dict[str, TeacherFacts]  # the teachers' sources, hashes and preprocessing
     init: dict[str, dict[str, str]] | None  # hashes of the files that the student starts from
     flops_per_image: float
     phases: Phases
