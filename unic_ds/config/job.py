@@ -36,7 +36,7 @@ JOB_OPTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to train, how DeepSpeed runs it, and where it lives."""
+    """A stage to train: its settings, those of DeepSpeed, and its folder."""
 
     cfg: Config
     settings: DeepSpeedSettings
@@ -52,7 +52,7 @@ class Job:
 
 
 def ended(out: Path) -> bool:
-    """Whether a stage's folder holds its exported student and its table."""
+    """True if a stage's folder holds its exported student and its table."""
     return (out / "student" / "model.safetensors").is_file() and (out / "results.json").is_file()
 
 

@@ -1,1 +1,1 @@
-"""What frozen features are worth; each evaluator yields (name, value) and knows no logger."""
+"""Evaluation of frozen features: an evaluator a file, and their registry."""

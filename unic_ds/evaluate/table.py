@@ -126,7 +126,7 @@ def read(file: Path) -> dict[str, dict[str, float]]:
 
 
 def read_protocols(folder: Path) -> dict[str, dict[str, str]]:
-    """How the numbers of a run's results.json were made; {} for a run of an older version."""
+    """Protocols of the numbers in a run's results.json; {} for a run of an older version."""
     file = folder / PROTOCOLS
     return json.loads(file.read_text()) if file.is_file() else {}
 
