@@ -10,7 +10,8 @@ from pictures import folder
 from runs import TRAIN, curve, kill_on_the_way, launch, run, tiny, together, verb
 
 from unic_ds import config
-from unic_ds.config import job
+from unic_ds.config import extension, job, overrides, recipes
+from unic_ds.config.overrides import override_all
 from unic_ds.engine import optim
 
 EXTEND = {"run.extend": "true"}
@@ -179,3 +180,38 @@ def test_killed_on_the_way_under_the_launcher_it_goes_on(short):
     run(launch(TRAIN, *tiny(short, "killed", more)))
     assert curve(short / "killed") == curve(short / "forked")
     assert list(curve(short / "killed")) == list(range(4, 13))
+
+
+OLD_NAMES = {"student": "checkpoint", "ladder": "recompute"}
+
+
+def old_run(folder, cfg):
+    """A run folder as versions before the renaming of two options wrote it."""
+    plain = overrides.to_dict(cfg)
+    for section, old in OLD_NAMES.items():
+        plain[section][old] = plain[section].pop("activation_checkpointing")
+    del plain["plugins"]
+    saved = folder / "checkpoints" / "step_0000003"
+    saved.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain))
+    facts = {f"--{key}": text for key, text in overrides.science(cfg).items()}
+    (saved / "run.json").write_text(json.dumps(facts | {"step": 3, "--ladder.recompute": "all"}))
+    return saved
+
+
+def test_a_run_of_before_the_renaming_is_resumed(tmp_path):
+    """By the same options with old or new names, in its folder or by --resume."""
+    teachers = {"teachers": "a=timm:vit_tiny_patch16_224", "stages": "student.checkpoint=full"}
+    cfg = override_all(config.Config(), teachers | {"student.checkpoint": "every:2"})
+    saved = old_run(tmp_path / "run", cfg)
+    assert recipes.read(tmp_path / "run" / "config.yaml") == cfg
+    extension.check(cfg, tmp_path / "run", resume="auto", last=True)
+    for resume in (tmp_path / "run", saved):
+        extension.check(cfg, tmp_path / "new", resume=str(resume), last=True)
+    found = extension.find(tmp_path / "new", str(saved))
+    assert found.science["ladder.activation_checkpointing"] == "all"
+    stages = [stage.student.activation_checkpointing for stage, _ in job.staged(cfg, tmp_path)]
+    assert stages == ["full", "every:2"]
+    other = override_all(cfg, {"optim.lr": "1"})
+    with pytest.raises(ValueError, match=r"optim.lr was '0.0003', now '1.0'"):
+        extension.check(other, tmp_path / "run", resume="auto", last=True)

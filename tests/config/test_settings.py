@@ -251,3 +251,31 @@ def test_a_run_has_no_more_steps_than_names_of_checkpoints():
     with pytest.raises(ValueError, match="makes 1,953,125,000 steps, more than 9,999,999"):
         Optim(epochs=1e6).step_count(1_000_000)
     assert Optim(steps=9_999_999).step_count(1) == 9_999_999
+
+
+def test_deepspeed_s_settings_have_its_own_defaults():
+    """Those of DeepSpeed's model of zero_optimization, in every field that has its name."""
+    zero_config = pytest.importorskip("deepspeed.runtime.zero.config")
+    made = ds_config.DeepSpeedSettings.parse({"train_micro_batch_size_per_gpu": 3})
+    theirs = zero_config.DeepSpeedZeroConfig()
+    names = (*ds_config.SIZES, *ds_config.FLAGS, "stage")
+    assert {n: getattr(made, n) for n in names} == {n: getattr(theirs, n) for n in names}
+    assert (made.micro_batch, made.accumulation, made.bf16) == (3, 1, False)
+    for stage in (1, 3):
+        zero = {"zero_optimization": {"stage": stage}}
+        parsed = ds_config.DeepSpeedSettings.parse(made.raw | zero)
+        assert parsed.overlap_comm == zero_config.DeepSpeedZeroConfig(stage=stage).overlap_comm
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])
+def test_a_shipped_file_is_merged_with_the_run(name):
+    file = ds_config.read(str(ROOT / "ds_configs" / f"{name}.json"))
+    cfg = Config(optim=Optim(batch_size=4096, clip=1.0))
+    merged = ds_config.merge(file, cfg, 16)
+    assert (merged.micro_batch, merged.accumulation, merged.bf16) == (32, 8, True)
+    assert (merged.raw["train_batch_size"], merged.raw["gradient_clipping"]) == (4096, 1.0)
+    assert (merged.stage, merged.communication_dtype) == (int(name[4]), "fp32")
+    assert merged.grad_accum_dtype == (None if name == "zero1" else "fp32")
+    assert merged.offload_optimizer.on == merged.offload_param.on == ("offload" in name)
+    assert (merged.reduce_bucket_size, merged.overlap_comm) == (100_000_000, True)
+    assert json.loads(json.dumps(merged.raw)) == merged.raw and merged.raw.items() >= file.items()

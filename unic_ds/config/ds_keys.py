@@ -16,7 +16,7 @@ from unic_ds.files.printable import printable
 class Kind(NamedTuple):
     """The values that a key may have: their description and a predicate."""
 
-    says: str
+    description: str
     holds: Callable[[Any], bool]
 
 
@@ -155,7 +155,7 @@ def check(value: object, known: object = KEYS, at: str = "") -> None:
         if not known.holds(value):
             shown = printable(repr(value), 60)
             why = f" ({INSTEAD[at]})" if at in INSTEAD else ""
-            raise ValueError(f"{at!r} must be {known.says}, got {shown}{why}")
+            raise ValueError(f"{at!r} must be {known.description}, got {shown}{why}")
         return
     if value is None and at.rpartition(".")[2] in ("offload_param", "offload_optimizer"):
         return

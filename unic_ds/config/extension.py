@@ -20,13 +20,13 @@ ALLOWED = {*LENGTH, "stages"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Begun:
+class PreviousRun:
     """A run that has trained already."""
 
     folder: Path
     science: dict[str, str]  # dotted name -> text
     step: int  # of its newest checkpoint, or of the one that is named; 0: it has none
-    own: bool  # in the run's own folder, not named by --resume
+    in_place: bool  # in the folder --out, not named by --resume
 
 
 def check(cfg: Config, out: Path, *, resume: str, last: bool) -> None:
@@ -34,34 +34,36 @@ def check(cfg: Config, out: Path, *, resume: str, last: bool) -> None:
 
     `last` is false for the earlier stages of a run: they are not extended.
     """
-    begun = find(out, resume)
-    if begun is None:
+    previous = find(out, resume)
+    if previous is None:
         if cfg.run.extend and last and resume in ("auto", "never"):
             raise ValueError(
                 f"--run.extend true, but --out {str(out)!r} holds no run to train further; name its"
                 " folder, give --resume OLD, or --run.extend false to start a new run"
             )
         return
-    if begun.own and resume == "never":
+    if previous.in_place and resume == "never":
         raise ValueError(
             f"--out {str(out)!r} holds a run already; choose another --out or drop --resume never"
         )
-    differ = differences(begun, science(cfg))
-    extends = last and cfg.run.extend and differ.keys() <= ALLOWED and same_stages(begun, cfg)
+    differ = differences(previous, science(cfg))
+    extends = last and cfg.run.extend and differ.keys() <= ALLOWED and same_stages(previous, cfg)
     if differ and not extends:
-        raise ValueError(f"{foreign(begun, resume, differ)}; {ways(begun, last)}")
+        raise ValueError(
+            f"{difference_clause(previous, resume, differ)}; {remedy_clause(previous, last)}"
+        )
     if differ.keys() & set(LENGTH):
-        check_start(begun)
+        check_start(previous)
         if cfg.optim.steps:
-            check_longer(cfg.optim, cfg.optim.steps, after=begun.step)
+            check_longer(cfg.optim, cfg.optim.steps, after=previous.step)
 
 
-def find(out: Path, resume: str) -> Begun | None:
+def find(out: Path, resume: str) -> PreviousRun | None:
     """The run that `--out` and `--resume` go on with; None for a new run."""
     file, saved = out / "config.yaml", checkpoints(out)
     if file.is_file() and (saved or (out / "results.json").is_file()):
         settings = science(recipes.read(file))
-        return Begun(folder=out, science=settings, step=step_of(saved), own=True)
+        return PreviousRun(folder=out, science=settings, step=step_of(saved), in_place=True)
     if resume in ("auto", "never"):
         return None
     given = [Path(resume)] if (Path(resume) / "run.json").is_file() else checkpoints(Path(resume))
@@ -69,7 +71,7 @@ def find(out: Path, resume: str) -> Begun | None:
     given_as = {k[2:]: str(v) for k, v in facts.items() if k.startswith("--")}
     settings = {RENAMED.get(k, k): v for k, v in given_as.items()}
     folder = given[-1].absolute().parent.parent if given else Path(resume)
-    return Begun(folder=folder, science=settings, step=step_of(given), own=False)
+    return PreviousRun(folder=folder, science=settings, step=step_of(given), in_place=False)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -92,64 +94,68 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def differences(begun: Begun, here: dict[str, str]) -> dict[str, tuple[str, str]]:
+def differences(previous: PreviousRun, here: dict[str, str]) -> dict[str, tuple[str, str]]:
     """(text there, text here) of the settings that differ, by dotted name.
 
     A checkpoint may be older than a setting; its own folder's config.yaml has all.
     """
-    there = begun.science
-    keys = there.keys() | here.keys() if begun.own else there.keys() & here.keys()
+    there = previous.science
+    keys = there.keys() | here.keys() if previous.in_place else there.keys() & here.keys()
     pairs = {key: (there.get(key, "absent"), here.get(key, "absent")) for key in sorted(keys)}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def same_stages(begun: Begun, cfg: Config) -> bool:
+def same_stages(previous: PreviousRun, cfg: Config) -> bool:
     """True if a run folder and `cfg` have equally many stages."""
-    there = parse_stages(begun.science.get("stages", ""))
-    return len(there) == len(cfg.earlier_stages) or not begun.own
+    there = parse_stages(previous.science.get("stages", ""))
+    return len(there) == len(cfg.earlier_stages) or not previous.in_place
 
 
-def foreign(begun: Begun, resume: str, differ: dict[str, tuple[str, str]]) -> str:
+def difference_clause(
+    previous: PreviousRun, resume: str, differ: dict[str, tuple[str, str]]
+) -> str:
     """The clause of an error message that names the first options that differ."""
-    shown, more = list(differ.items())[:5], len(differ) - 5
+    first, more = list(differ.items())[:5], len(differ) - 5
     rest = f" and {more} more" if more > 0 else ""
-    if begun.own:
-        said = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in shown)
-        return f"--out {str(begun.folder)!r} holds another run ({said}{rest})"
-    said = ", ".join(f"--{key} {was!r}, this run has {now!r}" for key, (was, now) in shown)
-    return f"--resume {resume!r} was saved with {said}{rest}"
+    if previous.in_place:
+        pairs = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in first)
+        return f"--out {str(previous.folder)!r} holds another run ({pairs}{rest})"
+    pairs = ", ".join(f"--{key} {was!r}, this run has {now!r}" for key, (was, now) in first)
+    return f"--resume {resume!r} was saved with {pairs}{rest}"
 
 
-def ways(begun: Begun, last: bool) -> str:
+def remedy_clause(previous: PreviousRun, last: bool) -> str:
     """The clause of an error message that says how to resume or extend the run."""
-    first = "choose another --out" if begun.own else "use the same"
+    first = "choose another --out" if previous.in_place else "use the same"
     longer = "to train longer add --run.extend true, with no change but --optim.epochs or steps"
     if not last:
         longer = (
             "an earlier stage is not trained longer, since the next one started from its student:"
             " give its own settings in --stages, as in 'optim.steps=3'"
         )
-    return f"{first}; {longer}; {anew(begun)}"
+    return f"{first}; {longer}; {new_run_clause(previous)}"
 
 
-def anew(begun: Begun) -> str:
+def new_run_clause(previous: PreviousRun) -> str:
     """The clause of an error message that says how to start a new run from this one's weights."""
-    student = begun.folder / "student"
-    made = f" (`unic-ds export --run {str(begun.folder)!r}` writes such a folder)"
+    student = previous.folder / "student"
+    made = f" (`unic-ds export --run {str(previous.folder)!r}` writes such a folder)"
     made = "" if student.is_dir() else made
-    where = "another --out and " if begun.own else ""
+    where = "another --out and " if previous.in_place else ""
     return f"to start a new run from its weights give {where}--student.init {str(student)!r}{made}"
 
 
-def check_start(begun: Begun) -> None:
+def check_start(previous: PreviousRun) -> None:
     """Raise ValueError if a run has no checkpoint left to be extended from."""
-    if begun.own and not checkpoints(begun.folder):
-        where = str(begun.folder)
-        raise ValueError(f"{where!r} has no checkpoint left to be extended from; {anew(begun)}")
+    if previous.in_place and not checkpoints(previous.folder):
+        where = str(previous.folder)
+        raise ValueError(
+            f"{where!r} has no checkpoint left to be extended from; {new_run_clause(previous)}"
+        )
 
 
 def check_longer(cfg: Optim, steps: int, *, after: int) -> None:
-    """Raise ValueError unless an extended run of `steps` goes on `after` its checkpoint's step."""
+    """Raise ValueError unless an extended run's `steps` exceed its checkpoint's step, `after`."""
     if steps <= after:
         given = f"--optim.steps {cfg.steps}" if cfg.steps else f"--optim.epochs {cfg.epochs:g}"
         raise ValueError(

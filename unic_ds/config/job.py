@@ -25,29 +25,30 @@ from unic_ds.files import nearest_existing
 from unic_ds.files.printable import printable
 
 JOB_OPTIONS = {
-    "ds_config": "ds_configs/zero1.json, zero2, zero3 or zero3_offload, or your own (needed)",
-    "recipe": f"{', '.join(recipes.RECIPES)}; a method on one, like quickstart+radio"
-    f" ({', '.join(methods.METHODS)}); or a run's config.yaml [quickstart]",
-    "out": "run folder; the same command again resumes there [runs/RECIPE; for x.yaml runs/x]",
-    "resume": "auto (go on where the folder stands), never, or the PATH of a run folder or"
-    " checkpoint with the same settings [auto]",
+    "ds_config": "DeepSpeed's settings: ds_configs/zero1.json, zero2, zero3 or zero3_offload, or"
+    " your own file (required)",
+    "recipe": f"{', '.join(recipes.RECIPES)}; a recipe with a method, like quickstart+radio"
+    f" ({', '.join(methods.METHODS)}); or a .yaml file, as a run's config.yaml [quickstart]",
+    "out": "run folder; the same command resumes the run there [runs/RECIPE; for x.yaml runs/x]",
+    "resume": "auto (resume the run in --out if there is one), never, or the PATH of a run folder"
+    " or checkpoint with the same settings [auto]",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A stage to train: its settings, those of DeepSpeed, and its folder."""
+    """A run: its options, DeepSpeed's settings and its folder."""
 
     cfg: Config
     settings: DeepSpeedSettings
     out: Path
     resume: str
-    init: str  # model folder or encoder weights that it starts from; empty: from the seed
-    before: tuple[Job, ...] = ()  # earlier stages, in folders of their own under `out`
+    init: str  # model folder or encoder weights to start from; empty: random, from the seed
+    before: tuple[Job, ...] = ()  # earlier stages, in subfolders of `out`
 
     @property
     def finished(self) -> bool:
-        """True if the folder holds the end of this run: its exported student and its table."""
+        """True if the run has exported its student and written its table."""
         return ended(self.out) and not extension.pending(self.cfg, self.out)
 
 
@@ -57,29 +58,29 @@ def ended(out: Path) -> bool:
 
 
 def stop_files(out: Path, given: str) -> list[Path]:
-    """Files that have a run save and stop: its own, then the one of --run.stop_file."""
+    """Files at which a run saves and stops: OUT/STOP, then --run.stop_file."""
     return [out / "STOP", *map(Path, filter(None, [given]))]
 
 
 def resolve(options: dict[str, str], ranks: int | None = None) -> Job:
-    """The Job of the options; ValueError, one sentence, for anything a user can get wrong.
+    """The Job of the options; ValueError, one sentence, for every mistake of a user.
 
-    `ranks` is asked of the launcher's environment where it is None.
+    `ranks` None: as in the launcher's environment.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
     options = {
         k: v for k, v in options.items() if k != "local_rank"
     }  # the deepspeed launcher adds it
-    door = {k: options.pop(k) for k in list(options) if k in JOB_OPTIONS}
-    if "ds_config" not in door:
+    job_options = {k: options.pop(k) for k in list(options) if k in JOB_OPTIONS}
+    if "ds_config" not in job_options:
         near = nearest("ds_config", list(options))
         raise ValueError(
             f"--ds_config is needed{near}, for example --ds_config ds_configs/zero2.json"
         )
-    file = ds_config.read(door["ds_config"])
-    cfg = configure(door.get("recipe", "quickstart"), options)
-    out = out_folder(door)
-    resume, jobs, init = door.get("resume", "auto"), [], cfg.student.init
+    file = ds_config.read(job_options["ds_config"])
+    cfg = configure(job_options.get("recipe", "quickstart"), options)
+    out = out_folder(job_options)
+    resume, jobs, init = job_options.get("resume", "auto"), [], cfg.student.init
     for stage, folder in staged(cfg, out):
         settings = ds_config.merge(file, stage, ranks)
         jobs.append(Job(cfg=stage, settings=settings, out=folder, resume=resume, init=init))
@@ -92,10 +93,14 @@ def resolve(options: dict[str, str], ranks: int | None = None) -> Job:
     return replace(jobs[-1], before=tuple(jobs[:-1]))
 
 
-def out_folder(door: dict[str, str]) -> Path:
-    """The run folder that the options name, or the recipe's own; ValueError where it is no path."""
-    name = recipes.folder_name(door.get("recipe", "quickstart")) if "out" not in door else ""
-    given = door.get("out", f"runs/{name}")
+def out_folder(job_options: dict[str, str]) -> Path:
+    """The run folder of the options, or the recipe's default; ValueError if it cannot be a path."""
+    name = (
+        recipes.folder_name(job_options.get("recipe", "quickstart"))
+        if "out" not in job_options
+        else ""
+    )
+    given = job_options.get("out", f"runs/{name}")
     if not given:
         raise ValueError("--out is empty; give a folder, or leave it out for runs/RECIPE")
     try:
@@ -109,7 +114,7 @@ def out_folder(door: dict[str, str]) -> Path:
 
 
 def staged(cfg: Config, out: Path) -> list[tuple[Config, Path]]:
-    """(settings, folder) of every stage, the last being `cfg` in `out` itself."""
+    """(Config, folder) of every stage; the last is `cfg`, in `out` itself."""
     stages = []
     for stage in cfg.earlier_stages:
         try:
@@ -131,13 +136,13 @@ def configure(recipe: str, options: dict[str, str]) -> Config:
 
 
 def check_inputs(cfg: Config) -> None:
-    """ValueError for missing teachers or images; prepares the demonstration if it is meant."""
+    """Raise ValueError for missing teachers or images; prepares the demonstration if it is used."""
     if not cfg.teachers:
         raise ValueError("no teachers; give --teachers SOURCE,SOURCE or a --recipe that has some")
     if not cfg.data.train:
         raise ValueError(f"recipe {cfg.recipe} has no images; give --data.train DIR")
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        return  # the node's first rank checks and prepares; this one meets it before it reads
+        return  # the node's first rank checks and prepares; the others wait for it
     prepare_demonstration(cfg)
     check_init(cfg.student.init)
     for key, given in (("train", cfg.data.train), ("val", cfg.data.val)):
@@ -164,7 +169,7 @@ def weight_file(row: Teacher) -> Path:
 
 
 def check_init(path: str) -> None:
-    """ValueError where there is nothing to start from."""
+    """Raise ValueError if --student.init names no weights."""
     kind = kind_of(path)
     if path and kind == "folder" and kind_of(f"{path}/model.safetensors") != "file":
         raise ValueError(
@@ -175,7 +180,7 @@ def check_init(path: str) -> None:
 
 
 def kind_of(path: str) -> str:
-    """`file` or `folder`; empty for anything else, a text that can be no path included."""
+    """`file` or `folder`; empty for anything else, also for text that cannot be a path."""
     try:
         given = Path(path).expanduser()
         return "folder" if given.is_dir() else "file" if given.is_file() else ""
@@ -184,7 +189,7 @@ def kind_of(path: str) -> str:
 
 
 def prepare_demonstration(cfg: Config) -> None:
-    """Make the quickstart's files where the Config means them and they are not there yet."""
+    """Make the quickstart's files if the Config uses them and they are missing."""
     try:
         images = (
             [str(path) for path, _ in data_spec.parts(cfg.data.train)] if cfg.data.train else []
@@ -210,14 +215,14 @@ def check_resume(resume: str, *, stages: int) -> None:
 
 
 def check_folder(job: Job, *, last: bool) -> None:
-    """Raise ValueError if the run folder cannot be one, or holds a run that is not this one."""
+    """Raise ValueError if --out is a file, or its run cannot be resumed with these options."""
     if job.out.exists() and not job.out.is_dir():
         raise ValueError(f"--out {str(job.out)!r} is a file; give a folder")
     extension.check(job.cfg, job.out, resume=job.resume, last=last)
 
 
 def check_room(out: Path) -> None:
-    """ValueError where the run folder could not be written; makes nothing that would stay."""
+    """Raise ValueError if the run folder cannot be written; leaves no files behind."""
     try:
         with tempfile.TemporaryFile(dir=nearest_existing(out)):
             pass

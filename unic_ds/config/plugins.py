@@ -6,7 +6,7 @@ A registry is a dict from a name to a function or class. A plugin adds to it whe
     SOURCES             teachers.sources                   kinds of teacher source
     TERMS               losses.terms                       terms of the loss
     BALANCERS           losses.balance                     values of --balance.kind
-    EVALUATORS          evaluate                           rows of the table
+    EVALUATORS          evaluate.registry                  rows of the table
 
 The last four import torch, so a Config without plugins is checked against `BUILT_IN`; one with
 plugins is checked against the registries themselves, once they are loaded.

@@ -31,7 +31,7 @@ YAML = (".yaml", ".yml")
 
 PAPER_LOSS = Loss(divisor="kept")
 PAPER_STATISTICS = Standardise(std_floor=0.0, target_clamp=0.0)
-"""Where our defaults differ from the paper's: the divisor, the std floor and the target clamp."""
+"""The paper's divisor, std floor and target clamp, which are not our defaults."""
 
 DINOV2_G = Teacher(name="dinov2_g", source="timm:vit_giant_patch14_dinov2.lvd142m")
 METACLIP_H = Teacher(name="metaclip_h", source="open_clip:ViT-H-14-quickgelu/metaclip_fullcc")
@@ -77,7 +77,7 @@ def unic_b() -> Config:
     deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json --recipe unic_b --data.train DIR
 
     Expected (arXiv 2408.05088, table 1): ImageNet-1K linear 83.8, ADE20K mIoU 39.6. iBOT and
-    dBOT-ft are on no hub: put their weights in timm's layout where the rows say, or choose others.
+    dBOT-ft are on no hub: put their weights in timm's layout at these paths, or choose others.
     """
     return Config(
         recipe="unic_b",

@@ -189,7 +189,7 @@ def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
     for name in stored(cfg):  # whose tokens come with the images
         runs[name] = runs[name]._replace(work=Work(), nbytes=0, peak=0)
     shown = (run.size for name, run in runs.items() if name not in stored(cfg))
-    # The student does not see where its teachers' weights are, nor how the run is run.
+    # Placement and machinery do not change the student's step, so that its trace is cached.
     rows = tuple(replace(row, placement="replicate", micro=0) for row in cfg.teachers)
     found = student_cost(replace(cfg, teachers=rows, run=config.Run()), images, bf16)
     before = accumulate([0, *found.targets.values()])  # tokens that wait while a later one runs
