@@ -1,4 +1,4 @@
-"""DALI's output buffers are not reused before torch has copied them."""
+"""DALI's outputs stay alive until torch has copied them."""
 
 import threading
 import weakref

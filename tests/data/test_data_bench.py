@@ -1,4 +1,4 @@
-"""The benchmark of the data path says what it should; the index it measures stays small."""
+"""The data benchmark reports every loader; the index that it measures stays small."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_it_measures_every_way_and_the_index(tmp_path):
         timeout=300,
     )
     result = json.loads((tmp_path / "bench.json").read_text())
-    ways = {"torchvision, PIL", "torchvision, tensors", "torch twin", "readers 1", "readers 2"}
+    ways = {"torchvision, PIL", "torchvision, tensors", "torch decoder", "readers 1", "readers 2"}
     if backend(Data()) == "dali":
         ways |= {"DALI on the CPU", "DALI on the CPU, packed"}
     assert ways <= result["images_per_s"].keys()
     assert all(way in done.stdout for way in ways)
     assert all(speed > 0 for speed in result["images_per_s"].values())
-    assert result["images"] == 24 and "torch twin / torchvision" in result["ratios"]
+    assert result["images"] == 24 and "torch decoder / torchvision" in result["ratios"]
     assert result["epoch_start_s"] < 1 and result["index_mb"] < 100

@@ -1,4 +1,4 @@
-"""DALI and its torch twin give the same pictures after every operation, from every kind of file."""
+"""DALI and the torch decoder agree after every operation, on every kind of file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ CPU = torch.device("cpu")
 
 
 def decoders(cfg, device=CPU, batch=6, depth=1):
-    from unic_ds.data import dali_decoder as room
+    from unic_ds.data import dali_decoder
 
     options = {"batch": batch, "depth": depth, "threads": 2, "colour": cfg.augment == "unic"}
-    return [make(SIZES, device=device, **options) for make in (room.Decoder, torch_decoder.Decoder)]
+    return [
+        make(SIZES, device=device, **options)
+        for make in (dali_decoder.Decoder, torch_decoder.Decoder)
+    ]
 
 
 def both(encoded, cfg, device=CPU):
@@ -104,7 +107,7 @@ def test_flip_and_window_are_what_they_say():
 
 
 def without_adobe(encoded):
-    """A JPEG without the segment that says what its four components are."""
+    """A JPEG without the Adobe segment, which has the colour space of four components."""
     data = encoded.tobytes()
     at = data.index(b"\xff\xee")
     return np.frombuffer(data[:at] + data[at + 2 + data[at + 3] :], dtype=np.uint8)
@@ -126,14 +129,14 @@ def deep_png(image_HWC, kind):
 
 
 def turned_behind_its_pixels(encoded, value):
-    """A PNG with an orientation after its pixels, where ExifTool writes it."""
+    """A PNG with an orientation after its pixels, as ExifTool writes it."""
     data = encoded.tobytes()
     late = chunk(b"eXIf", orientation(value).removeprefix(b"Exif\0\0"))
     return np.frombuffer(data[:-12] + late + data[-12:], dtype=np.uint8)
 
 
 def kinds():
-    """Files that decode, by what is special about them."""
+    """Files that decode, by name of the special case."""
     rgb = photo(120, 80)
     alpha = Image.fromarray(np.dstack([np.asarray(rgb), np.full((80, 120), 99, np.uint8)]))
     grey16 = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257)
@@ -225,7 +228,7 @@ def test_tiny_images_decode(side):
         assert distance(ours[112], theirs[112]) < 2
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["dali", "twin"])
+@pytest.mark.parametrize("which", [0, 1], ids=["dali", "torch"])
 def test_batches_come_in_order_and_survive_a_restart(which, photos):
     cfg = Data()
     decoder = decoders(cfg, batch=4, depth=2)[which]
@@ -247,7 +250,7 @@ def test_batches_come_in_order_and_survive_a_restart(which, photos):
     decoder.close()
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["dali", "twin"])
+@pytest.mark.parametrize("which", [0, 1], ids=["dali", "torch"])
 def test_a_broken_image_is_told_and_a_restart_heals(which, photos):
     cfg = Data()
     decoder = decoders(cfg, batch=2, depth=2)[which]
@@ -265,7 +268,7 @@ def test_a_broken_image_is_told_and_a_restart_heals(which, photos):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", CASES)
-def test_gpu_agrees_with_the_twin(name, photos):
+def test_the_gpu_agrees_with_the_torch_decoder(name, photos):
     """nvJPEG is not libjpeg: a wider bound than on the CPU."""
     ours, theirs = both(photos, CASES[name], torch.device("cuda"))
     for size in SIZES:

@@ -1,4 +1,4 @@
-"""A rank's resident memory stays where the first epoch left it."""
+"""A rank's resident memory does not grow after the first epoch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def photographs(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["dali", "torch"])
 def test_twenty_epochs_take_no_more_than_one(backend, photographs):
-    """Training from shards, and a validation pass with a pipeline of its own after every epoch."""
+    """Trains from shards; after every epoch a validation pass builds another pipeline."""
     if backend == "dali":
         pytest.importorskip("nvidia.dali", reason="nvidia-dali-cuda130 is not installed")
     done = subprocess.run(

@@ -33,7 +33,7 @@ COUNT = 60
 
 
 def kinds():
-    """Name -> bytes of every kind of image, and of what is none."""
+    """Name -> bytes of every kind of image, and of broken files."""
     clear = photo(60, 40).convert("RGBA")
     clear.putalpha(Image.linear_gradient("L").resize((60, 40)))
     whole = encode(photo()).tobytes()
@@ -114,7 +114,7 @@ def test_every_kind_is_packed_as_it_is_or_listed(zoo, tmp_path):
     assert len(got) == len(kinds()) - len(BROKEN)
     listed = (tmp_path / "pack" / pack.BROKEN).read_text().splitlines()
     assert {line.split("\t")[0] for line in listed} == BROKEN
-    assert "4 left out" in said and "11 images in 1 shards" in said
+    assert "4 images are broken, see" in said and "11 images in 1 shards" in said
     assert source.classes == ("a", "b.d")
     label = dict(zip(source.names, source.label_N.tolist(), strict=True))
     assert {name: label[name] for name in ("a/grey.jpg", "b.d/rgb.bmp", "loose.jpg")} == {
@@ -125,7 +125,7 @@ def test_every_kind_is_packed_as_it_is_or_listed(zoo, tmp_path):
     tables = tables_of(tmp_path / "pack")
     turned = list(source.names).index("b.d/turned.jpg")
     assert (tables["width_N"][turned], tables["height_N"][turned]) == (50, 80)
-    assert "is whole: 11 images" in verify(tmp_path / "pack")
+    assert "is intact: 11 images" in verify(tmp_path / "pack")
 
 
 def test_a_largest_side_shrinks_and_turns_upright(zoo, tmp_path):
@@ -205,7 +205,7 @@ def test_another_pack_is_not_written_over(pictures, whole, zoo, tmp_path):
     with pytest.raises(ValueError, match="is a pack with images 60, not 15"):
         pack.pack(scan(zoo), whole, SETTINGS)
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is there and no pack"):
+    with pytest.raises(ValueError, match="exists and is not a pack"):
         pack.pack(scan(pictures), tmp_path, SETTINGS)
     assert digests(whole) == before and [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -213,7 +213,7 @@ def test_another_pack_is_not_written_over(pictures, whole, zoo, tmp_path):
 def test_nothing_to_pack_is_said(tmp_path):
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "x.jpg").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"none of 1 images can be packed: 'x\.jpg' is no JPEG"):
+    with pytest.raises(ValueError, match=r"none of 1 images can be packed: 'x\.jpg' is not a JPEG"):
         pack.pack(scan(tmp_path / "src"), tmp_path / "out", SETTINGS, workers=1)
 
 
@@ -223,7 +223,7 @@ def test_a_shard_that_cannot_be_written_is_said(pictures, tmp_path):
     (out / shards.INDEX).unlink()
     (out / "000001.tar").unlink()
     (out / pack.PARTIAL / "000001.tar").mkdir(parents=True)
-    with pytest.raises(RuntimeError, match=r"shards cannot be written .*goes on where it was"):
+    with pytest.raises(RuntimeError, match=r"cannot be written .*run the same command again"):
         pack.pack(scan(pictures), out, SETTINGS, workers=1)
 
 
@@ -239,7 +239,7 @@ def test_odd_names_stay_apart(tmp_path):
     assert list(packed.names) == ["_.a\nb/one.jpg"] and packed.classes == (".a\nb",)
     lines = (tmp_path / "pack" / pack.BROKEN).read_text().split("\n")
     assert lines == [
-        r"tab\tline\nbreak.jpg" + "\tis no JPEG, PNG, WebP or BMP, whatever its name says",
+        r"tab\tline\nbreak.jpg" + "\tis not a JPEG, PNG, WebP or BMP file",
         "",
     ]
     assert (tmp_path / "pack" / "classes.txt").read_text() == ".a\\nb\n"
@@ -261,7 +261,7 @@ def unfinished(pictures, tmp_path_factory):
     source = scan(pictures)
     manifest = {"format": pack.FORMAT, "images": COUNT, "source": source.fingerprint()}
     (out / pack.MANIFEST).write_text(json.dumps(manifest | asdict(SETTINGS)))
-    with pytest.raises(RuntimeError, match="goes on where it was"):
+    with pytest.raises(RuntimeError, match="run the same command again"):
         pack.pack(source, out, SETTINGS, workers=1)
     return out
 
@@ -273,12 +273,15 @@ def unfinished(pictures, tmp_path_factory):
             lambda f: (f / pack.MANIFEST).write_text("{"),
             r"pack.json' is damaged .* name a new fold",
         ),
-        (lambda f: (f / pack.MANIFEST).write_text("[1]"), "pack.json' is damaged .it is no JSON"),
+        (
+            lambda f: (f / pack.MANIFEST).write_text("[1]"),
+            "pack.json' is damaged .it is not a J",
+        ),
         (lambda f: _record(f, end=10**30), "json' does not fit its pack; delete it"),
         (lambda f: _record(f, members=[]), "json' does not fit its pack; delete it"),
-        (lambda f: _record(f, members="all"), "json' is no record of a shard; delete it"),
-        (lambda f: _record(f, sha256="x"), "json' is no record of a shard; delete it"),
-        (lambda f: _record(f, more=1), "json' is no record of a shard; delete it"),
+        (lambda f: _record(f, members="all"), "json' is not the record of a shard; delete it"),
+        (lambda f: _record(f, sha256="x"), "json' is not the record of a shard; delete it"),
+        (lambda f: _record(f, more=1), "json' is not the record of a shard; delete it"),
         (lambda f: (f / pack.PARTIAL / "000000.tar.json").write_text("[" * 9999), "is damaged"),
     ],
 )
@@ -321,7 +324,7 @@ def _flip(out):
         (lambda out: (out / "x.tar").touch(), "x.tar: is not in the index"),
         (lambda out: rewritten(out, offset_N=lambda x: x + 512), r"60 faults(.*\n)*  and 50 more"),
         (lambda out: rewritten(out, width_N=lambda x: x + 1), r"measures \(\d+, \d+\), \(\d+, \d+"),
-        (lambda out: rewritten(out, label_N=lambda x: 1 - x), r"is of class '\d', not \d"),
+        (lambda out: rewritten(out, label_N=lambda x: 1 - x), r"has class '\d', \d in the index"),
     ],
 )
 def test_verify_names_what_is_wrong(copy, harm, said):
@@ -332,7 +335,7 @@ def test_verify_names_what_is_wrong(copy, harm, said):
 
 
 def test_verify_refuses_what_is_no_pack(copy, pictures, tmp_path):
-    with pytest.raises(ValueError, match="is no finished pack"):
+    with pytest.raises(ValueError, match="is not a finished pack"):
         verify(pictures)
     (copy / shards.INDEX).unlink()
     assert scan(copy)
@@ -378,7 +381,7 @@ def test_the_reader_of_dali_opens_it(whole):
         (["pack", "{pictures}", "{out}", "--sharp_mb", "9"], "unknown option --sharp_mb"),
         (["pack", "{pictures}", "{out}", "--workers", "two"], "--workers"),
         (["pack", "{out}", "{out}"], "do not exist"),
-        (["pack", "verify", "{pictures}"], "is no finished pack"),
+        (["pack", "verify", "{pictures}"], "is not a finished pack"),
     ],
 )
 def test_mistakes_cost_a_sentence(words, said, pictures, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""A run's place is (seed, steps): any ranks go on from it with exactly the samples that remain."""
+"""A run's position is (seed, steps): any number of ranks continues with the remaining samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = ["folder", "shards", "mixture", "list"]
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Paths of each kind of source; the shards are other pictures, in several files."""
+    """The path of each kind of source; the shards contain other pictures, in several files."""
     root = tmp_path_factory.mktemp("places")
     images, more = folder(root / "images", COUNT), folder(root / "more", 70, classes=3)
     pack.pack(scan(more), root / "shards", pack.Settings(shard_mb=0.05), workers=2)
@@ -103,7 +103,7 @@ for step in range(10**6):
 
 @pytest.mark.parametrize("kind", ["shards", "mixture"])
 def test_after_kill_9_other_ranks_show_the_rest(kind, places):
-    """Samples read before a kill, and by three ranks after it, are those of one run."""
+    """The samples of a killed process and of three ranks after it are those of one run."""
     straight = shown(places[kind])
     here = str(Path(__file__).parent)
     path = os.pathsep.join([here, *sys.path, os.environ.get("PYTHONPATH", "")])
@@ -128,7 +128,7 @@ def test_a_shard_that_goes_away_stops_the_stream_by_its_name(tmp_path):
     )
     ours = stream(tmp_path / "pack")
     (tmp_path / "pack" / "000001.tar").unlink()
-    with pytest.raises(MissingShard, match=r"000001\.tar' is gone since the start; bring it back"):
+    with pytest.raises(MissingShard, match=r"000001\.tar' was deleted during the run; restore it"):
         for _ in range(4):
             next(ours)
     ours.close()
@@ -136,7 +136,7 @@ def test_a_shard_that_goes_away_stops_the_stream_by_its_name(tmp_path):
 
 @dataclass(frozen=True, eq=False)
 class Slow(Source):
-    """A source on a file system that takes its time with one of its files."""
+    """A source on a file system that reads one of its files slowly."""
 
     def read(self, index, max_mb=MAX_MB):
         if index == 7:

@@ -40,7 +40,7 @@ def test_shards_of_the_webdataset_library(written):
     assert [source.read(i).tobytes() for i in range(20)] == [image for image, _ in samples.values()]
     assert source.classes == ("0", "1", "2")
     assert source.label_N.tolist() == [label for _, label in samples.values()]
-    assert source.runs(2) == (order.Run(20, (8, 8, 4), 2),)
+    assert source.groups(2) == (order.SampleGroup(20, (8, 8, 4), 2),)
     assert (folder / INDEX).exists()
 
 
@@ -134,7 +134,7 @@ def test_a_shard_cut_short_gets_no_index(written):
     folder, _ = written
     whole = (folder / "train-001.tar").read_bytes()
     (folder / "train-001.tar").write_bytes(whole[:3000])
-    with pytest.raises(ValueError, match=r"train-001.tar' is not a whole tar"):
+    with pytest.raises(ValueError, match=r"train-001.tar' is not a complete tar"):
         scan(folder)
     assert not (folder / INDEX).exists()
 
@@ -167,18 +167,18 @@ def test_what_is_no_source_of_images_is_told_what_to_do(tmp_path):
         (
             {"a.b.jpg": b"", "a.c.jpg": b"", "a.d.png": b""},
             {"a.b.jpg": None},
-            ["2 images that follow another of their key .*; rename them, for example 'a.c.jpg'"],
+            ["2 images with the key .* of another image; rename them, for example 'a.c.jpg'"],
         ),
         # labels are found by key, or counted
         (
             {"0.jpg": b"", "1.jpg": b"", "0.cls": b"x", "1.CLS": b"y", "2.cls": b"z"},
             {"0.jpg": "x", "1.jpg": "y"},
-            ["1 labels .* no image of their key, for example '2.cls'"],
+            ["1 labels .* without an image of their key in the shard, for example '2.cls'"],
         ),
         (
             {"0.jpg": b"", "0.cls": b"x", "1.jpg": b"", "0.CLS": b"y"},
             {"0.jpg": "x", "1.jpg": None},
-            ["1 labels .* another of their key replaces", "1 of 2 images have no label"],
+            ["1 labels .* another label of their key replaces", "1 of 2 images have no label"],
         ),
         (
             {"0.jpg": b"", "0.cls": b"\xff", "1.jpg": b"", "1.cls": b"9" * 2000},
@@ -189,7 +189,7 @@ def test_what_is_no_source_of_images_is_told_what_to_do(tmp_path):
         (
             {"0.jpg": b"", "0.json": b"", "0.txt": b"", "0.cls.txt": b"3", "1.json": b""},
             {"0.jpg": None},
-            ["4 members that are no images and no .cls: 2 .json, 1 .txt, 1 .cls.txt"],
+            ["4 members that are neither images nor .cls: 2 .json, 1 .txt, 1 .cls.txt"],
         ),
         (
             {"c/._0.jpg": b"", "c/0.jpg": b"", "__MACOSX/c/0.jpg": b""},
@@ -219,7 +219,11 @@ def test_nothing_is_left_out_without_a_line(members, labels, said, tmp_path, cap
 @pytest.mark.parametrize(
     "listed, classes, said",
     [
-        ("tench\ngoldfish\n", ("c0", "c1"), "classes.txt is not used: it lacks folder 'c0' and 1"),
+        (
+            "tench\ngoldfish\n",
+            ("c0", "c1"),
+            "ignored: it does not list folder 'c0' and 1",
+        ),
         ("c1\r\nc0\r\nc2", ("c1", "c0", "c2"), None),
         ("\ufeffc1\nc0\nc0\n", ("c1", "c0", "c0"), "classes.txt names 'c0' twice"),
     ],
@@ -234,7 +238,7 @@ def test_a_list_of_classes_beside_class_folders(listed, classes, said, tmp_path,
     assert said in out if said else not out
     (tmp_path / "classes.txt").write_text("other\n")
     scan(tmp_path)
-    assert said or "classes.txt is not what the index has; to use it, delete" in (
+    assert said or "classes.txt differs from the index and is ignored; to use it, delete" in (
         capsys.readouterr().out
     )
 
@@ -249,12 +253,9 @@ def test_what_lies_beside_shards_is_counted(tmp_path, capsys):
         tar.write((tmp_path / "photos.tar").read_bytes())  # as cat joins two
     assert list(scan(tmp_path).names) == ["c0/0.jpg"]
     out = capsys.readouterr().out
-    assert (
-        "read as tar shards (1, the first is 'photos.tar'); not read beside them: 2 folders, "
-        in out
-    )
+    assert "read as tar shards (1, the first is 'photos.tar'); not read: 2 folders, " in out
     assert "2 folders, 1 images, 1 compressed archives (unpack them to .tar)" in out
-    assert "1 shards with bytes after the end mark" in out
+    assert "1 shards with data after the end mark" in out
 
 
 @pytest.mark.parametrize(
@@ -319,7 +320,7 @@ def test_a_shard_that_goes_away_stops_the_run(written):
     source = scan(folder)
     is_open = source.read(1).tobytes()
     (folder / "train-002.tar").unlink()
-    with pytest.raises(MissingShard, match=r"train-002\.tar' is gone since the start"):
+    with pytest.raises(MissingShard, match=r"train-002\.tar' was deleted during the run"):
         source.read(19)
     assert source.read(1).tobytes() == is_open
 

@@ -1,4 +1,4 @@
-"""A folder becomes the same index everywhere, or a sentence that says why not."""
+"""Folders and lists give the same samples everywhere, or a clear error."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def test_hidden_names_are_no_images_and_other_files_are_counted(tmp_path, capsys
     source = scan(tmp_path)
     assert list(source.names) == ["6.jpg", "c0/1.jpg", "c0/2.jfif", "c1/3.JPE"]
     assert source.classes == ("c0", "c1")
-    passed_over, unlabelled = capsys.readouterr().out.splitlines()
-    assert passed_over == (
-        f"{tmp_path}: 12 files were passed over: 2 .tif, 1 without an ending, 1 .gif, 1 .h\\nic,"
+    skipped, unlabelled = capsys.readouterr().out.splitlines()
+    assert skipped == (
+        f"{tmp_path}: 12 files were skipped: 2 .tif, 1 without an ending, 1 .gif, 1 .h\\nic,"
         " 6 hidden (a dot first, or __MACOSX), 1 not regular"
     )
     assert unlabelled.startswith(f"{tmp_path}: 1 of 4 images have no class")
-    with pytest.raises(ValueError, match=r"no \.jpg.* \(1 file was passed over: 1 hidden"):
+    with pytest.raises(ValueError, match=r"no \.jpg.* \(1 file was skipped: 1 hidden"):
         scan(touch(tmp_path / "c2", ".a.jpg"))
 
 
@@ -78,7 +78,7 @@ def test_a_verb_that_prints_json_prints_nothing_else(tmp_path, capsys):
     (touch(tmp_path, "notes.md") / "1.jpg").write_bytes(encode(photo()).tobytes())
     teacher_check.sample_images(Config(data=Data(train=str(tmp_path), backend="torch")))
     said = capsys.readouterr()
-    assert said.out == "" and "1 file was passed over: 1 .md" in said.err
+    assert said.out == "" and "1 file was skipped: 1 .md" in said.err
 
 
 def test_a_folder_is_listed_once_and_names_choose_its_path(tmp_path, capsys):
@@ -101,7 +101,7 @@ def test_a_folder_is_listed_once_and_names_choose_its_path(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2
     for line in said:
-        assert "44 files were passed over: 41 linked to a folder that is listed already" in line
+        assert "44 files were skipped: 41 linked to a folder that is listed already" in line
         assert "3 linked to nothing" in line
 
 
@@ -168,7 +168,7 @@ def test_what_is_wrong_with_a_list_is_said(text, wrong, tmp_path):
 
 
 def test_a_list_names_what_is_no_image(tmp_path, capsys):
-    """Devices, pipes, folders and what is too large cost their samples, no time and no memory."""
+    """Devices, pipes, folders and huge files are replaced, without cost in time or memory."""
     touch(tmp_path, "folder/1.gif")
     (tmp_path / "good.jpg").write_bytes(encode(photo()).tobytes())
     os.mkfifo(tmp_path / "pipe.jpg")
@@ -267,5 +267,5 @@ def test_validation_folders_take_the_training_labels(tmp_path):
     train, val = scan(tmp_path / "train"), scan(tmp_path / "val")
     named = dict(zip(val.names, val.relabelled(train.classes).label_N.tolist(), strict=True))
     assert named == {"b/x.jpg": 1, "c/x.jpg": 2, "loose.jpg": -1}
-    with pytest.raises(ValueError, match="has class folder 'd', which the training images lack"):
+    with pytest.raises(ValueError, match="has class folder 'd', which the training images do not"):
         scan(tmp_path / "odd").relabelled(train.classes)

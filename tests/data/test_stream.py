@@ -1,4 +1,4 @@
-"""The stream of batches: the same on any ranks, after any seek, and with broken files in it."""
+"""The stream of batches is the same on any number of ranks, after any seek, with broken files."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def stream(
 
 
 def take(batches, count):
-    """`count` batches, then the stream closed."""
+    """The next `count` batches; closes the stream."""
     taken = [next(batches) for _ in range(count)]
     batches.close()
     return taken
 
 
 def same(ours, theirs):
-    """True if two batches hold the same samples and pixels."""
+    """True if two batches have the same samples and pixels."""
     return (
         np.array_equal(ours.index_B, theirs.index_B)
         and np.array_equal(ours.position_B, theirs.position_B)
@@ -139,17 +139,17 @@ def test_any_number_of_readers_shows_the_same(backend, pictures, tmp_path):
 
 @dataclass(frozen=True, eq=False)
 class Distant(Source):
-    """A source on a file server that answers after 0.1 s; it counts what it was asked at once."""
+    """A source on a file server with a latency of 0.1 s; it counts concurrent reads."""
 
-    asked: list[int] = field(default_factory=lambda: [0, 0])  # files in flight: now, at most
+    in_flight: list[int] = field(default_factory=lambda: [0, 0])  # files being read: now, at most
 
     def read(self, index, max_mb=MAX_MB):
         with LOCK:
-            self.asked[0] += 1
-            self.asked[1] = max(self.asked)
+            self.in_flight[0] += 1
+            self.in_flight[1] = max(self.in_flight)
         time.sleep(0.1)
         with LOCK:
-            self.asked[0] -= 1
+            self.in_flight[0] -= 1
         return super().read(index, max_mb)
 
 
@@ -157,7 +157,7 @@ LOCK = threading.Lock()
 
 
 def test_sixteen_readers_hide_a_file_server_s_latency_better_than_four(pictures):
-    """Though a micro batch has four files: those of the next are asked for meanwhile."""
+    """A micro batch has four files; those of the next are read at the same time."""
     waited, found = {}, scan(pictures)
     for readers in (4, 16):
         images = Distant(found.folder, found.names, found.classes, found.label_N)
@@ -165,14 +165,14 @@ def test_sixteen_readers_hide_a_file_server_s_latency_better_than_four(pictures)
         ours = stream(images, cfg, sizes=(32,))
         take(ours, 12)
         waited[readers] = ours.waited_s
-        assert images.asked[1] == readers
+        assert images.in_flight[1] == readers
     assert waited[4] > 1.1  # 48 files, 4 at once
     assert waited[16] < 0.6 * waited[4]  # 0.3 s, and decoding on a busy machine
 
 
 @dataclass(frozen=True, eq=False)
 class Raising(Source):
-    """A source of which one file ends the thread that reads it."""
+    """A source with one file whose read raises `error`."""
 
     error: type[BaseException] = Exception
 
@@ -202,8 +202,8 @@ def test_whatever_ends_a_reader_reaches_who_iterates(pictures, error):
 
 
 @pytest.mark.gpu
-def test_a_stream_that_lags_gets_the_twin_s_images(pictures):
-    """Two seconds behind the host, which meanwhile decodes into memory that it has freed."""
+def test_a_stream_that_lags_gets_the_images_of_the_cpu(pictures):
+    """The device lags two seconds; meanwhile the host decodes into memory that was freed."""
     ours = stream(pictures, device=torch.device("cuda"))
     # A new block of memory may wait for the device: have as many as will be needed.
     blocks = [torch.empty(12 * s * s, dtype=torch.uint8).pin_memory() for s in (32, 48) * 20]
@@ -270,7 +270,7 @@ def copied(pictures, root, index):
 
 
 def expect_neighbour(batches, straight, bad, count):
-    """Every slot shows what an unharmed run shows, but that of `bad` its neighbour."""
+    """Every slot is as without broken files, except that of `bad`, which has its neighbour."""
     met = 0
     for batch, want in zip(batches, straight, strict=True):
         hit_B = want.index_B == bad
@@ -370,14 +370,14 @@ def test_what_a_header_says(tmp_path):
     assert measure(padded, 50) == (60, 40)
     with pytest.raises(ValueError, match=r"60 x 40 pixels, more than data\.max_megapixels 0\.002"):
         measure(encode(photo(60, 40)), 0.002)
-    with pytest.raises(ValueError, match="no JPEG, PNG, WebP or BMP"):
+    with pytest.raises(ValueError, match="is not a JPEG, PNG, WebP or BMP file"):
         measure(encode(photo(60, 40), "GIF"), 50)
     with pytest.raises(ValueError, match="is cut off"):
         measure(encode(photo(60, 40))[:-2], 50)
 
 
 def test_a_decompression_bomb_is_not_decoded(pictures, tmp_path):
-    """A PNG of 10 kB that says it has 400 megapixels."""
+    """A PNG of 10 kB whose header announces 400 megapixels."""
     root = tmp_path / "copy"
     shutil.copytree(pictures, root)
     bomb = bytearray(encode(photo(60, 60), "PNG").tobytes())
@@ -416,7 +416,7 @@ def with_scans(count, *, before=b"", behind=b""):
 
 
 def webp_with(extra, *, counted=True):
-    """A WebP and more bytes, in the size that it says of itself or behind it."""
+    """A WebP with more bytes, inside the size in its header (`counted`) or after it."""
     data = encode(photo(60, 40), "WEBP").tobytes()
     size = len(data) - 8 + counted * len(extra)
     return data[:4] + struct.pack("<I", size) + data[8:] + extra
@@ -430,7 +430,7 @@ HEAVY = {
         "16000000 bytes before its first scan",
     ),
     "small segments": (lambda: with_inside("JPEG", segment(0xE1, b"x") * 2000), "1024 segments"),
-    "fill": (lambda: with_inside("JPEG", b"\xff" * 70_000), "belong to no segment"),
+    "fill": (lambda: with_inside("JPEG", b"\xff" * 70_000), "outside of segments"),
     "scans": (lambda: with_scans(200), "more than 100 scans"),
     "scans behind a false end": (
         lambda: with_scans(200, before=segment(0xFE, b"\xff\xd9") + FILM),
@@ -441,7 +441,7 @@ HEAVY = {
     "empty pixels": (lambda: with_inside("PNG", chunk(b"IDAT") * 70_000), "65536 chunks"),
     "large chunk": (
         lambda: with_inside("PNG", chunk(b"eXIf", b"MM\0*" + bytes(9_000_000))),
-        "too many bytes beside its pixels",
+        "too many bytes in chunks without pixels",
     ),
     "inflated profile": (
         lambda: with_inside("PNG", chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(1 << 24), 1))),
@@ -459,11 +459,11 @@ HEAVY = {
     ),
     "bmp of 16 bits": (
         lambda: encode(photo(60, 40), "BMP").tobytes().replace(b"\x18\0", b"\x10\0", 1),
-        "16 bits a pixel",
+        "16 bits per pixel",
     ),
     "bmp of run lengths": (
         lambda: b"BM" + bytes(12) + struct.pack("<IiiHHI", 40, 6000, 6000, 1, 8, 1) + bytes(1064),
-        "run lengths",
+        "is a run-length encoded BMP",
     ),
     "animated png": (
         lambda: encode(
@@ -473,7 +473,7 @@ HEAVY = {
             append_images=[photo(60, 40, 1)] * 2,
             default_image=True,
         ).tobytes(),
-        "no frame of it",
+        "not one of its frames",
     ),
 }
 
@@ -622,7 +622,7 @@ except ValueError as error:
 
 
 def test_dali_is_imported_only_where_it_is_chosen(pictures):
-    """In an interpreter of its own, where DALI is first not asked for and then not to be had."""
+    """In a new interpreter: DALI is not imported for torch; without DALI, auto uses torch."""
     command = [sys.executable, "-c", PROBE, str(pictures)]
     out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     lines = out.stdout.splitlines()

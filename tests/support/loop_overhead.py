@@ -58,7 +58,7 @@ def bare(run: RunContext, state: TrainState, student: Any, first: int) -> list[f
         for _ in range(student.gradient_accumulation_steps()):
             batch = next(run.stream)
             drop_TB, path_BK = loop.draw_noise(run, state, batch.position_B)
-            target = state.teachers(batch.images, batch.beside)
+            target = state.teachers(batch.images, batch.extras)
             loss, _ = distill_loss(
                 student(batch.images[cfg.student.size], path_BK),
                 target,

@@ -124,7 +124,7 @@ IMAGES, BATCH = 128, 4
 
 def names_of(step: int) -> list[str]:
     """The samples of a step of the order, by position."""
-    index_B, _ = order.batch(0, (order.Run(IMAGES),), (step - 1) * BATCH, BATCH)
+    index_B, _ = order.batch(0, (order.SampleGroup(IMAGES),), (step - 1) * BATCH, BATCH)
     return [f"{i:03d}.png" for i in index_B]
 
 

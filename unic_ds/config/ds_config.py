@@ -61,7 +61,7 @@ class Offload:
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedSettings:
-    """The settings of a ds_config that unic_ds reads; the defaults are DeepSpeed's (runtime/zero/config.py)."""
+    """Settings of a ds_config; the defaults are DeepSpeed's (runtime/zero/config.py)."""
 
     raw: Json  # all of it: for `deepspeed.initialize` and the run's ds_config.json
     micro_batch: int  # images per rank, at once

@@ -1,14 +1,14 @@
-"""The DALI decoder: one graph for the CPU and, with nvJPEG, for the GPU.
+"""Decode and augment with DALI: one graph for the CPU and, with nvJPEG, for the GPU.
 
-Imported only where it is chosen. DALI draws nothing itself: every number comes with the batch. A
-sample that cannot be decoded spoils the whole pipeline, so the caller finds it with a decoder of
-one image, and restarts this one.
+The only module that imports DALI, which is optional. DALI draws no random numbers: the augmentation
+parameters are inputs. One image that cannot be decoded fails the whole pipeline, so the caller
+finds it with a decoder of one image, and restarts this one.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,47 +23,50 @@ from unic_ds.data import augmentation
 from unic_ds.data.augmentation import Draws
 from unic_ds.data.reader import Undecodable
 
+Inputs = dict[str, NDArray[np.generic] | list[NDArray[np.uint8]]]
+"""Inputs of the graph by name."""
+
 INVERTED = [float(min(v, 255 - v)) for v in range(256)]  # solarise at 0.5
 
 
 class Event(Protocol):
-    """torch.cuda.Event, as far as it is used."""
+    """The methods of torch.cuda.Event that are used."""
 
     def query(self) -> bool: ...
     def synchronize(self) -> None: ...
 
 
 class LentOutputs:
-    """DALI's outputs, kept until torch's stream has copied them.
+    """Keeps DALI's outputs alive until torch's stream has copied them.
 
-    `share_outputs` makes torch's stream wait for DALI's, and nothing makes DALI wait for torch: an
-    output that Python forgets returns to DALI's pool while its copy may only be queued, and the
-    next batch is written over it.
+    `share_outputs` makes torch's stream wait for DALI's, but DALI does not wait for torch's: the
+    memory of an output without references returns to DALI's pool while the copy is still queued,
+    and the next batch overwrites it.
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Event, Any]] = deque()
+        self._waiting: deque[tuple[Event, object]] = deque()
 
-    def keep(self, outputs: Any, copied: Event) -> None:
-        """Keep `outputs` until the event `copied`; forget those that are copied by now."""
+    def keep(self, outputs: object, copied: Event) -> None:
+        """Keep `outputs` until the event `copied`; release those whose event has passed."""
         while self._waiting and self._waiting[0][0].query():
             self._waiting.popleft()
         self._waiting.append((copied, outputs))
 
     def wait(self) -> None:
-        """Wait for all copies and forget the outputs."""
+        """Wait for all copies and release the outputs."""
         for copied, _ in self._waiting:
             copied.synchronize()
         self._waiting.clear()
 
 
 class Decoder:
-    """Decodes batches of at most `batch` images in the order they were pushed, `depth` at once."""
+    """Decodes batches of at most `batch` images in the order of `push`, `depth` at a time."""
 
     _pipe: Pipeline
-    _fed: int  # batches since the last restart
+    _pushed: int  # batches since the last restart
     _error: RuntimeError | None
-    _last: dict[str, Any]  # the newest inputs
+    _last: Inputs  # of the newest batch
 
     def __init__(
         self,
@@ -77,41 +80,41 @@ class Decoder:
     ):
         self.sizes, self.colour, self.device, self._depth = sizes, colour, device, depth
         self._gpu = device.type == "cuda"
-        here = torch.cuda.current_device() if self._gpu and device.index is None else device.index
-        self._options: dict[str, Any] = {
+        gpu = torch.cuda.current_device() if self._gpu and device.index is None else device.index
+        self._options = {
             "batch_size": batch,
             "num_threads": threads,
             "prefetch_queue_depth": depth,
-            "device_id": here if self._gpu else None,  # None, not -1, is DALI without a GPU
+            "device_id": gpu if self._gpu else None,  # None, not -1, is DALI without a GPU
         }
         self._lent = LentOutputs()
         self.restart()
 
     def push(self, encoded: list[NDArray[np.uint8]], draws: Draws) -> None:
-        """Begin a batch; `draws` are of the same images. What goes wrong is told by `pop`."""
+        """Start a batch of images with their augmentation; `pop` raises its errors."""
         self._last = self._inputs(draws) | {"encoded": encoded}
         try:
             self._feed(self._last)
-        except RuntimeError as error:  # an earlier batch has spoiled the pipeline
+        except RuntimeError as error:  # an earlier batch has failed
             self._error = error
 
     def pop(self) -> dict[int, Tensor]:
-        """Size -> uint8 B3HW of the oldest batch; Undecodable where an image in flight is."""
+        """uint8 B3HW of the oldest batch by size; Undecodable if an image in flight is broken."""
         try:
             if self._error:
                 raise self._error
-            while self._fed < self._depth:  # DALI starts only on `depth` batches; extras stay there
+            while self._pushed < self._depth:  # DALI waits for `depth` batches: repeat the newest
                 self._feed(self._last)
             return self._outputs()
         except (RuntimeError, IndexError) as error:
             raise Undecodable(_cause(error)) from error
 
     def restart(self) -> None:
-        """Forget every batch that was pushed, and the error of one."""
+        """Drop all batches in flight, and an error."""
         self._lent.wait()
         self._pipe = graph(self.sizes, colour=self.colour, gpu=self._gpu, **self._options)
         self._pipe.build()
-        self._fed = 0
+        self._pushed = 0
         self._error = None
 
     def close(self) -> None:
@@ -119,9 +122,9 @@ class Decoder:
         self._lent.wait()
         del self._pipe
 
-    def _inputs(self, draws: Draws) -> dict[str, Any]:
-        """The graph's inputs by name, but the encoded images."""
-        inputs: dict[str, Any] = {
+    def _inputs(self, draws: Draws) -> Inputs:
+        """The inputs of the graph without the encoded images."""
+        inputs: Inputs = {
             "start": np.ascontiguousarray(draws.window_B4[:, :2]),
             "shape": np.ascontiguousarray(draws.window_B4[:, 2:]),
         }
@@ -137,15 +140,15 @@ class Decoder:
             inputs[f"sigma_{size}"] = draws.sigma_B * np.float32(size / self.sizes[0])
         return inputs
 
-    def _feed(self, inputs: dict[str, Any]) -> None:
+    def _feed(self, inputs: Inputs) -> None:
         for name, value in inputs.items():
             self._pipe.feed_input(name, value)
-        self._fed += 1
-        if self._fed >= self._depth:
+        self._pushed += 1
+        if self._pushed >= self._depth:
             self._pipe.schedule_run()
 
     def _outputs(self) -> dict[int, Tensor]:
-        """Copies of the oldest outputs; on the GPU in the order of torch's stream, unwaited for."""
+        """Copies of the oldest outputs, on a GPU queued on torch's stream without a host sync."""
         stream = torch.cuda.current_stream(self.device) if self._gpu else None
         outputs = self._pipe.share_outputs(stream.cuda_stream if stream else None)
         images = {}
@@ -159,15 +162,15 @@ class Decoder:
 
 
 def _cause(error: Exception) -> str:
-    """The line of DALI's message that says what happened, without its tracebacks."""
+    """The line with the cause from DALI's message, without its tracebacks."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     after = lines.index("encountered:") + 1 if "encountered:" in lines else 0
-    return lines[after].rstrip(" :") if after < len(lines) else "DALI gave up"
+    return lines[after].rstrip(" :") if after < len(lines) else "DALI gave no reason"
 
 
 @pipeline_def(enable_conditionals=True)
 def graph(sizes: tuple[int, ...], *, colour: bool, gpu: bool) -> tuple[DataNode, ...]:
-    """Encoded images and draws -> one uint8 BHW3 output per size."""
+    """Build the graph: encoded images and augmentation -> one uint8 BHW3 output per size."""
     window_HW3 = fn.decoders.image_slice(
         _input("encoded", types.UINT8, 1),
         start=_input("start", types.INT32, 1),
@@ -182,7 +185,7 @@ def graph(sizes: tuple[int, ...], *, colour: bool, gpu: bool) -> tuple[DataNode,
 
 
 def _recolour(images: dict[int, DataNode], first: int, gpu: bool) -> dict[int, DataNode]:
-    """Colour, blur and solarise at every size; the mean grey is that of the first."""
+    """Colour, blur and solarise at every size; the mean colour is that of the first."""
     mean_13 = fn.reshape(fn.reductions.mean(images[first], axes=(0, 1)), shape=[1, 3])
     if gpu:
         mean_13 = mean_13.cpu()  # named arguments are read on the host

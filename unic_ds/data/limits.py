@@ -1,7 +1,7 @@
-"""Limits on what the bytes of an image may cost, checked before a parser or a decoder sees them.
+"""Limits on the time and memory that an image may cost, checked before any parser or decoder runs.
 
-Parsers of headers take time per segment or chunk, decoders of progressive JPEGs per scan, and a
-file has as many of these as its author likes.
+Header parsers take time per segment or chunk, decoders of progressive JPEGs per scan, and a file
+may have any number of these.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from collections.abc import Iterator
 import numpy as np
 
 METADATA = 16_000_000
-"""Bytes of a header: of a JPEG before its first scan, of chunks that hold no pixels elsewhere."""
+"""Bytes before the first scan of a JPEG; bytes of all chunks without pixels of a PNG or WebP."""
 SEGMENTS = 1024  # of a JPEG before its first scan
 FILL = 65536  # bytes of a JPEG's header that belong to no segment
 SCANS = 100  # of a JPEG; encoders make 10 to 20
 CHUNKS = 65536  # of a PNG or WebP; encoders make one per 8 kB or more
-CHUNK = 8_000_000  # bytes of a chunk that holds no pixels: libpng's own limit
-INFLATED = 4_000_000  # bytes of a PNG above which its pixels are inflated to be counted
+CHUNK = 8_000_000  # bytes of a chunk without pixels: libpng's limit
+INFLATED = 4_000_000  # bytes of a PNG above which its inflated size is checked
 PIECE = 1 << 26  # bytes inflated at a time
-CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG's colour types
-RUN_LENGTHS = 4_000_000  # pixels of a BMP that is stored as run lengths
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by PNG colour type
+RUN_LENGTHS = 4_000_000  # pixels of a run-length encoded BMP
 
 SCAN, FRAMES = 0xDA, {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-ALONE = {0x01, *range(0xD0, 0xDA)}  # markers without a length
-SEQUENTIAL = {0xC0, 0xC1, 0xC9}  # frames that a scan of all components completes
+WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}  # markers
+SEQUENTIAL = {0xC0, 0xC1, 0xC9}  # frames that one scan of all components completes
 _MARKER = re.compile(rb"\xff[\x01-\xfe]")
-_AFTER_PIXELS = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # 00 and RST belong to the pixels
+_AFTER_PIXELS = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # FF00 and RST are pixel data
 
 
 def check(data: bytes) -> None:
-    """ValueError for an image that exceeds the limits of its format; nothing for other formats."""
+    """Raise ValueError for an image above the limits of its format; other formats pass."""
     if data.startswith(b"\xff\xd8"):
         _check_jpeg(data)
     elif data.startswith(b"\x89PNG"):
@@ -44,17 +44,17 @@ def check(data: bytes) -> None:
 
 
 def _check_jpeg(data: bytes) -> None:
-    """ValueError for a JPEG whose header or number of scans exceeds the limits."""
+    """Raise ValueError for a JPEG whose header or number of scans exceeds the limits."""
     at, fill, frame, components = 2, 0, 0, 0
     for _ in range(SEGMENTS):
         if at > METADATA:
             raise ValueError(f"has more than {METADATA} bytes before its first scan")
         found = _MARKER.search(data, at)
         if not found:
-            return  # no scan: whoever parses it says so
+            return  # no scan: the parser raises an error
         fill += found.start() - at
         if fill > FILL:
-            raise ValueError(f"has more than {FILL} bytes that belong to no segment")
+            raise ValueError(f"has more than {FILL} bytes outside of segments")
         at, code = found.start(), data[found.start() + 1]
         if code == SCAN:
             break
@@ -64,7 +64,7 @@ def _check_jpeg(data: bytes) -> None:
     else:
         raise ValueError(f"has more than {SEGMENTS} segments before its first scan")
     if frame in SEQUENTIAL and data[at + 4 : at + 5] == bytes([components]):
-        return  # decoders read one scan
+        return  # the decoder stops after one scan
     byte_N = np.frombuffer(data, dtype=np.uint8, offset=at)
     scans = np.count_nonzero((byte_N[:-1] == 0xFF) & (byte_N[1:] == SCAN))
     if scans > SCANS and _has_many_scans(data, at):
@@ -72,10 +72,10 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def check_inflated(data: bytes, width: int, height: int) -> None:
-    """ValueError for a PNG whose pixels inflate to more than twice their size; others pass.
+    """Raise ValueError for a PNG whose data inflates to more than twice the size of its pixels.
 
-    libpng inflates what no row needs, a thousand times the bytes of the file. A small file is not
-    tried: it costs seconds at most.
+    libpng inflates surplus data, up to a thousand times the size of the file. Small files pass
+    unchecked: they cost seconds at most. Other formats pass.
     """
     if len(data) <= INFLATED or not data.startswith(b"\x89PNG"):
         return
@@ -91,26 +91,26 @@ def check_inflated(data: bytes, width: int, height: int) -> None:
                 if size > limit:
                     raise ValueError("inflates to more than twice the size of its pixels")
     except zlib.error:
-        return  # broken: whoever decodes it says so
+        return  # broken: the decoder raises an error
 
 
 def _check_bmp(data: bytes) -> None:
-    """ValueError for a BMP of 16 bits a pixel, or of run lengths and too many pixels.
+    """Raise ValueError for a BMP of 16 bits per pixel, or a large one with run-length encoding.
 
-    Decoders disagree about the former; PIL reads the latter in Python, 0.5 us a pixel.
+    Decoders disagree about the former; PIL decodes the latter in Python, 0.5 us per pixel.
     """
     if len(data) < 34:
-        return  # cut off: whoever parses it says so
-    old = int.from_bytes(data[14:18], "little") < 40  # of OS/2, without compression
+        return  # cut off: the parser raises an error
+    old = int.from_bytes(data[14:18], "little") < 40  # OS/2 header: no compression
     if data[24 if old else 28] == 16:
-        raise ValueError("is a BMP of 16 bits a pixel, which decoders read differently")
+        raise ValueError("is a BMP with 16 bits per pixel, which decoders read differently")
     width, height = (int.from_bytes(data[i : i + 4], "little", signed=True) for i in (18, 22))
     if not old and data[30] in (1, 2) and abs(width * height) > RUN_LENGTHS:
-        raise ValueError(f"is a BMP of run lengths with more than {RUN_LENGTHS} pixels")
+        raise ValueError(f"is a run-length encoded BMP with more than {RUN_LENGTHS} pixels")
 
 
 def _check_chunks(chunks: Iterator[tuple[bytes, int, int]], pixels: tuple[bytes, ...]) -> None:
-    """ValueError above the limits; `pixels` are the kinds of chunks that hold some."""
+    """Raise ValueError above the limits; `pixels` are the kinds of chunks with pixel data."""
     metadata = 0
     for number, (kind, start, end) in enumerate(chunks):
         if number == CHUNKS:
@@ -119,17 +119,17 @@ def _check_chunks(chunks: Iterator[tuple[bytes, int, int]], pixels: tuple[bytes,
             size = end - start
             metadata += size
             if size > CHUNK or metadata > METADATA:
-                limit = f"{CHUNK} a chunk, {METADATA} in all"
-                raise ValueError(f"has too many bytes beside its pixels, more than {limit}")
+                limit = f"more than {CHUNK} in a chunk or {METADATA} in all"
+                raise ValueError(f"has too many bytes in chunks without pixels, {limit}")
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(kind, start, end) of each chunk of a PNG before its last."""
+    """(kind, start, end) of each chunk of a PNG before IEND."""
     at = 8
     while (kind := data[at + 4 : at + 8]) not in (b"IEND", b""):
         end = at + 8 + int.from_bytes(data[at : at + 4])
         yield kind, at + 8, end
-        at = end + 4  # a check sum
+        at = end + 4  # skips the checksum
 
 
 def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -142,16 +142,16 @@ def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _after(data: bytes, at: int) -> int:
-    """The place after the segment that begins at `at`."""
-    if data[at + 1] in ALONE:
+    """Offset of the byte after the segment that begins at `at`."""
+    if data[at + 1] in WITHOUT_LENGTH:
         return at + 2
     return at + 2 + max(2, int.from_bytes(data[at + 2 : at + 4]))
 
 
 def _has_many_scans(data: bytes, at: int) -> bool:
-    """True if more than SCANS scans, or four segments a scan, come before the end of the image.
+    """True if the image has more than SCANS scans, or more than four segments per scan.
 
-    The two bytes that begin a scan also stand by chance in what follows a picture, a film perhaps.
+    The two bytes that begin a scan may also occur in data after the image, such as a video.
     """
     scans = 0
     for _ in range(4 * SCANS):

@@ -1,9 +1,9 @@
-"""What decoding has freed goes back to the system.
+"""Return memory that decoding has freed to the system (glibc).
 
-Images of all sizes, decoded by many threads, leave glibc's heaps full of holes that it keeps: a
-rank's resident memory grew by a fifth over its first epochs. Few heaps, given back once per epoch,
-hold it flat for some 10 ms; a fixed M_MMAP_THRESHOLD would too, but training on a CPU then loses a
-quarter of its speed to page faults.
+Images of all sizes, decoded by many threads, leave holes in glibc's arenas, which it keeps: a
+rank's resident memory grew by a fifth over its first epochs. With few arenas, trimmed once per
+epoch (some 10 ms), it stays flat; a fixed M_MMAP_THRESHOLD would too, but page faults then take a
+quarter of the speed of training on a CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
-HEAPS = 2
+ARENAS = 2
 M_ARENA_MAX = -8  # malloc.h
 
 
@@ -21,12 +21,12 @@ def _libc() -> ctypes.CDLL:
 
 
 def limit_arenas() -> None:
-    """Have threads share heaps from now on; nothing where the C library is not glibc."""
+    """Make threads share arenas from now on; does nothing if the C library is not glibc."""
     if hasattr(_libc(), "malloc_trim"):
-        _libc().mallopt(M_ARENA_MAX, HEAPS)
+        _libc().mallopt(M_ARENA_MAX, ARENAS)
 
 
 def trim() -> None:
-    """Return freed memory to the system; nothing where the C library is not glibc."""
+    """Return freed memory to the system; does nothing if the C library is not glibc."""
     if hasattr(_libc(), "malloc_trim"):
         _libc().malloc_trim(0)

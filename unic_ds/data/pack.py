@@ -1,9 +1,9 @@
-"""A source written as tar shards with their index: `unic-ds pack`.
+"""Write a source as tar shards with their index: `unic-ds pack`.
 
-The images are shuffled once and cut into chunks; other processes read, decode and, where asked,
-shrink a chunk; this one writes what comes back, in order. A shard ends where a chunk ends, so how
-far a pack has come is the number of a chunk, and one that was killed goes on after its last whole
-shard, to the same bytes.
+The images are shuffled once and cut into chunks. Worker processes read, decode and optionally
+shrink the images of a chunk; this process writes them in order. A shard ends at the end of a chunk,
+so the progress of a pack is a number of chunks, and a pack that was killed continues after its last
+complete shard, to the same bytes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from PIL import Image
 
 from unic_ds import dist
 from unic_ds.config import Data
-from unic_ds.data import order, shard_index, shards
+from unic_ds.data import index_format, order, shard_index, shards
 from unic_ds.data.image_files import is_hidden
 from unic_ds.data.labels import CLASSES
 from unic_ds.data.members import Member
 from unic_ds.data.pack_records import Record, read_object, read_record
 from unic_ds.data.reader import measure, opened
 from unic_ds.data.shards import INDEX, MissingShard
-from unic_ds.data.source import FLAT, Source
+from unic_ds.data.source import NO_CLASS, Source
 from unic_ds.data.torch_decoder import rgb, upright
 from unic_ds.files import sha256, write_atomic
 from unic_ds.files.printable import printable
@@ -42,24 +42,24 @@ from unic_ds.process import console
 
 FORMAT = 1
 MANIFEST, PARTIAL, BROKEN = "pack.json", "partial", "broken.txt"
-CHUNK = 16  # images that a process takes at a time
-AHEAD = 3  # chunks in work per process
-QUALITY = 95  # of a JPEG that is made anew
+CHUNK = 16  # images of a worker's task
+AHEAD = 3  # chunks in flight per worker
+QUALITY = 95  # of a JPEG that is encoded again
 LONGEST = 1 << 16  # characters of a name in broken.txt and classes.txt
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a source is packed."""
+    """Options of a pack."""
 
     shard_mb: float = 512
-    max_side: int = 0  # pixels; 0: images stay as they are
+    max_side: int = 0  # pixels; 0: images keep their size
     seed: int = 0
 
 
 class Packed(NamedTuple):
-    """An image as it goes into a shard; width and height are of the upright image."""
+    """An image of a shard; width and height in pixels are of the upright image."""
 
     ending: str
     data: bytes
@@ -68,9 +68,9 @@ class Packed(NamedTuple):
 
 
 def pack(source: Source, out: Path, settings: Settings, *, workers: int = 0) -> str:
-    """Write `source` to `out`, or go on where that was left; a sentence about the whole.
+    """Write `source` to `out`, or continue an unfinished pack; returns a sentence for the user.
 
-    ValueError where `out` holds something else.
+    ValueError if `out` has other contents.
     """
     manifest = {"format": FORMAT, "images": len(source), "source": source.fingerprint()}
     _begin(out, manifest | asdict(settings))
@@ -82,22 +82,23 @@ def pack(source: Source, out: Path, settings: Settings, *, workers: int = 0) -> 
             records += _packed(source, out, settings, at=at, number=number, workers=workers)
         except OSError as error:
             raise RuntimeError(
-                f"shards cannot be written to {str(out)!r} ({error.strerror or error}); the same"
-                " command goes on where it was"
+                f"shards cannot be written to {str(out)!r} ({error.strerror or error}); run the"
+                " same command again to continue"
             ) from error
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a packing process was killed, out of memory perhaps; the same command goes on"
-                " where it was, fewer --workers need less"
+                "a packing process was killed, perhaps for lack of memory; run the same command"
+                " again to continue, with fewer --workers to use less memory"
             ) from error
         _finish(source, out, records)
     return _summary(out)
 
 
 def packed(encoded: NDArray[np.uint8], max_side: int) -> Packed:
-    """An image ready to be packed, decoded once; ValueError says what is wrong with it.
+    """Decode an image once to check it, and shrink it if asked; ValueError if it is refused.
 
-    Its bytes stay unless it has transparency, which goes on white, or a side above `max_side`.
+    Its bytes are kept unless it has transparency, which is put on white, or a side above
+    `max_side`.
     """
     data = encoded.tobytes()
     width, height = measure(encoded, Data().max_megapixels)
@@ -105,22 +106,23 @@ def packed(encoded: NDArray[np.uint8], max_side: int) -> Packed:
         with opened(data) as image:
             image.load()
             ending = ENDINGS[str(image.format)]
-            clear, large = image.has_transparency_data, 0 < max_side < max(width, height)
-            if not clear and not large:
+            transparent = image.has_transparency_data
+            large = 0 < max_side < max(width, height)
+            if not transparent and not large:
                 return Packed(ending, data, width, height)
-            made = _on_white(upright(image)) if clear else rgb(upright(image))
+            shown = _on_white(upright(image)) if transparent else rgb(upright(image))
     except Exception as error:  # on hostile bytes PIL raises SyntaxError, OSError, KeyError, ...
         reason = str(error) or type(error).__name__
         raise ValueError(f"cannot be decoded ({reason})") from error
     if large:
-        made.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+        shown.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     if ending in ("jpg", "webp"):
-        made.save(file, "JPEG", quality=QUALITY, subsampling=0)
+        shown.save(file, "JPEG", quality=QUALITY, subsampling=0)
     else:
-        made.save(file, "PNG")
+        shown.save(file, "PNG")
     kind = "jpg" if ending in ("jpg", "webp") else "png"
-    return Packed(kind, file.getvalue(), made.width, made.height)
+    return Packed(kind, file.getvalue(), shown.width, shown.height)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -130,7 +132,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def keys(names: Iterable[str]) -> Iterator[str]:
-    """A key for each sample: its path without what a tar or WebDataset would misread, unique."""
+    """A unique key for each sample: its path, without dots that WebDataset would misread."""
     used: set[str] = set()
     for name in names:
         folder, _, last = name.rpartition("/")
@@ -147,7 +149,7 @@ def keys(names: Iterable[str]) -> Iterator[str]:
 
 
 def _begin(out: Path, manifest: dict[str, object]) -> None:
-    """Make `out` and its manifest; ValueError where it holds another pack, or no pack."""
+    """Create `out` and its manifest; ValueError if it has another pack or other files."""
     file = out / MANIFEST
     if file.exists():
         was = read_object(file, f"name a new folder instead of {str(out)!r}")
@@ -156,17 +158,17 @@ def _begin(out: Path, manifest: dict[str, object]) -> None:
             key = other[0]
             raise ValueError(
                 f"{str(out)!r} is a pack with {key} {was.get(key)!r}, not {manifest[key]!r}; name a"
-                " new folder, or pack with the same source and settings"
+                " new folder, or use the same source and settings"
             )
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{str(out)!r} is there and no pack; name a new folder")
+        raise ValueError(f"{str(out)!r} exists and is not a pack; name a new folder")
     (out / PARTIAL).mkdir(parents=True)
     _write(file, json.dumps(manifest, indent=2) + "\n")
 
 
 def _records(out: Path, images: int) -> list[Record]:
-    """The records of complete shards of a source of `images`; ValueError for a damaged one."""
+    """Read the records of the complete shards; ValueError for a damaged one."""
     records: list[Record] = []
     while (file := out / PARTIAL / f"{_name(len(records))}.json").exists():
         begin = records[-1].end if records else 0
@@ -181,9 +183,9 @@ def _records(out: Path, images: int) -> list[Record]:
 def _packed(
     source: Source, out: Path, settings: Settings, *, at: int, number: int, workers: int
 ) -> Iterator[Record]:
-    """Write the shards from `number` on, which begin with chunk `at`."""
-    words_N = order.words(settings.seed, "pack", 0, len(source))
-    shuffled_N = np.argsort(words_N, kind="stable")
+    """Write the shards from `number` on, which begin with chunk `at`; yields their records."""
+    sort_key_N = order.random_words(settings.seed, "pack", 0, len(source))
+    shuffled_N = np.argsort(sort_key_N, kind="stable")
     chunks = [np.sort(part) for part in np.split(shuffled_N, range(CHUNK, len(source), CHUNK))]
     key_N = list(keys(source.names))
     with closing(_decoded(source, chunks[at:], settings.max_side, workers)) as results:
@@ -202,7 +204,7 @@ def _packed(
 def _decoded(
     source: Source, chunks: list[NDArray[np.int64]], max_side: int, workers: int
 ) -> Generator[list[Packed | str], None, None]:
-    """The images of each chunk in turn, or why they are left out."""
+    """The images of each chunk in turn; a broken image is the reason, as text."""
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     flight: deque[Future[list[Packed | str]]] = deque()
@@ -215,7 +217,7 @@ def _decoded(
                     yield flight.popleft().result()
             while flight:
                 yield flight.popleft().result()
-        except MissingShard as error:  # from another process; here, so that it reads as ours
+        except MissingShard as error:  # drops the traceback of the other process
             raise MissingShard(str(error)) from error
         finally:
             for future in flight:
@@ -223,7 +225,7 @@ def _decoded(
 
 
 def _chunk(source: Source, max_side: int) -> list[Packed | str]:
-    """All images of a small source, in another process."""
+    """All images of a chunk, in a worker process."""
     return [_image(source, index, max_side) for index in range(len(source))]
 
 
@@ -237,7 +239,7 @@ def _image(source: Source, index: int, max_side: int) -> Packed | str:
 
 
 class _Shard:
-    """A shard that is being written, out of sight until it is whole."""
+    """A shard that is being written to a temporary path until it is complete."""
 
     def __init__(self, out: Path, number: int):
         self.name, self._out = _name(number), out
@@ -252,18 +254,18 @@ class _Shard:
         return self._tar.offset
 
     def add(self, source_name: str, key: str, label: int, image: Packed | str) -> None:
-        """A sample, or why it is left out."""
+        """Write a sample; a broken one is the reason, as text, and is listed."""
         if isinstance(image, str):
             self._broken.append((source_name, image))
             return
         name = f"{key}.{image.ending}"
         offset = self._put(name, image.data)
-        if label != FLAT:
+        if label != NO_CLASS:
             self._put(f"{key}.cls", str(label).encode())
         self._members.append((name, offset, len(image.data), label, image.width, image.height))
 
     def close(self, end: int) -> Record:
-        """Put the shard in its place, its record beside those of the others."""
+        """Finish the shard: write its record, then move it to its final path."""
         self._tar.close()
         size = self._part.stat().st_size
         record = Record(end, size, sha256(self._part), self._members, self._broken)
@@ -273,7 +275,7 @@ class _Shard:
         return record
 
     def _put(self, name: str, data: bytes) -> int:
-        """Add a member; where its data begins."""
+        """Write a member; returns the offset of its data in bytes."""
         info = tarfile.TarInfo(name)  # owner, time and mode are always the same
         info.size = len(data)
         self._tar.addfile(info, io.BytesIO(data))
@@ -281,10 +283,10 @@ class _Shard:
 
 
 def _finish(source: Source, out: Path, records: list[Record]) -> None:
-    """Write classes, list and index; the index last, for it says that all is there."""
-    whole = {_name(n): record for n, record in enumerate(records) if record.members}
+    """Write classes, list of broken images and index; the index last: it marks a finished pack."""
+    written = {_name(n): record for n, record in enumerate(records) if record.members}
     broken = sorted((name, reason) for record in records for name, reason in record.broken)
-    if not whole:
+    if not written:
         name, reason = broken[0]
         raise ValueError(
             f"none of {len(source)} images can be packed: '{printable(name)}' {printable(reason)}"
@@ -293,42 +295,42 @@ def _finish(source: Source, out: Path, records: list[Record]) -> None:
     _write(out / BROKEN, "".join(lines))
     if source.classes:
         _write(out / CLASSES, "".join(f"{_line(name)}\n" for name in source.classes))
-    members = [[Member(*m[:3], "") for m in record.members] for record in whole.values()]
-    stamps = [shard_index.stamp_of(out / name) for name in whole]
-    rows_N3 = np.array([m[3:] for r in whole.values() for m in r.members], np.int32)
-    digests = b"".join(bytes.fromhex(record.sha256) for record in whole.values())
+    members = [[Member(*m[:3], "") for m in record.members] for record in written.values()]
+    stamps = [shard_index.stamp_of(out / name) for name in written]
+    rows_N3 = np.array([m[3:] for r in written.values() for m in r.members], np.int32)
+    digests = b"".join(bytes.fromhex(record.sha256) for record in written.values())
     tables = shard_index.tables_of(
-        list(whole), members, stamps, classes=source.classes, label_N=rows_N3[:, 0]
+        list(written), members, stamps, classes=source.classes, label_N=rows_N3[:, 0]
     ) | {
         "width_N": rows_N3[:, 1],
         "height_N": rows_N3[:, 2],
         "sha256_S": np.frombuffer(digests, np.uint8).reshape(-1, 32),
     }
-    if fault := shard_index.fault_of(tables):
+    if fault := index_format.fault_of(tables):
         raise ValueError(
-            f"the records in {str(out / PARTIAL)!r} do not fit their shards: {fault}; delete them,"
-            " the shards are packed again"
+            f"the records in {str(out / PARTIAL)!r} do not fit their shards: {fault}; delete them"
+            " to have the shards packed again"
         )
     shard_index.write(tables, out / INDEX)
 
 
 def _line(name: str) -> str:
-    """A class's name on a line of its own."""
+    """A class name without line breaks."""
     return printable(name, LONGEST) if {"\n", "\r"} & set(name) else name
 
 
 def _summary(out: Path) -> str:
-    """What lies in a finished pack; what only served the work is deleted."""
+    """Delete the temporary files of a finished pack; returns a sentence about its contents."""
     if (out / PARTIAL).exists():
         for file in (out / PARTIAL).iterdir():
             file.unlink()
         (out / PARTIAL).rmdir()
     tables = shard_index.load(out / INDEX, shards.found_in(out))
     broken = (out / BROKEN).read_text("utf-8", "surrogateescape").count("\n")
-    left_out = f"; {broken} left out, listed in {out / BROKEN}" if broken else ""
+    skipped = f"; {broken} images are broken, see {out / BROKEN}" if broken else ""
     images, size = len(tables["offset_N"]), int(tables["bytes_S"].sum())
     count = f"{images} images in {len(tables['bytes_S'])} shards"
-    return f"{out}: {count}, {size / 1e6:.1f} MB{left_out}"
+    return f"{out}: {count}, {size / 1e6:.1f} MB{skipped}"
 
 
 def _name(number: int) -> str:
@@ -336,5 +338,5 @@ def _name(number: int) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    """A text file in one piece."""
+    """Write a text file atomically."""
     write_atomic(file, text, "surrogateescape")

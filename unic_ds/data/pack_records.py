@@ -1,4 +1,4 @@
-"""Records of the shards that an unfinished pack has written, one JSON file each."""
+"""Records of the finished shards of an unfinished pack, one JSON file each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unic_ds.files import read_limited
 from unic_ds.files.printable import printable
 
 LARGEST = 256 << 20
-"""Bytes of the largest record that is read: 100 an image."""
+"""Bytes of the largest record that is read; an image takes about 100."""
 MEMBER = (str, int, int, int, int, int)
 SIDES = 1 << 31
 """Above every label, width and height."""
@@ -20,9 +20,9 @@ SIDES = 1 << 31
 
 @dataclass(frozen=True)
 class Record:
-    """A shard that is written."""
+    """A finished shard."""
 
-    end: int  # the chunk after its last
+    end: int  # number of the chunk after its last
     bytes: int
     sha256: str
     members: list[tuple[str, int, int, int, int, int]]
@@ -31,14 +31,15 @@ class Record:
 
 
 def read_record(file: Path, *, images: int, chunk: int, begin: int) -> Record:
-    """The record of a shard that begins with chunk `begin` of `chunk` samples, `images` in all.
+    """Read the record of the shard that begins with chunk `begin`.
 
-    ValueError if it is damaged, or holds another number of images than its chunks.
+    A chunk has `chunk` samples; the source has `images`. ValueError if the record is damaged, or
+    its number of images is not that of its chunks.
     """
-    remedy = "delete it, its shard is packed again"
+    remedy = "delete it to have its shard packed again"
     row = read_object(file, remedy)
     if not _is_record(row):
-        raise ValueError(f"{str(file)!r} is no record of a shard; {remedy}")
+        raise ValueError(f"{str(file)!r} is not the record of a shard; {remedy}")
     record = Record(**row)
     expected = min(record.end * chunk, images) - begin * chunk
     if record.end <= begin or expected != len(record.members) + len(record.broken):
@@ -47,18 +48,18 @@ def read_record(file: Path, *, images: int, chunk: int, begin: int) -> Record:
 
 
 def read_object(file: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file; ValueError that ends with `remedy` if there is none."""
+    """Read a JSON object; ValueError with the `remedy` if the file is not one."""
     try:
         found = json.loads(read_limited(file, LARGEST))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} is damaged ({printable(error)}); {remedy}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{str(file)!r} is damaged (it is no JSON object); {remedy}")
+        raise ValueError(f"{str(file)!r} is damaged (it is not a JSON object); {remedy}")
     return found
 
 
 def _is_record(row: dict[str, Any]) -> bool:
-    """Compare a JSON object's keys and types with those of a Record."""
+    """True if a JSON object has the keys and types of a Record."""
     if row.keys() != {field.name for field in fields(Record)}:
         return False
     if type(row["end"]) is not int or type(row["bytes"]) is not int:
@@ -72,13 +73,13 @@ def _is_record(row: dict[str, Any]) -> bool:
     return members and _is_sha256(row["sha256"]) and all(_are(x, (str, str)) for x in row["broken"])
 
 
-def _are(row: Any, kinds: tuple[type, ...]) -> bool:
+def _are(row: object, kinds: tuple[type, ...]) -> bool:
     return isinstance(row, list) and tuple(map(type, row)) == kinds
 
 
 def _in_range(offset: int, size: int, label: int, width: int, height: int) -> bool:
-    places = min(offset, size) >= 0 and max(offset, size) < 1 << 62
-    return places and -1 <= label < SIDES and 0 <= min(width, height) <= max(width, height) < SIDES
+    in_file = min(offset, size) >= 0 and max(offset, size) < 1 << 62
+    return in_file and -1 <= label < SIDES and 0 <= min(width, height) <= max(width, height) < SIDES
 
 
 def _is_name(name: str) -> bool:
@@ -88,7 +89,7 @@ def _is_name(name: str) -> bool:
         return False
 
 
-def _is_sha256(text: Any) -> bool:
+def _is_sha256(text: object) -> bool:
     try:
         return isinstance(text, str) and len(bytes.fromhex(text)) == 32
     except ValueError:

@@ -1,6 +1,6 @@
-"""Samples in tar shards of the WebDataset layout, read in place by an index.
+"""Samples in tar shards of the WebDataset layout, read in place with an index.
 
-The index lies beside the shards, or in the cache folder if that may not be written.
+The index lies next to the shards, or in the cache folder if theirs is not writable.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from unic_ds.config.data_spec import COMPRESSED, exists, remedy
+from unic_ds.config import data_spec
+from unic_ds.config.data_spec import COMPRESSED, exists
 from unic_ds.data import shard_index
 from unic_ds.data.image_files import SUFFIXES, is_hidden
 from unic_ds.data.labels import CLASSES, class_names
-from unic_ds.data.order import Run, Runs
+from unic_ds.data.order import SampleGroup, SampleGroups
 from unic_ds.data.source import MAX_MB, Source, refuse_large
 from unic_ds.data.string_table import StringTable
 from unic_ds.files import cache_root, open_regular
@@ -30,15 +31,15 @@ from unic_ds.process.console import say
 
 INDEX = "unic_ds-index.npz"
 OPEN = 256
-"""Shards held open."""
+"""Shards that are kept open."""
 
 
 class MissingShard(RuntimeError):
-    """A shard that was there at the start is gone: not a fault of single samples."""
+    """A shard was deleted during the run: no single sample is bad."""
 
 
 class _Descriptor:
-    """A file open for reading, closed when its last reader lets go of it."""
+    """A file that is open for reading, closed when the last reference is dropped."""
 
     def __init__(self, path: Path):
         self._file = open_regular(path)
@@ -50,22 +51,22 @@ class _Descriptor:
 
 
 class OpenFiles:
-    """Files held open for reading, at most `limit`; one that is in use closes after that."""
+    """Keeps at most `limit` files open; one that is in use closes after its last read."""
 
     def __init__(self, limit: int = OPEN):
         self._limit, self._lock = limit, threading.Lock()
         self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[int]]:
-        return OpenFiles, (self._limit,)  # another process opens its own
+        return OpenFiles, (self._limit,)  # another process opens the files again
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
-        """Bytes of a file, fewer at its end; OSError where it cannot be read."""
+        """Read bytes of a file, fewer at its end; OSError if it cannot be read."""
         with self._lock:
             file = self._open.pop(path, None) or _Descriptor(path)
             self._open[path] = file
             if len(self._open) > self._limit:
-                self._open.popitem(last=False)  # closed when nobody reads from it any more
+                self._open.popitem(last=False)  # closes after its last read
         parts = []
         while size and (part := os.pread(file.number, size, offset)):
             parts.append(part)
@@ -84,7 +85,7 @@ class Shards(Source):
     files: OpenFiles = field(default_factory=OpenFiles)
 
     def read(self, index: int, max_mb: float = MAX_MB) -> NDArray[np.uint8]:
-        """A sample's bytes, still encoded; MissingShard where the shard is gone.
+        """The encoded bytes of a sample; MissingShard if its shard was deleted.
 
         ValueError for more than `max_mb` MB, before anything is read.
         """
@@ -94,44 +95,48 @@ class Shards(Source):
             data = self.files.read(path, int(self.offset_N[index]), int(self.size_N[index]))
         except FileNotFoundError as error:
             raise MissingShard(
-                f"shard {str(path)!r} is gone since the start; bring it back and resume"
+                f"shard {str(path)!r} was deleted during the run; restore it and resume"
             ) from error
         return np.frombuffer(data, dtype=np.uint8)
 
-    def runs(self, window: int) -> Runs:
-        """Two levels: shards, then the samples of `window` shards."""
+    def groups(self, window: int) -> SampleGroups:
+        """One group, shuffled on two levels: shards, then the samples of `window` shards."""
         counts_S = np.bincount(self.shard_N, minlength=len(self.shards))
-        return (Run(len(self), tuple(counts_S[counts_S > 0].tolist()), window),)
+        return (SampleGroup(len(self), tuple(counts_S[counts_S > 0].tolist()), window),)
 
     def fingerprint(self) -> str:
-        """Over names and which shard has how many, which the order depends on."""
+        """SHA-256 of the names and the samples per shard: the order depends on both."""
         digest = hashlib.sha256(self.names.joined())
         digest.update(np.bincount(self.shard_N, minlength=len(self.shards)).tobytes())
         return digest.hexdigest()
 
     def subset(self, index_M: ArrayLike) -> Self:
-        """The samples at those ascending places, with the same classes."""
+        """The samples at those ascending indices, with the same classes."""
         chosen_M = np.asarray(index_M, dtype=np.int64)
         fewer = super().subset(chosen_M)
-        where = {k: getattr(self, k)[chosen_M] for k in ("shard_N", "offset_N", "size_N")}
-        return replace(fewer, **where)
+        return replace(
+            fewer,
+            shard_N=self.shard_N[chosen_M],
+            offset_N=self.offset_N[chosen_M],
+            size_N=self.size_N[chosen_M],
+        )
 
 
 def found_in(folder: Path) -> list[Path]:
-    """The tar files of a folder, by name; ValueError if it has only compressed ones."""
+    """The tar files of a folder, sorted by name; ValueError if all are compressed."""
     with os.scandir(folder) as entries:
         rest = sorted(entries, key=lambda entry: entry.name)
     tars = [folder / entry.name for entry in rest if entry.name.endswith(".tar")]
     zipped = [entry.name for entry in rest if entry.name.lower().endswith(COMPRESSED)]
     if tars or not zipped or any(entry.is_dir() or _is_image(entry.name) for entry in rest):
         return tars
-    raise ValueError(f"{str(folder / zipped[0])!r} {remedy(Path(zipped[0]))}")
+    raise ValueError(f"{str(folder / zipped[0])!r} {data_spec.remedy(Path(zipped[0]))}")
 
 
-def passed_over(folder: Path, tars: Sequence[Path]) -> str:
-    """A line that counts images, folders and archives which lie beside the shards of a folder.
+def describe_unread(folder: Path, tars: Sequence[Path]) -> str:
+    """A line with counts of the images, folders and archives next to the shards of a folder.
 
-    "" if there are none: they are not read.
+    They are not read. Empty if there are none.
     """
     with os.scandir(folder) as entries:
         rest = [entry for entry in entries if not is_hidden(entry.name)]
@@ -142,11 +147,11 @@ def passed_over(folder: Path, tars: Sequence[Path]) -> str:
             entry.name.lower().endswith(COMPRESSED) for entry in rest
         ),
     }
-    parts = [f"{number} {what}" for what, number in count.items() if number]
+    parts = [f"{number} {kind}" for kind, number in count.items() if number]
     if not parts:
         return ""
     read = f"read as tar shards ({len(tars)}, the first is '{printable(tars[0].name)}')"
-    return f"{printable(folder)}: {read}; not read beside them: {', '.join(parts)}"
+    return f"{printable(folder)}: {read}; not read: {', '.join(parts)}"
 
 
 def _is_image(name: str) -> bool:
@@ -154,26 +159,30 @@ def _is_image(name: str) -> bool:
 
 
 def of_shards(where: Path, tars: Sequence[Path]) -> Shards:
-    """The samples of tar shards of one folder, by their index; it is built if there is none.
+    """The samples of tar shards of one folder; their index is built if there is none.
 
     `where` is their folder, or the first of them. ValueError if the index does not fit the shards,
-    or no image is in them.
+    or they contain no image.
     """
     folder = where if where.is_dir() else where.parent
     places, known = index_places(where, tars), class_names(folder)
     file = next((place for place in places if exists(place)), None)
     if file is None:
-        file = shard_index.keep(shard_index.build(tars, known), *places)
+        file = shard_index.save(shard_index.build(tars, known), *places)
     tables = shard_index.load(file, tars)
     shard_index.compare(tables, folder, tars, file=file)
     classes = tuple(StringTable.cut(tables["classes"].tobytes()))
     notes = shard_index.notes_of(tables)
     if known != list(classes[: len(known)]) and not any(CLASSES in note for note in notes):
-        notes.append(f"{CLASSES} is not what the index has; to use it, delete {str(file)!r}")
+        notes.append(
+            f"{CLASSES} differs from the index and is ignored; to use it, delete {str(file)!r}"
+        )
     for note in notes:
         say(f"{printable(where)}: {printable(note)}")
     if not len(tables["offset_N"]):
-        raise ValueError(f"no {', '.join(SUFFIXES)} in the shards of {str(where)!r}")
+        raise ValueError(
+            f"no {', '.join(SUFFIXES)} in the shards of {str(where)!r}; name shards with images"
+        )
     return Shards(
         folder,
         StringTable.cut(tables["names"].tobytes()),
@@ -187,7 +196,7 @@ def of_shards(where: Path, tars: Sequence[Path]) -> Shards:
 
 
 def index_places(where: Path, tars: Sequence[Path]) -> tuple[Path, Path]:
-    """(beside the shards, in the cache folder): the paths at which an index may lie."""
+    """(next to the shards, in the cache folder): the possible paths of an index."""
     if where.is_dir():
         place, owner = where / INDEX, where
     elif len(tars) == 1:

@@ -1,6 +1,6 @@
-"""What every kind of source offers: samples known by name, with classes, read by their number.
+"""Sources of samples: images with names and classes, read by index.
 
-A sample is known by its path below the source, so a data set may move, and adding images moves no
+A sample's name is its path below the source, so a data set may be moved, and adding images moves no
 other image between training and validation.
 """
 
@@ -19,27 +19,27 @@ from numpy.typing import ArrayLike, NDArray
 from unic_ds import rng
 from unic_ds.config import Data
 from unic_ds.data import order
-from unic_ds.data.order import Run, Runs
+from unic_ds.data.order import SampleGroup, SampleGroups
 from unic_ds.data.string_table import StringTable, together
 from unic_ds.files import open_regular
 from unic_ds.files.printable import printable
 from unic_ds.process import console
 
-FLAT = -1  # label of a sample without a class
+NO_CLASS = -1  # label of a sample without a class
 MAX_MB = Data().max_mb
 
 
 def refuse_large(size: int, max_mb: float) -> None:
-    """ValueError for a sample of more than `max_mb` MB."""
+    """Raise ValueError for a sample of more than `max_mb` MB."""
     if size > max_mb * 1e6:
         raise ValueError(f"has {size} bytes, more than data.max_mb {max_mb:g}")
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Files below `folder` by name; `label_N` points into `classes`, or is -1 where there is none.
+    """Image files below `folder`; `label_N` is the index into `classes`, -1 for no class.
 
-    Other kinds of source know better where their samples lie.
+    Subclasses read samples from other places.
     """
 
     folder: Path
@@ -51,10 +51,10 @@ class Source:
         return len(self.names)
 
     def read(self, index: int, max_mb: float = MAX_MB) -> NDArray[np.uint8]:
-        """A sample's bytes, still encoded; OSError where the file system refuses.
+        """The encoded bytes of a sample.
 
-        OSError too for what is no regular file, ValueError for more than `max_mb` MB, both before
-        anything is read.
+        OSError if it cannot be read or is not a regular file; ValueError for more than `max_mb` MB,
+        before anything is read.
         """
         with open_regular(self.folder / self.names[index]) as file:
             size = os.fstat(file.fileno()).st_size
@@ -63,40 +63,40 @@ class Source:
 
     @property
     def per_epoch(self) -> int:
-        """Images that an epoch shows."""
-        return order.per_epoch(self.runs(window=1))
+        """Images of an epoch."""
+        return order.per_epoch(self.groups(window=1))
 
-    def runs(self, window: int) -> Runs:
-        """How its samples are shuffled, given how many shards mix."""
-        return (Run(len(self)),)
+    def groups(self, window: int) -> SampleGroups:
+        """Groups of samples that are shuffled together, mixing those of `window` shards."""
+        return (SampleGroup(len(self)),)
 
     def fingerprint(self) -> str:
-        """sha256 over the names in order: a run is resumed only on the same samples."""
+        """SHA-256 of the names in order: a run resumes only on the same samples."""
         return hashlib.sha256(self.names.joined()).hexdigest()
 
     def relabelled(self, classes: tuple[str, ...]) -> Self:
-        """The same samples labelled by `classes`; ValueError for a class that is not among them."""
+        """The same samples with labels into `classes`; ValueError for a class not in them."""
         foreign = sorted(set(self.classes) - set(classes))
         if foreign and classes:
             raise ValueError(
                 f"{str(self.folder)!r} has class folder {foreign[0]!r}, which the training images"
-                " lack; remove it or rename it"
+                " do not have; remove it or rename it"
             )
-        place = {name: i for i, name in enumerate(classes)}
-        number = [*(place.get(name, FLAT) for name in self.classes), FLAT]
+        index_of = {name: i for i, name in enumerate(classes)}
+        label_C = [*(index_of.get(name, NO_CLASS) for name in self.classes), NO_CLASS]
         return replace(
-            self, classes=classes, label_N=np.array(number, dtype=np.int32)[self.label_N]
+            self, classes=classes, label_N=np.array(label_C, dtype=np.int32)[self.label_N]
         )
 
     def subset(self, index_M: ArrayLike) -> Self:
-        """The samples at those ascending places, with the same classes."""
+        """The samples at those ascending indices, with the same classes."""
         chosen_M = np.asarray(index_M, dtype=np.int64)
         return replace(self, names=self.names.taken(chosen_M), label_N=self.label_N[chosen_M])
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture(Source):
-    """Several sources one after another, each shown `weights` times an epoch."""
+    """Several sources as one; an epoch shows the samples of each `weights` times."""
 
     parts: tuple[Source, ...] = ()
     weights: tuple[float, ...] = ()
@@ -106,25 +106,25 @@ class Mixture(Source):
         return np.cumsum([0, *map(len, self.parts)])
 
     def read(self, index: int, max_mb: float = MAX_MB) -> NDArray[np.uint8]:
-        """A sample's bytes from the source that has it."""
+        """The encoded bytes of a sample; errors as the part that contains it."""
         start_M = self._start_M
         part = int(np.searchsorted(start_M, index, "right")) - 1
         return self.parts[part].read(index - int(start_M[part]), max_mb)
 
-    def runs(self, window: int) -> Runs:
-        """Those of the parts, weighted."""
+    def groups(self, window: int) -> SampleGroups:
+        """One group per part, with its weight."""
         return tuple(
-            part.runs(window)[0]._replace(weight=weight)
+            part.groups(window)[0]._replace(weight=weight)
             for part, weight in zip(self.parts, self.weights, strict=True)
         )
 
     def fingerprint(self) -> str:
-        """Over those of the parts and their weights."""
+        """SHA-256 of the fingerprints of the parts and their weights."""
         prints = [part.fingerprint() for part in self.parts]
         return hashlib.sha256(repr((prints, self.weights)).encode()).hexdigest()
 
     def subset(self, index_M: ArrayLike) -> Self:
-        """The samples at those ascending places; a part that loses all of its own is gone."""
+        """The samples at those ascending indices; a part without any of them is dropped."""
         chosen_M, start_M = np.asarray(index_M, dtype=np.int64), self._start_M
         cut_M = np.searchsorted(chosen_M, start_M)
         parts = [
@@ -134,20 +134,20 @@ class Mixture(Source):
             )
             if high > low
         ]
-        left, weights = (tuple(x) for x in zip(*parts, strict=True)) if parts else ((), ())
+        kept, weights = (tuple(x) for x in zip(*parts, strict=True)) if parts else ((), ())
         names, label_N = self.names.taken(chosen_M), self.label_N[chosen_M]
-        return replace(self, names=names, label_N=label_N, parts=left, weights=weights)
+        return replace(self, names=names, label_N=label_N, parts=kept, weights=weights)
 
 
 def say_unlabelled(where: Path, label_N: NDArray[np.int32]) -> None:
     """Print how many images of a source have no class, if any."""
-    if flat := int((label_N == FLAT).sum()):
-        count = f"{flat} of {len(label_N)} images have no class"
-        console.say(f"{printable(where)}: {count}: training shows them, evaluation leaves them out")
+    if unlabelled := int((label_N == NO_CLASS).sum()):
+        count = f"{unlabelled} of {len(label_N)} images have no class"
+        console.say(f"{printable(where)}: {count}; training uses them, evaluation skips them")
 
 
 def mixture(where: str, parts: Sequence[Source], weights: Sequence[float]) -> Mixture:
-    """One source of several; their classes are joined by name."""
+    """Join several sources into one, and their classes by name."""
     classes = tuple(sorted({name for part in parts for name in part.classes}))
     same = tuple(part.relabelled(classes) for part in parts)
     for part in parts:
@@ -164,9 +164,9 @@ def mixture(where: str, parts: Sequence[Source], weights: Sequence[float]) -> Mi
 
 
 def split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
-    """(train, val): about `share` of the samples held out, each by a hash of seed and its own name.
+    """(train, val): hold out about `share` of the samples, by a hash of the seed and their name.
 
-    ValueError where a side comes out empty though both were asked for.
+    A `share` of 0 holds out none. ValueError if either side would be empty otherwise.
     """
     if share == 0:
         return source, source.subset([])

@@ -1,4 +1,4 @@
-"""This rank's share of a run as batches on the device, or one pass over samples for evaluation."""
+"""This rank's micro batches of a run, or one pass over samples for evaluation."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from numpy.typing import ArrayLike, NDArray
 
 from unic_ds.config import Data
 from unic_ds.data import malloc, order
-from unic_ds.data.prefetch import Batch, Beside, Prefetcher, Slots
+from unic_ds.data.prefetch import Batch, ExtrasReader, Prefetcher, Slots
 from unic_ds.data.reader import Reader
 from unic_ds.data.source import Source
 
 
 class Views(NamedTuple):
-    """Which draws a run shows: those of `seed`, of every epoch or of the first `views` in turn."""
+    """The augmented views that a run shows: a new one every epoch, or `views` of them in turn."""
 
     seed: int
-    views: int = 0  # 0: a new one in every epoch
-    beside: Beside | None = None  # reads what is kept of a batch's samples and views
+    views: int = 0  # 0: a new one every epoch
+    extras: ExtrasReader | None = None  # reads cached features of a batch's samples and views
 
-    def of(self, epoch_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The view of each epoch."""
+    def view_of(self, epoch_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The view that each epoch shows."""
         return epoch_B % self.views if self.views else epoch_B
 
 
 class Stream:
-    """This rank's micro batches of a run, without end, from wherever `seek` says."""
+    """Endless iterator over this rank's micro batches of a run, from the step given to `seek`."""
 
     def __init__(
         self,
@@ -49,9 +49,8 @@ class Stream:
     ):
         """`batch_size` images per optimiser step, of which a rank reads `micro` at a time.
 
-        `views` are there where only some draws of each sample may be shown. `sizes` are sides
-        in pixels, the student's first (blur is in its pixels). ValueError where the batch does not
-        divide.
+        `sizes` are sides in pixels, the student's first (blur is in its pixels). `views` limits the
+        augmented views of a sample. ValueError if `batch_size` is no multiple of `micro * world`.
         """
         if not len(source):
             raise ValueError(f"no images to train on below {str(source.folder)!r}")
@@ -59,40 +58,40 @@ class Stream:
             raise ValueError(
                 f"batch size {batch_size} is not a multiple of micro batch {micro} x {world} ranks"
             )
-        self._reader, self._runs = Reader(source, cfg), source.runs(cfg.window)
+        self._reader, self._groups = Reader(source, cfg), source.groups(cfg.window)
         self._seed, self._sizes, self._device = seed, tuple(dict.fromkeys(sizes)), device
         self._batch_size, self._micro, self._rank, self._world = batch_size, micro, rank, world
         self._views = views or Views(seed)
-        self._feed: Prefetcher | None = None
+        self._prefetcher: Prefetcher | None = None
         self._step = 0
-        self._left_out: order.Spans = ()
+        self._skipped: order.Spans = ()
         self._waited_s = 0.0
-        self._since_epoch = 0  # images since freed memory was given back
+        self._since_epoch = 0  # images since freed memory was last returned to the system
 
     @property
     def waited_s(self) -> float:
-        """Seconds that iterating has waited for data since the last `seek`."""
-        return self._waited_s + (self._feed.waited_s if self._feed else 0.0)
+        """Seconds that the iteration has waited for data since the last `seek`."""
+        return self._waited_s + (self._prefetcher.waited_s if self._prefetcher else 0.0)
 
     @property
     def bad(self) -> list[tuple[str, str]]:
-        """(name, reason) of the files this rank could not read and replaced."""
+        """(name, reason) of the files that this rank could not read and replaced."""
         return self._reader.listed()
 
-    def seek(self, step: int, left_out: order.Spans = ()) -> None:
-        """Go on with the first micro batch after `step` optimiser steps.
+    def seek(self, step: int, skipped: order.Spans = ()) -> None:
+        """Continue with the first micro batch after `step` optimiser steps.
 
-        The steps of the order that are `left_out` are not read, and those after them come earlier.
+        The `skipped` steps of the order are not read; those after them come earlier.
         """
         self.close()
-        self._step, self._left_out, self._waited_s = step, left_out, 0.0
+        self._step, self._skipped, self._waited_s = step, skipped, 0.0
 
     def data_step(self, step: int) -> int:
         """The step of the order that optimiser step `step` (from 1) reads."""
-        return order.data_step(step, self._left_out)
+        return order.data_step(step, self._skipped)
 
     def names(self, step: int, ranks: Iterable[int] = ()) -> dict[int, list[str]]:
-        """The samples that those ranks, or all, see in optimiser step `step` (from 1)."""
+        """Names of the samples of optimiser step `step` (from 1), by rank; all ranks by default."""
         names = self._reader.source.names
         return {
             rank: [names[int(i)] for slots in self._slots(step, rank) for i in slots.index_B]
@@ -103,43 +102,43 @@ class Stream:
         return self
 
     def __next__(self) -> Batch:
-        if self._feed is None:
-            self._feed = Prefetcher(
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(
                 self._reader,
                 self._plan(self._step),
                 seed=self._views.seed,
                 sizes=self._sizes,
                 batch=self._micro,
                 device=self._device,
-                beside=self._views.beside,
+                extras=self._views.extras,
             )
-        batch = next(self._feed)
+        batch = next(self._prefetcher)
         self._since_epoch += self._micro * self._world
-        if self._since_epoch >= order.per_epoch(self._runs):
+        if self._since_epoch >= order.per_epoch(self._groups):
             self._since_epoch = 0
             malloc.trim()
         return batch
 
     def close(self) -> None:
-        """Stop reading ahead; iterating again starts where `seek` last said."""
-        if self._feed is not None:
-            self._waited_s += self._feed.waited_s
-            self._feed.close()
-            self._feed = None
+        """Stop reading ahead; iterating again starts at the step of the last `seek`."""
+        if self._prefetcher is not None:
+            self._waited_s += self._prefetcher.waited_s
+            self._prefetcher.close()
+            self._prefetcher = None
 
     def _plan(self, done: int) -> Iterator[Slots]:
-        """Slots of this rank's micro batches after `done` optimiser steps."""
+        """Plan this rank's micro batches after `done` optimiser steps."""
         for step in count(done + 1):
             yield from self._slots(step, self._rank)
 
     def _slots(self, step: int, rank: int) -> Iterator[Slots]:
-        """Slots of a rank's micro batches in optimiser step `step` (from 1)."""
+        """Plan a rank's micro batches of optimiser step `step` (from 1)."""
         before = (self.data_step(step) - 1) * self._batch_size
         for j in range(self._batch_size // (self._micro * self._world)):
             position_B = order.positions(j, rank=rank, world=self._world, micro=self._micro)
             first = before + int(position_B[0])
-            index_B, epoch_B = order.batch(self._seed, self._runs, first, self._micro)
-            yield Slots(index_B, self._views.of(epoch_B), position_B)
+            index_B, epoch_B = order.batch(self._seed, self._groups, first, self._micro)
+            yield Slots(index_B, self._views.view_of(epoch_B), position_B)
 
 
 def drawn(
@@ -152,7 +151,7 @@ def drawn(
     plan: Iterable[tuple[int, range]],
     device: torch.device,
 ) -> Iterator[list[Batch]]:
-    """The batches of each (view, neighbouring samples) of the plan, augmented as in training."""
+    """The batches of each (view, range of samples) of the plan, augmented as in training."""
     cuts = [
         (view, [span[at : at + batch] for at in range(0, len(span), batch)]) for view, span in plan
     ]
@@ -162,14 +161,14 @@ def drawn(
         for part in parts
     )
     sides = tuple(dict.fromkeys(sizes))
-    feed = Prefetcher(
+    prefetcher = Prefetcher(
         Reader(source, cfg), slots, seed=seed, sizes=sides, batch=batch, device=device
     )
     try:
         for _, parts in cuts:
-            yield [next(feed) for _ in parts]
+            yield [next(prefetcher) for _ in parts]
     finally:
-        feed.close()
+        prefetcher.close()
 
 
 def passes(
@@ -181,7 +180,10 @@ def passes(
     indices: ArrayLike,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """The samples `indices` once, in order, as central squares; the last batch may be smaller."""
+    """One pass over the samples `indices`, in order, as central squares; no augmentation.
+
+    The last batch may be smaller.
+    """
     index_N = np.asarray(indices, dtype=np.int64)
     at_N = np.arange(len(index_N), dtype=np.int64)
     plan = (
@@ -189,10 +191,10 @@ def passes(
         for at in range(0, len(index_N), batch)
     )
     reader = Reader(source, replace(cfg, augment="none"))
-    feed = Prefetcher(
+    prefetcher = Prefetcher(
         reader, plan, seed=0, sizes=tuple(dict.fromkeys(sizes)), batch=batch, device=device
     )
     try:
-        yield from feed
+        yield from prefetcher
     finally:
-        feed.close()
+        prefetcher.close()

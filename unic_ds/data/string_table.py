@@ -1,4 +1,4 @@
-"""Sample names in one block of bytes: a tenth of what a million Python strings would take."""
+"""Strings in one block of bytes: a tenth of the memory that a million Python strings would take."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from numpy.typing import ArrayLike, NDArray
 
 from unic_ds.files.printable import printable
 
-END = b"\0"  # no path has it
+END = b"\0"  # no path contains it
 
 
 class StringTable:
-    """Strings by their place; a part (`of`, `taken`) looks like any other."""
+    """A read-only list of strings, such as the names of samples."""
 
     def __init__(self, block: bytes, start_M: NDArray[np.int64]):
-        """`block` has each name followed by a zero byte; `start_M` is where each begins, and the
-        end of the last.
+        """`block` has each string followed by a zero byte.
+
+        `start_M` is the offset of each string in bytes, and the end of the last.
         """
         self.block, self.start_M = block, start_M
 
     @classmethod
     def of(cls, names: Iterable[str]) -> StringTable:
-        """Names from strings as the file system gives them; ValueError for a zero byte in one."""
+        """Store strings as the file system gives them; ValueError for a zero byte in one."""
         encoded = [os.fsencode(name) for name in names]
         block = END.join([*encoded, b""])
         if block.count(END) != len(encoded):
@@ -34,7 +35,7 @@ class StringTable:
 
     @classmethod
     def cut(cls, block: bytes) -> StringTable:
-        """Names from their block."""
+        """Find the strings of a block."""
         end_N = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 0)
         return cls(block, np.concatenate([[0], end_N + 1]).astype(np.int64))
 
@@ -48,20 +49,20 @@ class StringTable:
         return (self[i] for i in range(len(self)))
 
     def encoded(self, index: int) -> bytes:
-        """One name as bytes."""
+        """One string as bytes."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.block[self.start_M[index] : self.start_M[index + 1] - 1]
 
     def taken(self, index_M: ArrayLike) -> StringTable:
-        """The names at those places."""
+        """The strings at those indices."""
         return StringTable.cut(b"".join(self.encoded(int(i)) + END for i in np.asarray(index_M)))
 
     def joined(self) -> bytes:
-        """Each name followed by a zero byte."""
+        """Each string followed by a zero byte."""
         return self.block[self.start_M[0] : self.start_M[-1]]
 
 
 def together(parts: Sequence[StringTable]) -> StringTable:
-    """The names of all parts, in order."""
+    """The strings of all parts, in order."""
     return StringTable.cut(b"".join(part.joined() for part in parts))

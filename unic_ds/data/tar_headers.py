@@ -1,7 +1,7 @@
-"""Headers of a tar archive, read block by block: never a member's data, never more than a limit.
+"""Read the headers of a tar archive block by block, without its data and within limits.
 
-`tarfile` would read an extension header of any announced size, recurse once per extension, follow
-negative sizes backwards, and stop silently at a damaged header, which drops all later images.
+`tarfile` reads an extension header of any announced size, recurses once per extension, follows
+negative sizes backwards, and stops silently at a damaged header, which drops all later images.
 Formats: ustar, GNU, PAX (POSIX.1-2001), v7.
 """
 
@@ -19,7 +19,7 @@ EXTENSION = 1 << 20
 """Bytes of the largest PAX header or GNU long name that is read."""
 
 TAIL = 1 << 20
-"""Bytes after the end of an archive that are looked at."""
+"""Bytes after the end of an archive that are checked."""
 
 REGULAR, FOLDER = (b"0", b"\0", b"7"), b"5"
 LINKS, DEVICES = (b"1", b"2"), (b"3", b"4", b"6")
@@ -30,7 +30,7 @@ RECORD = re.compile(rb"(\d{1,18}) ([^=]+)=")
 
 
 class DamagedTar(ValueError):
-    """A reason why an archive cannot be read, without its name."""
+    """An archive that cannot be read; the message is the reason, without the file's name."""
 
 
 class Header(NamedTuple):
@@ -43,9 +43,9 @@ class Header(NamedTuple):
 
 
 class Archive:
-    """The headers of an open tar file, in order; `ending` is known after the last.
+    """Iterates over the headers of an open tar file, in order.
 
-    `ending` says what is unusual about the end of the file, "" if nothing is.
+    After the last, `ending` is a phrase about an unusual end of the file, "" if it is as usual.
     """
 
     def __init__(self, file: BinaryIO):
@@ -68,7 +68,7 @@ class Archive:
                     general |= _records(text, data)
                 continue
             records, extra = general | extra, {}
-            name, size = records.get(b"path", name), _larger(records, size, name)
+            name, size = records.get(b"path", name), _pax_size(records, size, name)
             if kind == SPARSE or SPARSE_KEY in records:
                 raise DamagedTar(f"member {_shown(name)} is sparse; write it without --sparse")
             kind = FOLDER if name.endswith(b"/") and kind in REGULAR[:2] else kind
@@ -76,7 +76,7 @@ class Archive:
             at = self._end(data, size, name)
             yield Header(os.fsdecode(name), kind, data, size)
         if extra:
-            raise DamagedTar(f"an extension header is the last before byte {at}")
+            raise DamagedTar(f"no member follows the extension header before byte {at}")
 
     def _next(self, at: int) -> bytes | None:
         """The header at byte `at`, or None at the end of the archive."""
@@ -85,19 +85,21 @@ class Archive:
         if not at and not block:
             raise DamagedTar("it is empty")
         if not block.strip(b"\0"):
-            self.ending = self._tail(at) if block else "without an end mark, cut off perhaps"
+            self.ending = self._tail(at) if block else "without an end mark (may be cut off)"
             return None
         if len(block) < BLOCK and at:
             raise DamagedTar(f"it ends inside the header at byte {at}")
-        if len(block) < BLOCK or not _sound(block):
-            raise DamagedTar(_magic(block) if not at else f"no header at byte {at}")
+        if len(block) < BLOCK or not _checksum_fits(block):
+            raise DamagedTar(
+                _describe_other(block) if not at else f"there is no header at byte {at}"
+            )
         return block
 
     def _tail(self, at: int) -> str:
-        """A phrase about what follows the first empty block, "" if only padding does."""
+        """A phrase about data after the first empty block, "" if only padding follows."""
         self._file.seek(at)
         tail = self._file.read(TAIL)
-        more = "with bytes after the end mark (join archives by tar --concatenate, not by cat)"
+        more = "with data after the end mark (join archives with tar --concatenate, not with cat)"
         return more if tail.strip(b"\0") else ""
 
     def _end(self, data: int, size: int, name: bytes) -> int:
@@ -111,15 +113,15 @@ class Archive:
         return end
 
     def _text(self, at: int, size: int) -> bytes:
-        """The data of an extension header."""
+        """The data of an extension header; DamagedTar if it is too large."""
         if size > EXTENSION:
             raise DamagedTar(f"the extension header at byte {at - BLOCK} has {size} bytes")
         self._file.seek(at)
         return self._file.read(size)
 
 
-def _sound(block: bytes) -> bool:
-    """Compare a header with its checksum, of unsigned or (old programs) of signed bytes."""
+def _checksum_fits(block: bytes) -> bool:
+    """True if a header has its checksum, of unsigned or (old programs) of signed bytes."""
     found = _number(block[148:156])
     total = sum(block) - sum(block[148:156]) + 8 * ord(" ")
     if found == total:
@@ -128,7 +130,7 @@ def _sound(block: bytes) -> bool:
 
 
 def _number(field: bytes) -> int | None:
-    """A number in octal digits or in GNU's base 256, None if it is neither."""
+    """A number in octal digits or in GNU's base 256; None if it is neither."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:])
     if field[0] == 0xFF:
@@ -140,7 +142,7 @@ def _number(field: bytes) -> int | None:
 def _size(block: bytes, at: int) -> int:
     size = _number(block[124:136])
     if size is None:
-        raise DamagedTar(f"the header at byte {at} has a size that is no number")
+        raise DamagedTar(f"the header at byte {at} has a size that is not a number")
     return size
 
 
@@ -150,7 +152,7 @@ def _name(block: bytes) -> bytes:
 
 
 def _records(data: bytes, at: int) -> dict[bytes, bytes]:
-    """Path, size and signs of sparse data from a PAX header, `LENGTH KEY=VALUE\\n` a record."""
+    """Path, size and sparse keys of a PAX header, whose records are `LENGTH KEY=VALUE\\n`."""
     records, start = dict[bytes, bytes](), 0
     while start < len(data) and data[start]:
         found = RECORD.match(data, start)
@@ -164,8 +166,8 @@ def _records(data: bytes, at: int) -> dict[bytes, bytes]:
     return records
 
 
-def _larger(records: dict[bytes, bytes], size: int, name: bytes) -> int:
-    """A member's size, taken from its PAX header if that has one."""
+def _pax_size(records: dict[bytes, bytes], size: int, name: bytes) -> int:
+    """A member's size from its PAX header, `size` if that has none."""
     digits = records.get(b"size")
     if digits is None:
         return size
@@ -174,15 +176,15 @@ def _larger(records: dict[bytes, bytes], size: int, name: bytes) -> int:
     return int(digits)
 
 
-def _magic(block: bytes) -> str:
-    """A phrase about what a file is that is no tar archive."""
+def _describe_other(block: bytes) -> str:
+    """The format of a file that is not a tar archive, with a remedy."""
     for start, text in {
         b"\x1f\x8b": "it is compressed by gzip; unpack it",
         b"\x28\xb5\x2f\xfd": "it is compressed by zstd; unpack it",
         b"\xfd7zXZ": "it is compressed by xz; unpack it",
         b"BZh": "it is compressed by bzip2; unpack it",
         b"PK\x03\x04": "it is a zip archive; unpack it",
-        b"version https://git-lfs": "it is a pointer of Git LFS; git lfs pull fetches the file",
+        b"version https://git-lfs": "it is a Git LFS pointer; run git lfs pull to fetch the file",
     }.items():
         if block.startswith(start):
             return text

@@ -1,8 +1,8 @@
-"""The torch decoder: applies the draws with torchvision in threads, where DALI is missing.
+"""Decode with PIL and augment with torchvision in threads, if DALI is not used.
 
-Each image goes through crop, resize, flip, colour, blur and solarise, rounding to 8 bits where DALI
-does, so the two agree within 2 grey levels on average after every step. PIL decodes: torchvision's
-own decoders are deprecated, read no BMP and do not turn a WebP upright.
+The steps are crop, resize, flip, colour, blur and solarise, rounded to 8 bits where DALI rounds, so
+the two decoders agree within 2 grey levels on average after every step. PIL decodes because
+torchvision's decoders are deprecated, read no BMP and ignore the orientation of a WebP.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from unic_ds.data import augmentation
 from unic_ds.data.augmentation import Draws
 from unic_ds.data.reader import Undecodable, opened, orientation
 
-UPRIGHT = {  # EXIF orientation -> what turns the stored image upright
+UPRIGHT = {  # EXIF orientation -> operation that makes the stored image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -36,7 +36,7 @@ UPRIGHT = {  # EXIF orientation -> what turns the stored image upright
 
 
 class Decoder:
-    """Decodes batches in threads, in the order they were pushed."""
+    """Decodes batches in threads, in the order of `push`."""
 
     def __init__(
         self,
@@ -48,13 +48,13 @@ class Decoder:
         colour: bool,
         device: torch.device,
     ):
-        """`batch` and `depth` (batches pushed ahead) bind DALI only."""
+        """`batch` and `depth` have no effect; the DALI decoder needs them."""
         self.sizes, self.colour, self.device = sizes, colour, device
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="unic_ds-decode")
-        self._ahead: deque[tuple[list[Tensor], list[Future[None]]]] = deque()
+        self._flight: deque[tuple[list[Tensor], list[Future[None]]]] = deque()
 
     def push(self, encoded: list[NDArray[np.uint8]], draws: Draws) -> None:
-        """Begin a batch; `draws` are of the same images."""
+        """Start a batch of images with their augmentation."""
         pixel_B33, mean_B33 = map(torch.from_numpy, augmentation.colour(draws))
         gpu = self.device.type == "cuda"  # pinned, so that the copy does not wait
         images = [
@@ -72,23 +72,23 @@ class Decoder:
             )
             for b, image in enumerate(encoded)
         ]
-        self._ahead.append((images, futures))
+        self._flight.append((images, futures))
 
     def pop(self) -> dict[int, Tensor]:
-        """Size -> uint8 B3HW of the oldest batch; Undecodable where an image of it is."""
-        images, futures = self._ahead.popleft()
+        """uint8 B3HW of the oldest batch by size; Undecodable if an image of it is broken."""
+        images, futures = self._flight.popleft()
         for future in futures:
             future.result()
-        # torch keeps pinned memory until what copies from it is done.
+        # torch reuses pinned memory only after copies from it are done.
         images = [image_B3HW.to(self.device, non_blocking=True) for image_B3HW in images]
         return dict(zip(self.sizes, images, strict=True))
 
     def restart(self) -> None:
-        """Forget every batch that was pushed."""
-        for _, futures in self._ahead:
+        """Drop all batches in flight."""
+        for _, futures in self._flight:
             for future in futures:
                 future.cancel()
-        self._ahead.clear()
+        self._flight.clear()
 
     def close(self) -> None:
         """Stop the threads."""
@@ -103,7 +103,7 @@ class Decoder:
         mean_33: Tensor,
         out: list[Tensor],
     ) -> None:
-        """Write one image at every size, uint8 3HW, to `out`."""
+        """Decode one image and write it at every size, uint8 3HW, to `out`."""
         crop_3HW = decode(encoded, *one.window_B4[0].tolist())
         images = [resize(crop_3HW, size, flip=bool(one.flip_B[0])) for size in self.sizes]
         if self.colour:
@@ -122,42 +122,42 @@ class Decoder:
 
 
 def decode(encoded: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> Tensor:
-    """The window of the upright image, uint8 RGB 3HW; Undecodable where the file is broken."""
+    """A window of the upright image, uint8 RGB 3HW; Undecodable if the file is broken."""
     try:
         with opened(encoded.tobytes()) as image:
             image.load()
-            whole = upright(image)
-            if x + width > whole.width or y + height > whole.height:
-                raise ValueError(f"the window ends outside {whole.width} x {whole.height}")
-            window_HW3 = np.array(rgb(whole.crop((x, y, x + width, y + height))))
+            full = upright(image)
+            if x + width > full.width or y + height > full.height:
+                raise ValueError(f"the window ends outside {full.width} x {full.height}")
+            window_HW3 = np.array(rgb(full.crop((x, y, x + width, y + height))))
     except Exception as error:  # on hostile bytes PIL raises SyntaxError, OSError, KeyError, ...
         raise Undecodable(str(error) or type(error).__name__) from error
     return torch.from_numpy(window_HW3).permute(2, 0, 1)
 
 
 def upright(image: ImageFile) -> Image.Image:
-    """The image as its EXIF orientation wants it shown."""
-    turn = UPRIGHT.get(orientation(image))
-    return image if turn is None else image.transpose(turn)
+    """Apply the EXIF orientation of an image."""
+    operation = UPRIGHT.get(orientation(image))
+    return image if operation is None else image.transpose(operation)
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Three channels of 8 bits: alpha is dropped, 16 bits lose the lower 8.
+    """Convert to three channels of 8 bits: drops alpha, and the lower 8 of 16 bits.
 
-    PIL takes every CMYK for Adobe's, which stores inverses, and inverts it; libjpeg and DALI only
+    PIL inverts every CMYK image, since Adobe stores inverted values; libjpeg and DALI invert only
     those with Adobe's marker.
     """
     if image.mode == "CMYK" and "adobe_transform" not in image.info:
         image = ImageChops.invert(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode == "P":  # straight to RGB PIL warns of a transparent palette
+    if image.mode == "P":  # converted directly, a transparent palette makes PIL warn
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def resize(image_3HW: Tensor, size: int, *, flip: bool) -> Tensor:
-    """Bicubic with antialias to a square, then mirrored."""
+    """Resize to a square, bicubic with antialiasing, then flip if asked."""
     square_3HW: Tensor = V.resize(
         image_3HW, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True
     )
@@ -165,13 +165,13 @@ def resize(image_3HW: Tensor, size: int, *, flip: bool) -> Tensor:
 
 
 def recolour(image_3HW: Tensor, pixel_33: Tensor, shift_31: Tensor) -> Tensor:
-    """The affine map of `draw.colour`, its mean's part worked out, rounded and clamped."""
+    """Apply the affine map of `augmentation.colour`; `shift_31` is its part of the mean colour."""
     rgb_3P = torch.addmm(shift_31, pixel_33, image_3HW.flatten(1).float())
     return rgb_3P.round_().clamp_(0, 255).to(torch.uint8).view_as(image_3HW)
 
 
 def blur(image_3HW: Tensor, sigma: float, radius: int) -> Tensor:
-    """Gaussian of 2 radius + 1 taps along either side, mirrored about the edge pixels."""
+    """Gaussian blur with 2 radius + 1 taps per axis, reflected at the edge pixels."""
     at_K = torch.arange(-radius, radius + 1, dtype=torch.float32)
     tap_K = torch.exp(-0.5 * (at_K / sigma) ** 2)
     tap_K /= tap_K.sum()
@@ -181,5 +181,5 @@ def blur(image_3HW: Tensor, sigma: float, radius: int) -> Tensor:
 
 
 def solarise(image_3HW: Tensor) -> Tensor:
-    """Values of 128 and more are inverted, which is the smaller of a value and its inverse."""
+    """Invert values of 128 and more: the smaller of a value and its inverse."""
     return torch.minimum(image_3HW, 255 - image_3HW)

@@ -1,18 +1,17 @@
-"""A pack proven whole: `unic-ds pack verify`."""
+"""Check every byte and row of a pack: `unic-ds pack verify`."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from unic_ds import dist
 from unic_ds.config import Data
 from unic_ds.data import shard_index, shards
+from unic_ds.data.index_format import Tables
 from unic_ds.data.members import Member, members_of
 from unic_ds.data.reader import measure
 from unic_ds.data.string_table import StringTable
@@ -20,22 +19,21 @@ from unic_ds.files import sha256
 from unic_ds.files.printable import printable
 from unic_ds.process import console
 
-LISTED = 10  # faults that are named
-Tables = dict[str, NDArray[Any]]
+LISTED = 10  # faults that the error names
 
 
 def verify(out: Path) -> str:
-    """Compare all that the index says with what lies in the shards; a sentence.
+    """Compare a pack's shards with its index; returns a sentence for the user.
 
-    ValueError where `out` is no pack, RuntimeError with the faults.
+    ValueError if `out` is not a pack, RuntimeError with the faults.
     """
     file = out / shards.INDEX
     if not file.exists():
-        raise ValueError(f"{str(out)!r} is no finished pack; make one with unic-ds pack SRC OUT")
+        raise ValueError(f"{str(out)!r} is not a finished pack; make one with unic-ds pack SRC OUT")
     tables = shard_index.load(file, shards.found_in(out))
     if "sha256_S" not in tables:
         raise ValueError(
-            f"{str(out)!r} was not packed by unic-ds, so there are no checksums to compare; pack it"
+            f"{str(out)!r} was not packed by unic-ds, so it has no checksums; pack it"
             " into a new folder"
         )
     named = list(StringTable.cut(tables["shards"].tobytes()))
@@ -44,18 +42,18 @@ def verify(out: Path) -> str:
         check = partial(_faults, out, tables, named, names)
         done = console.track(pool.map(check, range(len(named))), len(named), "verifying")
         faults = [fault for found in done for fault in found]
-    strange = sorted({tar.name for tar in shards.found_in(out)} - set(named))
-    faults += [f"{name}: is not in the index" for name in strange]
+    unknown = sorted({tar.name for tar in shards.found_in(out)} - set(named))
+    faults += [f"{name}: is not in the index" for name in unknown]
     if faults:
         more = [f"  and {len(faults) - LISTED} more"] if len(faults) > LISTED else []
         head = f"{str(out)!r} is damaged, {len(faults)} faults; pack it again into a new folder:"
         raise RuntimeError("\n".join([head, *(f"  {x}" for x in faults[:LISTED]), *more]))
     size = int(tables["bytes_S"].sum()) / 1e6
-    return f"{out} is whole: {len(names)} images in {len(named)} shards, {size:.1f} MB"
+    return f"{out} is intact: {len(names)} images in {len(named)} shards, {size:.1f} MB"
 
 
 def _faults(out: Path, tables: Tables, named: list[str], names: StringTable, s: int) -> list[str]:
-    """What is wrong with shard `s`."""
+    """The faults of shard `s`."""
     tar = out / named[s]
     if not tar.exists():
         return [f"{tar.name}: is missing"]
@@ -77,15 +75,15 @@ def _faults(out: Path, tables: Tables, named: list[str], names: StringTable, s: 
             continue
         shown, label = printable(member.name), int(tables["label_N"][i])
         if label >= len(classes) or member.label != (str(label) if label >= 0 else ""):
-            faults.append(f"{tar.name}: {shown} is of class {member.label!r}, not {label}")
+            faults.append(f"{tar.name}: {shown} has class {member.label!r}, {label} in the index")
         sides = (int(tables["width_N"][i]), int(tables["height_N"][i]))
         if (found := _sides(tar, member)) != sides:
             faults.append(f"{tar.name}: {shown} measures {found}, {sides} in the index")
     return faults
 
 
-def _sides(tar: Path, member: Member) -> object:
-    """(width, height) of an image in a shard, or what is wrong with it."""
+def _sides(tar: Path, member: Member) -> tuple[int, int] | str:
+    """(width, height) of an image in a shard, or the reason why it cannot be read."""
     encoded = np.fromfile(tar, np.uint8, member.size, offset=member.offset)
     try:
         return measure(encoded, Data().max_megapixels)

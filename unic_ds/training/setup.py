@@ -104,7 +104,7 @@ def announce_phases(state: TrainState, set_phase: SetPhase, *, compiles: bool) -
 
 def targets_of(teachers: TeacherSet, batch: Batch) -> dict[str, Target]:
     """The teachers' standardised targets of a batch; their statistics observe it."""
-    return teachers(batch.images, batch.beside)
+    return teachers(batch.images, batch.extras)
 
 
 def open_cache(cfg: config.Config, train: Source) -> FeatureCache | None:
@@ -329,7 +329,7 @@ def fit_statistics(run: RunContext, state: TrainState) -> None:
     count = steps * state.engine.gradient_accumulation_steps()
     # A second stream: the log's share of time spent waiting is of training alone.
     stream = open_stream(run.job, run.train, teachers.sizes, dist.device(), run.cache)
-    tokens = (teachers.features(batch.images, batch.beside) for batch in islice(stream, count))
+    tokens = (teachers.features(batch.images, batch.extras) for batch in islice(stream, count))
     teachers.fit(console.track(tokens, count, "statistics"))
     stream.close()
     console.say(f"statistics fitted in {time.monotonic() - start:.1f} s")
