@@ -219,7 +219,7 @@ class Images(NamedTuple):
     def batches(self, sizes: Sequence[int]) -> Iterator[EvalBatch]:
         place_R, counted_R = deal(len(self))
         place_R[~counted_R] = FILLER
-        for place_B in np.split(place_R, range(3, len(place_R), 3)):
+        for place_B in (place_R[at : at + 3] for at in range(0, len(place_R), 3)):
             images = dict.fromkeys(sizes, self.image_N3HW[place_B])
             yield EvalBatch(images, place_B, {"labels": self.label_N[place_B]})
 
