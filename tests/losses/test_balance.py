@@ -104,7 +104,7 @@ def test_coefficients_carry_no_gradient(kind):
 
 
 def test_a_weight_that_would_not_count_is_refused():
-    with pytest.raises(ValueError, match=r"teachers.a.weight must be 1 where balance.kind is none"):
+    with pytest.raises(ValueError, match=r"teachers.a.weight must be 1 if balance.kind is none"):
         Config(
             teachers=(config.Teacher(name="a", source="timm:x", weight=2.0),),
             balance=Balance(kind="none"),

@@ -338,8 +338,9 @@ def test_two_ranks_fit_as_one(rows_of_teachers, tmp_path):
     batches = [images(alone, seed, count) for seed, count in enumerate((4, 6, 2, 5))]
     torch.save(batches, tmp_path / "batches.pt")
     (port,) = ranks_and_port(2)[3:]
+    python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
     words = [rows_of_teachers[0].source, str(tmp_path / "batches.pt"), str(tmp_path / "state")]
     ranks = [
         subprocess.Popen(

@@ -30,6 +30,7 @@ from unic_ds.training import run_dir
 CPU = torch.device("cpu")
 GRID = 4
 ROOT = Path(__file__).resolve().parents[2]
+PATH_HERE = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def images(side: int, count: int = 3, seed: int = 0) -> Tensor:
@@ -546,7 +547,7 @@ def test_hub_weights_are_found_offline(tmp_path):
         [sys.executable, "-c", OFFLINE, *there, *missing],
         env={k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         | offline
-        | {"PYTHONPATH": str(ROOT)},
+        | {"PYTHONPATH": PATH_HERE},
         capture_output=True,
         text=True,
         check=True,
@@ -669,7 +670,7 @@ def test_two_ranks_track_as_one(vit, tmp_path):
             [sys.executable, "-c", RANKS, *args, str(tmp_path / "state")],
             env=os.environ
             | launch
-            | {"RANK": str(r), "LOCAL_RANK": str(r), "PYTHONPATH": str(ROOT)},
+            | {"RANK": str(r), "LOCAL_RANK": str(r), "PYTHONPATH": PATH_HERE},
         )
         for r in range(2)
     ]

@@ -7,7 +7,7 @@ others are added in plain torch. Tensors in, tensors out, no host read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,10 +18,8 @@ from unic_ds.losses.balance import Balancer
 from unic_ds.losses.terms import TERMS, AllGather, Context
 from unic_ds.tokens import KINDS, Target, Tokens
 from unic_kernels.distill_loss import Distilled
+from unic_kernels.image_losses.arguments import TERMS as FUSED_TERMS
 from unic_kernels.ops import FUSED, Ops
-
-FUSED_TERMS = ("cosine", "smooth_l1", "mse")
-"""Terms that `unic_kernels` computes, in both of its implementations."""
 
 
 def no_gather(target_BC: Tensor) -> tuple[Tensor, int]:
@@ -82,6 +80,15 @@ def mean_of_rungs(x_E: Tensor, counts: Sequence[int]) -> Tensor:
     return torch.stack([part.mean(0) for part in x_E.split(list(counts))])
 
 
+def add_other_terms(loss_TB: Tensor, rows: Iterable[Row], context: Context) -> Tensor:
+    """Losses per teacher and image with the terms that are not in the fused op."""
+    others = [row.other_loss(context) for row in rows]
+    if all(other_B is None for other_B in others):
+        return loss_TB
+    none_B = torch.zeros_like(loss_TB[0])
+    return loss_TB + torch.stack([none_B if x_B is None else x_B for x_B in others])
+
+
 def distill_loss(
     pred: Mapping[str, Tokens],
     target: Mapping[str, Target],
@@ -110,12 +117,7 @@ def distill_loss(
     context = Context(loss.temperature, all_gather_fn)
 
     def refine(loss_EB: Tensor) -> Tensor:
-        loss_TB = mean_of_rungs(loss_EB, counts)
-        others = [row.other_loss(context) for row in rows.values()]
-        if all(other_B is None for other_B in others):
-            return loss_TB
-        none_B = torch.zeros_like(loss_TB[0])
-        return loss_TB + torch.stack([none_B if x_B is None else x_B for x_B in others])
+        return add_other_terms(mean_of_rungs(loss_EB, counts), rows.values(), context)
 
     found = ops.distill_loss(
         [tokens for predictions in rungs for tokens in predictions],

@@ -185,26 +185,47 @@ class Ladder(nn.Module):
         self.heads = nn.ModuleDict()
         if cfg.one_op:
             project = partial(ops.ladder_projection, recompute=cfg.activation_checkpointing)
-            for kind in KINDS:
-                outs = {name: head.width for name, head in heads.items() if kind in head.kinds}
-                own = {name: sizes[name] for name in outs}
-                if outs:
-                    self.rungs[kind] = Rungs(width, own, outs, project)
-            return
+            self.add_rungs(width, heads, sizes=sizes, project=project)
+        else:
+            self.add_projectors(width, heads, sizes=sizes, attention_heads=attention_heads)
 
-        def projector(block: int, name: str) -> nn.Module:
-            out, size = heads[name].width, sizes[name][block]
+    def add_rungs(
+        self,
+        width: int,
+        heads: Mapping[str, Head],
+        *,
+        sizes: Mapping[str, Mapping[int, int]],
+        project: Callable[..., list[Tensor]],
+    ) -> None:
+        """Add all projectors of a kind of token as one op; `sizes` are hidden widths."""
+        for kind in KINDS:
+            outs = {name: head.width for name, head in heads.items() if kind in head.kinds}
+            if outs:
+                hidden = {name: sizes[name] for name in outs}
+                self.rungs[kind] = Rungs(width, hidden, outs, project)
+
+    def add_projectors(
+        self,
+        width: int,
+        heads: Mapping[str, Head],
+        *,
+        sizes: Mapping[str, Mapping[int, int]],
+        attention_heads: int,
+    ) -> None:
+        """Add a projector per teacher, kind of token and block; `sizes` are hidden widths."""
+        cfg = self.cfg
+
+        def projector(out: int, hidden: int) -> nn.Module:
             if cfg.projector == "transformer":
                 return BlockProjector(width, attention_heads, out, prenorm=cfg.prenorm)
-            size = 0 if cfg.projector == "linear" else size
-            return Projector(width, size, out, prenorm=cfg.prenorm, midnorm=cfg.midnorm)
+            hidden = 0 if cfg.projector == "linear" else hidden
+            return Projector(width, hidden, out, prenorm=cfg.prenorm, midnorm=cfg.midnorm)
 
         for name, head in heads.items():
-            kinds = ("tokens",) if cfg.projector == "transformer" else head.kinds
-            columns = {
-                kind: nn.ModuleDict({str(block): projector(block, name) for block in rungs[name]})
-                for kind in kinds
-            }
+            columns = {}
+            for kind in ("tokens",) if cfg.projector == "transformer" else head.kinds:
+                column = {str(block): projector(head.width, n) for block, n in sizes[name].items()}
+                columns[kind] = nn.ModuleDict(column)
             self.heads[name] = nn.ModuleDict(columns)
 
     def forward(self, states: list[Tokens]) -> dict[str, Tokens]:

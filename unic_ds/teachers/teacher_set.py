@@ -65,18 +65,17 @@ class TeacherSet:
             teacher = Teacher(row, model, grid=grid, device=device, sample=sample)
             quantisation.check_agreement(row.name, row.precision, teacher.fidelity)
             self.teachers[row.name] = teacher
-        self.widths = {  # channels of each teacher, in config order
-            row.name: int(self.cached[row.name]["width"])
-            if row.name in self.cached
-            else self.teachers[row.name].width
-            for row in rows
-        }
+        self.widths = {row.name: self.width_of(row.name) for row in rows}  # in config order
         kind = KINDS[standardise.kind if standardise.on else "channel"]
         self.norms = {}
         for name, width in self.widths.items():
             with blaming(name):
                 self.norms[name] = kind(width, standardise, ops).to(device)
         self.standardise = standardise
+
+    def width_of(self, name: str) -> int:
+        """Channels of a teacher that is cached or run."""
+        return self.cached[name]["width"] if name in self.cached else self.teachers[name].width
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -167,7 +167,8 @@ def card(
     """Model card in Markdown, with a row for each teacher of the manifest or the settings."""
     student = cfg.student
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
-    sources = dict.fromkeys(teachers, "unknown") | {t.name: source(t.source) for t in cfg.teachers}
+    named = {row.name: row.parsed_source.without_folders for row in cfg.teachers}
+    sources = dict.fromkeys(teachers, "unknown") | named
     licences = {name: row.get("licence") for name, row in teachers.items()}
     rows = "\n".join(
         f"| {cell(name)} | {code(where)} | {cell(str(licences.get(name) or 'unknown'))} |"
@@ -194,12 +195,6 @@ def has_initial_norm(encoder: VisionTransformer) -> bool:
         bool((value == float(name == "weight")).all())
         for name, value in encoder.norm.named_parameters()
     )
-
-
-def source(text: str) -> str:
-    """A teacher's source without the folders of the training machine."""
-    kind, _, rest = text.partition(":")
-    return f"file:{Path(rest).name}" if kind == "file" else text
 
 
 def cell(text: str) -> str:
