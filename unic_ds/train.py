@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from unic_ds.config import args, job, recipes
 from unic_ds.config.verb import NoOptions, Verb
-from unic_ds.process import entry_point, interrupt
+from unic_ds.process import console, entry_point, interrupt
 
 VERB = Verb(
     name="train",
@@ -63,13 +63,13 @@ def show(task: job.Job) -> int:
     """Print the table of a finished run, or why it has none; the exit code."""
     from unic_ds.evaluate import table
 
-    if os.environ.get("RANK", "0") == "0":
+    if console.first_rank():
         again = "--run.extend true trains longer, with more --optim.steps or --optim.epochs"
-        print(f"{task.out} is finished (choose another --out to train again; {again})\n")
+        console.say(f"{task.out} is finished (choose another --out to train again; {again})\n")
         rows, file = table.read(task.out / "results.json"), task.out / "config.yaml"
         cfg = recipes.read(file) if file.is_file() else task.cfg
         none = table.unevaluated(task.out / "student", on=cfg.eval.on)
-        print(table.render(rows, table.read_protocols(task.out)) if rows else none)
+        console.say(table.render(rows, table.read_protocols(task.out)) if rows else none)
     return 0
 
 

@@ -258,8 +258,8 @@ def run_stages(job: Job, stages: list[Job]) -> None:
         refuse_early(job, stages)
     for stage in stages:
         announce_stage(stage, job)
-        with start_watchdog(stage) as set_phase, kernel_errors_explained(stage.cfg.run):
-            finished = run_stage(stage, set_phase, parent_job=job)
+        with start_watchdog(stage) as dog, kernel_errors_explained(stage.cfg.run):
+            finished = run_stage(stage, dog.set_phase, parent_job=job)
         if not finished:
             break
 

@@ -24,6 +24,7 @@ from unic_ds import dist
 from unic_ds.files import encodable, write_atomic
 from unic_ds.files.documents import json_lines
 from unic_ds.planning.gpus import peak_tflops
+from unic_ds.process import console
 
 
 class LogRow(TypedDict, total=False):
@@ -156,10 +157,7 @@ class RunLog:
             return
         left = (self.steps - row["step"]) * self.batch_size / max(row["images_per_s"], 1e-9)
         waits = f"data wait {row['data_wait_share']:.0%}"
-        print(
-            f"step {row['step']}/{self.steps}  {loss}  {speed}  {waits}  ETA {left:.0f} s",
-            flush=True,
-        )
+        console.say(f"step {row['step']}/{self.steps}  {loss}  {speed}  {waits}  ETA {left:.0f} s")
 
 
 def reduced(rows: list[list[float]], n: int) -> tuple[list[float], list[float], list[list[float]]]:

@@ -72,8 +72,6 @@ class Watchdog:
         self.position = phase, step
         self.phase_changes += 1
 
-    __call__ = set_phase  # the training loop takes it as a callable
-
     def __enter__(self) -> Self:
         (self.out / heartbeat.FOLDER).mkdir(parents=True, exist_ok=True)
         self.write_heartbeat(0.0)
