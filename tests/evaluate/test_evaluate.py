@@ -15,7 +15,7 @@ import torch
 from forked import Forked
 from pictures import folder
 from PIL import Image
-from planted_classes import Rows, planted
+from planted_classes import Rows, knn, linear, planted
 from runs import SUPPORT, TRAIN, run, tiny
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -31,7 +31,6 @@ from unic_ds.evaluate.features import (
     FILLER,
     Annotation,
     EvalBatch,
-    FeatureSet,
     Model,
     ModelOutput,
     Outputs,
@@ -39,26 +38,9 @@ from unic_ds.evaluate.features import (
     extract,
     pixels,
 )
-from unic_ds.evaluate.knn import BLOCK, knn_accuracy
-from unic_ds.evaluate.knn import Rows as KnnRows
-from unic_ds.evaluate.linear import STRENGTHS, linear_accuracies
+from unic_ds.evaluate.linear import STRENGTHS
 
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-def knn(rows: Rows, k: int = 10, temperature: float = 0.07, block: int = BLOCK) -> float:
-    """kNN accuracy of one model in %."""
-    bank, query = KnnRows(*rows[:2]), KnnRows(*rows[2:])
-    return knn_accuracy(bank, query, k=k, temperature=temperature, block=block)
-
-
-def linear(rows: Rows, seed: int = 0, device: str = "cpu") -> float:
-    """Linear accuracy of one model in %."""
-    train, val = (
-        FeatureSet({"m": x_NC}, torch.arange(len(x_NC)), label_N)
-        for x_NC, label_N in (rows[:2], rows[2:])
-    )
-    return linear_accuracies(train, val, seed=seed, device=torch.device(device))["m"]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +185,7 @@ def test_linear_in_seconds_at_the_quickstart_size() -> None:
     rows = planted(1968, 656, 1280, 4, gap=2)
     began = time.process_time()
     assert linear(rows) > 30
-    assert time.process_time() - began < 20  # CPU seconds; a quiet machine needs about 1
+    assert time.process_time() - began < 60  # CPU seconds; a quiet machine needs about 1
 
 
 class Images(NamedTuple):

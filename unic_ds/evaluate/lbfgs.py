@@ -21,7 +21,7 @@ MEMORY = 10
 """Steps that are remembered."""
 DECREASE = 1e-4
 """Least decrease, as a part of that which the slope promises (Armijo)."""
-ROUNDING = 1e-8
+ROUNDING = 1e-7
 """A decrease below this part of the loss is lost in its rounding: the step is taken."""
 SHORTEST = 1e-8
 """Step length below which a problem cannot be improved in fp32."""
@@ -160,8 +160,7 @@ def minimise(
         steps.end(square_P, tolerance * convexity_P)
         if not steps.active_P.any():
             break
-        factor_PK = two_loops(product_PKK, steps.count_P - 1)
-        steps.slope_P = (factor_PK * product_PKK[:, -1]).sum(1)
+        factor_PK, steps.slope_P = downhill(product_PKK, steps.count_P - 1)
         for group, factor_SK in zip(groups, np.split(factor_PK, ends), strict=True):
             group.turn(factor_SK)
         steps.begin(taken_P, square_P)
@@ -173,6 +172,17 @@ def average(products: Tensor) -> NDArray[np.float64]:
     return (dist.all_reduce_sum(products) / dist.world()).cpu().numpy()
 
 
+def downhill(
+    product_PKK: NDArray[np.float64], pairs_P: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Directions as sums of a problem's rows, and the slopes along them."""
+    factor_PK = two_loops(product_PKK, pairs_P)
+    slope_P = (factor_PK * product_PKK[:, -1]).sum(1)
+    uphill_P = slope_P >= 0  # by rounding: against the gradient instead
+    factor_PK[uphill_P] = steepest(product_PKK)[uphill_P]
+    return factor_PK, np.where(uphill_P, -product_PKK[:, -1, -1], slope_P)
+
+
 def two_loops(product_PKK: NDArray[np.float64], pairs_P: NDArray[np.int64]) -> NDArray[np.float64]:
     """L-BFGS directions as sums of a problem's rows, from the rows' products.
 
@@ -180,8 +190,7 @@ def two_loops(product_PKK: NDArray[np.float64], pairs_P: NDArray[np.int64]) -> N
     does not grow, by rounding, is left out.
     """
     p = np.arange(len(pairs_P))
-    factor_PK = np.zeros(product_PKK.shape[:2])
-    factor_PK[:, -1] = -1.0
+    factor_PK = steepest(product_PKK)
     ages = []
     for age in range(min(MEMORY, int(pairs_P.max()))):
         step_P = (pairs_P - 1 - age) % MEMORY
@@ -201,6 +210,13 @@ def two_loops(product_PKK: NDArray[np.float64], pairs_P: NDArray[np.int64]) -> N
     ):
         beta_P = use_P * (factor_PK * product_PKK[p, change_P]).sum(1) / along_P
         factor_PK[p, step_P] += alpha_P - beta_P
+    return factor_PK
+
+
+def steepest(product_PKK: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The direction against the gradient, the last row, for each problem."""
+    factor_PK = np.zeros(product_PKK.shape[:2])
+    factor_PK[:, -1] = -1.0
     return factor_PK
 
 

@@ -26,7 +26,7 @@ from unic_ds.process import console
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates of scikit-learn's C, the inverse penalty of the summed loss, weakest model first."""
 HELD_OUT = 0.2
-TOLERANCE = 1e-6
+TOLERANCE = 1e-5
 """Bound of a fitted loss's excess over its minimum, as a part of it (`lbfgs.minimise`)."""
 EVALUATIONS = 3000
 LOGITS = 2**24
