@@ -79,7 +79,7 @@ def pack(source: Source, out: Path, settings: Settings, *, workers: int = 0) -> 
         try:
             at, number = records[-1].end if records else 0, len(records)
             workers = workers or dist.cores()
-            records += _packed(source, out, settings, at=at, number=number, workers=workers)
+            records += _write_shards(source, out, settings, at=at, number=number, workers=workers)
         except OSError as error:
             raise RuntimeError(
                 f"shards cannot be written to {str(out)!r} ({error.strerror or error}); run the"
@@ -94,7 +94,7 @@ def pack(source: Source, out: Path, settings: Settings, *, workers: int = 0) -> 
     return _summary(out)
 
 
-def packed(encoded: NDArray[np.uint8], max_side: int) -> Packed:
+def prepare_image(encoded: NDArray[np.uint8], max_side: int) -> Packed:
     """Decode an image once to check it, and shrink it if asked; ValueError if it is refused.
 
     Its bytes are kept unless it has transparency, which is put on white, or a side above
@@ -131,7 +131,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     return white.convert("RGB")
 
 
-def keys(names: Iterable[str]) -> Iterator[str]:
+def unique_keys(names: Iterable[str]) -> Iterator[str]:
     """A unique key for each sample: its path, without dots that WebDataset would misread."""
     used: set[str] = set()
     for name in names:
@@ -180,15 +180,15 @@ def _records(out: Path, images: int) -> list[Record]:
     return records
 
 
-def _packed(
+def _write_shards(
     source: Source, out: Path, settings: Settings, *, at: int, number: int, workers: int
 ) -> Iterator[Record]:
     """Write the shards from `number` on, which begin with chunk `at`; yields their records."""
     sort_key_N = order.random_words(settings.seed, "pack", 0, len(source))
     shuffled_N = np.argsort(sort_key_N, kind="stable")
     chunks = [np.sort(part) for part in np.split(shuffled_N, range(CHUNK, len(source), CHUNK))]
-    key_N = list(keys(source.names))
-    with closing(_decoded(source, chunks[at:], settings.max_side, workers)) as results:
+    key_N = list(unique_keys(source.names))
+    with closing(_prepare_chunks(source, chunks[at:], settings.max_side, workers)) as results:
         images = console.track(results, len(chunks) - at, "packing")
         while at < len(chunks):
             shard = _Shard(out, number)
@@ -201,7 +201,7 @@ def _packed(
             number += 1
 
 
-def _decoded(
+def _prepare_chunks(
     source: Source, chunks: list[NDArray[np.int64]], max_side: int, workers: int
 ) -> Generator[list[Packed | str], None, None]:
     """The images of each chunk in turn; a broken image is the reason, as text."""
@@ -231,7 +231,7 @@ def _chunk(source: Source, max_side: int) -> list[Packed | str]:
 
 def _image(source: Source, index: int, max_side: int) -> Packed | str:
     try:
-        return packed(source.read(index), max_side)
+        return prepare_image(source.read(index), max_side)
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
     except ValueError as error:
