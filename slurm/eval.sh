@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=eval --output=slurm/%x-%j.log
 #SBATCH --nodes=1 --ntasks=1 --cpus-per-task=8 --time=01:00:00
-# The table of a finished run; of one that still trains, the encoder of its newest checkpoint:
+# Print the table of a finished run, or export the encoder of an unfinished run's newest checkpoint:
 #   sbatch slurm/eval.sh runs/unic_l
 
 if [ ! -f slurm/env.sh ]; then
@@ -11,7 +11,7 @@ fi
 source slurm/env.sh || exit
 run=${1:-}
 if [ ! -f "$run/config.yaml" ]; then
-  printf '%s\n' "unic_ds: error: ${run@Q} is no run folder; sbatch slurm/eval.sh runs/RECIPE" >&2
+  printf '%s\n' "unic_ds: error: ${run@Q} is no run folder; use sbatch slurm/eval.sh runs/RECIPE" >&2
   exit 2
 fi
 if [ -f "$run/student/model.safetensors" ] && [ -f "$run/results.json" ]; then

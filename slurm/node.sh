@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A node's share of a training job: srun starts it once on each, and it becomes torchrun.
+# Node script of a training job: srun starts it once on each node, and it executes torchrun.
 set -uo pipefail
 source slurm/env.sh || exit
 
-# Compiled kernels stay on the node's own disk, in a folder that nobody else can write to: programs
-# are loaded from there.
+# Compiled kernels are cached on the node's own disk, in a folder that no other user can write to,
+# since programs are loaded from there.
 cache=${SLURM_TMPDIR:-/tmp}/unic_ds_$(id -u)
 mkdir -m 700 "$cache" 2>/dev/null
 if [ -d "$cache" ] && [ ! -L "$cache" ] && [ -O "$cache" ] && [ "$(stat -c %a "$cache")" = 700 ]; then
@@ -12,10 +12,10 @@ if [ -d "$cache" ] && [ ! -L "$cache" ] && [ -O "$cache" ] && [ "$(stat -c %a "$
   export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
 else
   printf '%s\n' "unic_ds: node $SLURMD_NODENAME: ${cache@Q} is not a folder of mode 700 of your own;" \
-    "kernels are cached where Triton and torch do by themselves" >&2
+    "kernels are cached in the default folders of Triton and torch" >&2
 fi
 
-# Or ranks that start again in the same job would meet at the addresses of the dead.
+# Otherwise restarted ranks of the same job would use the addresses of the previous ranks' store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "${CONTAINER[@]}" torchrun \
   --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$NPROC" \

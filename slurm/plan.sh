@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=plan --output=slurm/%x-%j.log
 #SBATCH --nodes=1 --ntasks=1 --cpus-per-task=4 --time=00:30:00
-# Whether a run fits and how long it takes, without a GPU; a login node may run it as well:
+# Predict memory and time of a run, without a GPU; it may also run on a login node:
 #   sbatch slurm/plan.sh --recipe unic_l --gpus 64 --ds_config ds_configs/zero2.json [--search]
 
 if [ ! -f slurm/env.sh ]; then

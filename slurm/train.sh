@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The body of every training job: refuse what cannot run, start a torchrun on each node, and requeue
-# the job where it was stopped. RECIPE and DS_CONFIG come from the template; any option of the
-# trainer may follow. Functions alone, so that bash has read the file before the job begins: who
-# updates the repository does not change a running job.
+# Job script of all training jobs: refuse a run that cannot train, start a torchrun on each node,
+# and requeue the job if it was stopped. RECIPE and DS_CONFIG come from the template; any option of
+# the trainer may follow. All code is in functions, so that bash has read the file completely before
+# the job begins: an update of the repository does not change a running job.
 set -uo pipefail
 
 main() {
@@ -31,8 +31,8 @@ main() {
     '') say "refused: --out is empty" && exit 2 ;;
     -*) OUT=./$OUT ;; # no option of mkdir, rm or grep
   esac
-  asked= # to stop: by the time limit or by a preemption
-  timer= # of the time limit: the process that waits for LATE seconds
+  asked= # non-empty once the time limit or a preemption asks the job to stop
+  timer= # pid of the process that waits for LATE seconds after the time limit's warning
   rm -f "$OUT/STOP"
   trap 'stop; late' USR1
   trap stop TERM
@@ -40,7 +40,7 @@ main() {
     rm -f "$OUT/slurm.failed"
     refuse "$ranks"
   fi
-  mkdir -p "$OUT" || exit 2 # what is refused leaves none
+  mkdir -p "$OUT" || exit 2 # a refused run leaves no folder
   if [ -n "$asked" ]; then stop; fi
   say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, $ranks ranks, in ${OUT@Q}"
   train
@@ -49,7 +49,7 @@ main() {
   again "$code"
 }
 
-# Asked to stop: have the ranks save and stop.
+# Make the ranks save and stop.
 stop() {
   asked=yes
   if [ -d "$OUT" ]; then touch "$OUT/STOP"; fi
@@ -57,8 +57,8 @@ stop() {
 
 say() { printf '%s\n' "unic_ds: job $SLURM_JOB_ID: $*" >&2; }
 
-# Put the value of an option that the command line gives into GIVEN; else fail. `-` in a name reads
-# as `_`.
+# Set GIVEN to the value of an option on the command line; fail if it is not there. `-` in a name
+# counts as `_`.
 given() {
   local -i i
   local name
@@ -72,20 +72,20 @@ given() {
   return 1
 }
 
-# Add an option where there is a value and the command line gives none.
+# Add an option with a default, if the default is not empty and the command line lacks the option.
 default() { if [ -n "$2" ] && ! given "$1"; then OPTIONS+=("--$1=$2"); fi; }
 
-# Refuse what the trainer would refuse, or what the GPUs could not hold.
+# Refuse a run that the trainer would refuse, or that does not fit on the GPUs.
 refuse() {
   local ranks=$1 why
   if ! once check --ranks "$ranks" "${OPTIONS[@]}"; then
-    why="unic-ds check says why above"
+    why="see the message of unic-ds check above"
   elif finished && ! given run.extend; then
     return
   elif once plan --gpus "$ranks" --gpu "$GPU" "${OPTIONS[@]}"; then
     return
   else
-    why="unic-ds plan found no room on $ranks x $GPU, or failed, see above"
+    why="the run does not fit on $ranks x $GPU, or unic-ds plan failed; see above"
   fi
   if asked_to_stop; then
     again 1
@@ -95,7 +95,7 @@ refuse() {
   exit 2
 }
 
-# On one node of the job, in the container if there is one.
+# Run a verb of unic-ds on one node of the job, in the container if there is one.
 once() { srun --nodes=1 --ntasks=1 "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" unic-ds "$@"; }
 
 finished() { [ -f "$OUT/student/model.safetensors" ] && [ -f "$OUT/results.json" ]; }
@@ -108,7 +108,7 @@ train() {
   step=$!
   wait "$step"
   code=$?
-  while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the step
+  while kill -0 "$step" 2>/dev/null; do # a signal interrupts `wait`, not the step
     wait "$step"
     code=$?
   done
@@ -117,8 +117,9 @@ train() {
   return "$code"
 }
 
-# Told of the time limit: a run that builds, resumes or evaluates does not look for STOP, and what
-# Slurm then ends it would not requeue.
+# Requeue the job LATE seconds after the time limit's warning if it has not stopped. During setup,
+# resume and evaluation a run does not check for STOP, and Slurm does not requeue a job that it ends
+# at the time limit.
 # shellcheck disable=SC2317 # the trap calls it
 late() {
   if [ -n "$timer" ]; then return; fi
@@ -126,7 +127,7 @@ late() {
   timer=$!
 }
 
-# A command of Slurm's, asked again for a minute: its controller is slow when much happens.
+# Retry a command of Slurm for a minute, since a busy controller may not answer.
 ask() {
   local -i i
   for ((i = 0; i < 12; i++)); do
@@ -136,19 +137,20 @@ ask() {
   return 1
 }
 
-# By the time limit, or by a preemption, of which Slurm tells the ranks and not this shell.
+# Succeed if the time limit or a preemption asked the job to stop. A preemption is read from
+# scontrol, since Slurm signals only the ranks.
 asked_to_stop() {
   [ -n "$asked" ] || [[ $(ask scontrol show job "$SLURM_JOB_ID") =~ \ PreemptTime=[0-9] ]]
 }
 
-# Requeue a job that did not finish; else what it ends with.
+# Requeue a job that did not finish, if a retry may succeed; else return its exit code.
 again() {
   local state
   if ! state=$(ask squeue -h -j "$SLURM_JOB_ID" -o %T); then
-    say "Slurm does not answer; submit it again to go on"
+    say "Slurm does not answer; submit the job again to resume"
     return "$1"
   fi
-  case $state in # cancelled, or already requeued by Slurm: nothing of ours to add
+  case $state in # a job that was cancelled, or that Slurm has requeued, is left as it is
     RUNNING | SIGNALING) ;;
     *) return "$1" ;;
   esac
@@ -156,23 +158,23 @@ again() {
   without=$(unfit)
   if ! asked_to_stop && { { [ -z "$without" ] && decided; } || ! hopeful; }; then return "$1"; fi
   if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
-    say "requeued $MAX_REQUEUES times (MAX_REQUEUES); submit it again to go on"
+    say "requeued $MAX_REQUEUES times (MAX_REQUEUES); submit the job again to resume"
     return 1
   fi
   (
-    trap '' TERM # which Slurm sends to all of a job that is requeued
+    trap '' TERM # Slurm sends it to all processes of a job that is requeued
     ask scontrol requeue "$SLURM_JOB_ID" || exit
     if [ -n "$without" ]; then exclude "$without"; fi
   )
 }
 
-# The nodes that the ranks of this start named as unfit, by commas.
+# Print the nodes that the ranks of this start recorded as unfit, separated by commas.
 unfit() {
   grep -hsF "$(job_in_event)" "$OUT"/stage*/events.jsonl "$OUT"/events.jsonl |
     sed -n 's/.*"exclude": "\([A-Za-z0-9._,-]*\)".*/\1/p' | tail -n 1
 }
 
-# Keep the job's next start off nodes, beside those that it is kept off already.
+# Add nodes to those that the job's next start excludes.
 exclude() {
   local now
   now=$(ask scontrol --oneliner show job "$SLURM_JOB_ID")
@@ -183,16 +185,16 @@ exclude() {
   fi
 }
 
-# How an event that ends this start for good names it, as node.sh tells torchrun.
+# Print the id of this start as it is in events of permanent failures; node.sh gives it to torchrun.
 job_in_event() { printf '"job": "%s"' "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"; }
 
-# Whether this start ended for a reason that the next would meet again.
+# Succeed if this start ended for a reason that a retry would repeat.
 decided() {
   grep -qsF "$(job_in_event)" "$OUT"/stage*/events.jsonl "$OUT"/events.jsonl || return 1
   say "it would end so again; not requeued"
 }
 
-# Whether a failed job should try again: not after two failures with the same newest checkpoint.
+# Succeed if a failed job should be retried: not after two failures with the same newest checkpoint.
 hopeful() {
   local here
   here=$(grep -hs '' "$OUT"/stage*/checkpoints/latest "$OUT"/checkpoints/latest | paste -sd ' ')

@@ -1,4 +1,4 @@
-"""CPU seconds of one model's probes: `python tests/support/probe_times.py [--rows N] [--classes L]`.
+"""CPU seconds of a model's probes: `python tests/support/probe_times.py [--rows N] [--classes L]`.
 
 Beside them scikit-learn's on NumPy arrays; its regression stops after 100 iterations, ours when it
 has converged.
@@ -60,6 +60,5 @@ if __name__ == "__main__":
     for evaluator, other in ((knn, numpy_knn), (linear, numpy_linear)):
         spent, value = seconds(lambda e=evaluator: e(rows))
         before, same = seconds(lambda o=other: o(rows))
-        print(
-            f"{evaluator.__name__}: {spent:.2f} s ({value:.2f} %); NumPy {before:.2f} s ({same:.2f} %)"
-        )
+        line = f"{spent:.2f} s ({value:.2f} %); NumPy {before:.2f} s ({same:.2f} %)"
+        print(f"{evaluator.__name__}: {line}")
