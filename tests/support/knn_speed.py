@@ -1,4 +1,4 @@
-"""Time of a kNN beside faiss's flat index: `python tests/support/knn_speed.py [--rows N] [--threads T]`.
+"""kNN time beside faiss's flat index: `python tests/support/knn_speed.py [--rows N] [--threads T]`.
 
 Both find the same neighbours, in one process, in turns; the figure is the median of the ratios of
 wall time, or of CPU time with --cpu true (one thread, on a machine that others use as well). Exit
