@@ -20,7 +20,7 @@ def compile_each(blocks: nn.Module | list[nn.Module]) -> None:
 
 @contextmanager
 def from_scratch(on: bool) -> Iterator[None]:
-    """Context manager that drops compiled code, then forbids a fallback to eager; if `on`.
+    """Context manager that drops compiled code and forbids a fallback to eager, if `on`.
 
     Dynamo keeps compiled code by code object, which models of one class share over all stages of a
     run. After the 8th variant (`recompile_limit`) it warns and runs eagerly; here RuntimeError with

@@ -38,9 +38,9 @@ def stream_key(seed: int, name: str) -> tuple[int, int]:
 
 def random_bits(seed: int, name: str, count: int, *counters: ArrayLike) -> NDArray[np.uint32]:
     """`count` 32-bit words for each element of up to three broadcast counters; [..., count]."""
-    given = np.broadcast_arrays(*[np.asarray(c, dtype=np.uint64) & _LOW for c in counters])
-    block = np.arange(-(-count // 4), dtype=np.uint64) + np.zeros_like(given[0])[..., None]
-    parts = [part[..., None] + np.zeros_like(block) for part in given]
+    equal = np.broadcast_arrays(*[np.asarray(c, dtype=np.uint64) & _LOW for c in counters])
+    block = np.arange(-(-count // 4), dtype=np.uint64) + np.zeros_like(equal[0])[..., None]
+    parts = [part[..., None] + np.zeros_like(block) for part in equal]
     parts += [np.zeros_like(block)] * (3 - len(parts))
     four = philox([*parts, block], stream_key(seed, name))
     return four.reshape(*four.shape[:-2], -1)[..., :count]

@@ -3,7 +3,7 @@
 B images per rank     N patch tokens      D student width    H, W image or map sides
 C teacher width       T teachers          L ladder rungs     K drop-path branches
 3 colour channels     2 cls, patch        S statistics (count, mean, M2)
-A suffix spells a tensor's axes in order; flattened axes stand together (`x_BN_C`).
+A suffix spells a tensor's axes in order; flattened axes are one group (`x_BN_C`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Target(NamedTuple):
 def split_prefix(tokens_BNC: Tensor, prefix: int, *, has_cls: bool) -> Tokens:
     """Tokens of a ViT's sequence with `prefix` leading tokens (CLS first, then registers).
 
-    Without a CLS token the mean of the patches stands for it (method: section 1).
+    Without a CLS token the mean of the patches takes its place (method: section 1).
     """
     patch_BNC = tokens_BNC[:, prefix:]
     return Tokens(tokens_BNC[:, 0] if has_cls else patch_BNC.mean(1), patch_BNC)

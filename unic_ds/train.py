@@ -44,10 +44,9 @@ def main(argv: Sequence[str]) -> int:
     task = job.resolve(options)
     if task.finished:
         return show(task)
-    os.environ["HF_HUB_OFFLINE"] = (
-        "1"  # a compute node must not ask a hub; `unic-ds teachers fetch` does
-    )
-    stages = waiting(task)  # looked at before anything runs, when all ranks see the same
+    # Compute nodes download nothing; `unic-ds teachers fetch` does.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    stages = waiting(task)  # before anything runs, so that all ranks find the same
     from unic_ds.training import loop
 
     loop.run_stages(task, stages)

@@ -21,7 +21,7 @@ ZERO2 = str(ROOT / "ds_configs" / "zero2.json")
 LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 
 YAML = [
-    (LAUGHS, "an alias, *a, which settings do without, in line 2"),
+    (LAUGHS, "an alias, *a, which settings may not have, in line 2"),
     ("a: &a [*a]", "an alias, *a"),
     ("a: !!python/object/apply:os.system [x]", "a tag, tag:yaml.org,2002:python/object"),
     ("a: !!binary aGk=", "a tag"),
@@ -32,7 +32,7 @@ YAML = [
     ("seed: 0x" + "f" * 5000, "a number of 5,002 characters"),
     ("seed: 1\nseed: 2", "the key 'seed' a second time in line 2"),
     ("optim: {lr: 1}\noptim.lr: 2", "optim.lr is given twice"),
-    ("? [a]\n: b", "a key that is no word"),
+    ("? [a]\n: b", "a key that is not plain text"),
     ("a: 1\n---\nb: 2", "another document"),
     ("a: [", "cannot be read as a run's settings"),
     ("\x00", "unacceptable character"),
@@ -106,7 +106,7 @@ JSON = [
     (SMALL + '"a": ' + "9" * 5000 + "}", "a number of 5,000 characters"),
     ("[" * 100_000, "more than 20 levels"),
     ("[" * 100 + "]" * 100, "more than 20 levels"),
-    (SMALL + '"bf16": {"enabled": true, "enabled": false}}', "the key 'enabled' is there twice"),
+    (SMALL + '"bf16": {"enabled": true, "enabled": false}}', "the key 'enabled' is given twice"),
     (SMALL + '"bf16": {"enabled": "yes"}}', "'bf16.enabled' must be true or false, got 'yes'"),
     ('{"train_micro_batch_size_per_gpu": 1000000000000}', "must be a whole number from 0 to"),
     (SMALL + '"zero_optimization": {"stage": true}}', "must be a whole number"),
@@ -114,17 +114,20 @@ JSON = [
     (ZERO3 + '"reduce_bucket_size": "auto"}}', "reduce_bucket_size' must be a whole number"),
     (ZERO3 + '"reduce_bucket_size": 1e15}}', "reduce_bucket_size' must be a whole number"),
     (ZERO3 + '"overlapp_comm": true}}', "(did you mean overlap_comm?)"),
-    (ZERO3 + '"leaf_module": {"classes": ["os.x"]}}}', "it would import what the file names"),
+    (
+        ZERO3 + '"leaf_module": {"classes": ["os.x"]}}}',
+        "it would import classes by name",
+    ),
     (
         ZERO3 + '"offload_param": {"device": "nvme", "nvme_path": "%s"}}}',
         "of an empty or new folder",
     ),
-    (SMALL + '"compile": {"backend": "os.system"}}', "'compile' is not taken; use --run.compile"),
-    (SMALL + '"wandb": {"enabled": true, "team": "x"}}', "'wandb' is not taken"),
-    (SMALL + '"tensorboard": {"enabled": true, "output_path": "/"}}', "is not taken"),
+    (SMALL + '"compile": {"backend": "os.system"}}', "'compile' is not allowed; use --run.compile"),
+    (SMALL + '"wandb": {"enabled": true, "team": "x"}}', "'wandb' is not allowed"),
+    (SMALL + '"tensorboard": {"enabled": true, "output_path": "/"}}', "is not allowed"),
     (SMALL + '"flops_profiler": {"enabled": true, "output_file": "/x"}}', "must be null"),
-    (SMALL + '"autotuning": {"enabled": true}}', "'autotuning' is not taken"),
-    (SMALL + '"a\\n\\u001b[2J": 1}', "'a\\n\\x1b[2J' is not taken"),
+    (SMALL + '"autotuning": {"enabled": true}}', "'autotuning' is not allowed"),
+    (SMALL + '"a\\n\\u001b[2J": 1}', "'a\\n\\x1b[2J' is not allowed"),
 ]
 
 

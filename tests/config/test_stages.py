@@ -84,8 +84,8 @@ def test_two_stages_killed_in_the_second_give_the_same_curve(tmp_path):
     # Stopped in the first, what looks at a run's folder finds that stage.
     assert "stopped after step 1 of 2" in run(two(killed, **more, run__stop_at=1))
     said = run(verb("doctor", killed))
-    assert "stopped. Stage 1 of 2: It was asked to stop, and did after step 1 of 2." in said
-    assert "it goes on from step_0000001" in said
+    assert "stopped. Stage 1 of 2: It stopped on request after step 1 of 2." in said
+    assert "it resumes from step_0000001" in said
     exported = killed / "stage1" / "encoders" / "step_0000001"
     assert str(exported) in run(verb("export", "--run", killed))
     assert load_file(exported / "model.safetensors")["pos_embed"].shape[1] == 1 + 4

@@ -114,7 +114,7 @@ def test_an_average_out_of_reach_is_refused(offload):
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, "offload_optimizer": offload},
     }
-    with pytest.raises(ValueError, match=r"optim\.ema wants"):
+    with pytest.raises(ValueError, match=r"optim\.ema needs"):
         ds_config.merge(settings, config.Config(optim=config.Optim(ema=0.9)), 1)
     ds_config.merge(settings, config.Config(), 1)
 

@@ -212,17 +212,17 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(args, sentence, tmp_path):
         ),
         ('{"train_micro_batch_size_per_gpu": 1, "train_batch_size": 4}', "use --optim.batch_size"),
         ('{"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1}', "use --optim.clip"),
-        ('{"train_micro_batch_size_per_gpu": 1, "fp16": {"enabled": true}}', "asks for fp16"),
+        ('{"train_micro_batch_size_per_gpu": 1, "fp16": {"enabled": true}}', "enables fp16"),
         ('{"checkpoint": {"writer": {"type": "python"}}}', "return before they are complete"),
-        ('{"datastates_ckpt": {}}', "asks for checkpoints by 'datastates_ckpt'"),
+        ('{"datastates_ckpt": {}}', "enables checkpoints by 'datastates_ckpt'"),
         (
             '{"train_micro_batch_size_per_gpu": "auto"}',
-            "needs a whole train_micro_batch_size_per_gpu",
+            "needs an integer train_micro_batch_size_per_gpu",
         ),
         ('{"train_micro_batch_size_per_gpu": 1, "bf16": true}', "'bf16' must be an object"),
         (
             '{"train_micro_batch_size_per_gpu": 1, "data_types": {"grad_accum_dtype": "fp32"}}',
-            "goes with ZeRO-2 and 3, not 0",
+            "needs ZeRO-2 or 3, not 0",
         ),
         (
             '{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": "3"}}',

@@ -30,7 +30,7 @@ def main(out: Path, argv: list[str]) -> None:
             loop.train_step(run, state)
 
     steps(1, WARM)
-    with loop.garbage_kept():
+    with loop.manual_garbage_collection():
         steps(WARM + 1, WARM + STEPS)
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()

@@ -490,7 +490,7 @@ def test_a_checkpoint_of_another_summary_is_not_resumed(pooled, tmp_path):
         hashes["run.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         (step / "manifest.json").write_text(json.dumps(hashes))
         printed = run(alone(tmp_path, **more), code=2)
-        assert "another summary (CLS target) of teacher 't'" in printed and words in printed
+        assert "another CLS target of teacher 't'" in printed and words in printed
         assert "this run has attention pool" in printed
 
 

@@ -23,7 +23,7 @@ MODELS = {
     "size": ({"student.size": "40"}, "student.size 40 is not a multiple of"),
     "registers": (
         {"student.model": "deit_tiny_distilled_patch16_224", "student.registers": "2"},
-        "student.registers 2 cannot be had",
+        "student.registers 2 does not fit",
     ),
     "rungs": ({"ladder.rungs": "3,12"}, "ladder.rungs names block 12; the student's last is 11"),
     "a teacher's rungs": ({"teachers.b.rungs": "12"}, "names block 12"),

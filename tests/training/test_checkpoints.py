@@ -198,7 +198,7 @@ def assert_ended_as_unharmed(folder, name):
 @pytest.mark.fault("a file of the newest checkpoint cut short", "named; the one before is resumed")
 def test_a_truncated_file(ended):
     folder, printed, _ = ended
-    assert f"checkpoint {NEWEST} is not whole (zero/" in printed
+    assert f"checkpoint {NEWEST} is damaged (zero/" in printed
     assert f"resumed after step 2 from {after(folder, 'truncated', 2)}" in printed
     assert_ended_as_unharmed(folder, "truncated")
 
@@ -210,7 +210,7 @@ def test_a_truncated_file(ended):
 )
 def test_a_file_that_cannot_be_read(ended):
     folder, printed, _ = ended
-    assert "optim_states.pt cannot be read: Input/output error); trying the one before" in printed
+    assert "optim_states.pt cannot be read: Input/output error); trying the previous one" in printed
     assert f"resumed after step 2 from {after(folder, 'unreadable', 2)}" in printed
     assert_ended_as_unharmed(folder, "unreadable")
 
@@ -220,7 +220,7 @@ def test_a_file_that_cannot_be_read(ended):
 @pytest.mark.fault("the newest checkpoint's manifest lost", "named; the one before is resumed")
 def test_no_manifest(ended):
     folder, printed, _ = ended
-    assert f"checkpoint {NEWEST} is not whole (no readable manifest.json)" in printed
+    assert f"checkpoint {NEWEST} is damaged (no readable manifest.json)" in printed
     assert f"resumed after step 2 from {after(folder, 'no_manifest', 2)}" in printed
     assert_ended_as_unharmed(folder, "no_manifest")
 
@@ -329,8 +329,8 @@ RESUMED = ("1_zero3", "1_zero0", "4_zero2", "4_zero0", *ENDED)
 @pytest.mark.slow
 def test_other_ranks_and_stages_go_on_with_the_same_curve(ended):
     folder, printed, _ = ended
-    assert printed.count("laid out anew for") == len(RESUMED) + 2
-    assert "saved by 2 ranks, ZeRO-0; laid out anew for 1 rank, ZeRO-3" in printed
+    assert printed.count("resharded for") == len(RESUMED) + 2
+    assert "saved by 2 ranks, ZeRO-0; resharded for 1 rank, ZeRO-3" in printed
     assert f"resumed after step 2 from {after(folder, '2_offload', 2)}" in printed
     whole = curve(folder / "whole")
     assert {step for name in RESUMED for step in curve(folder / name)} == {3, 4, 5, 6}

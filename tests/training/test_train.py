@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped, tmp_path):
         file.seek(1000)
         file.write(b"damage")
     printed = run(alone(out, **PARTIAL))
-    assert "step_0000004 is not whole" in printed
+    assert "step_0000004 is damaged" in printed
     assert "resumed after step 2" in printed
     assert set(curve(out)) == set(range(1, 7))
 

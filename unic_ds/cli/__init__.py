@@ -54,9 +54,9 @@ def dispatch(argv: Sequence[str]) -> int:
         print(overview())
         return 0
     if not names:
-        said = " ".join(words)
-        raise ValueError(f"unknown verb {said!r}{nearest(said, list(VERBS))}; there are {known()}")
-    name = max(names, key=len)  # `pack verify` begins as `pack` does
+        verb = " ".join(words)
+        raise ValueError(f"unknown verb {verb!r}{nearest(verb, list(VERBS))}; there are {known()}")
+    name = max(names, key=len)  # `pack verify` is not `pack`
     if args.wants_help(options):
         print(VERBS[name].VERB.help())
         return 0

@@ -14,12 +14,12 @@ from unic_ds.config.verb import Verb
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options beside a recipe's."""
+    """Options of the verb, in addition to a recipe's."""
 
     views: int = option(1, "augmented views of each image")
     dtype: Literal["bf16", "int8"] = option("bf16", "type of the stored features")
     batch: int = option(32, "images per forward")
-    yes: bool = option(False, "write more than 100 GB without being asked again")
+    yes: bool = option(False, "write even if it is more than 100 GB")
 
     def __post_init__(self) -> None:
         for name in ("views", "batch"):

@@ -1,4 +1,4 @@
-"""`unic-ds check`: refuses what train would refuse before its first step."""
+"""`unic-ds check`: finds the mistakes in a training command that would end it at its start."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from unic_ds.config.verb import Verb
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options beside those of train."""
+    """Options of the verb, in addition to those of train."""
 
-    ranks: int = option(1, "ranks that the command is to be started on")
+    ranks: int = option(1, "number of ranks that the command will be started on")
 
     def __post_init__(self) -> None:
         check(self.ranks > 0, "--ranks", "positive", self.ranks)
@@ -24,7 +24,7 @@ class Options:
 
 VERB = Verb(
     name="check",
-    summary="find in 10 s what a training command would be refused for, without training",
+    summary="find mistakes in a training command in 10 s, without training",
     options=Options,
     takes="job",
     usage="unic-ds check --ds_config FILE [--option value ...]",
@@ -32,7 +32,7 @@ VERB = Verb(
 
 
 def run(argv: Sequence[str]) -> int:
-    """Check a training command on a lone process; return the exit code."""
+    """Check a training command in one process; return the exit code."""
     call = VERB.read(argv)
     ranks = call.options.ranks
     task = job.resolve(call.overrides, ranks=ranks)

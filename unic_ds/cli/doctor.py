@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options beside a recipe's."""
+    """Options of the verb, in addition to a recipe's."""
 
     ds_config: str = option("ds_configs/zero2.json", "DeepSpeed configuration")
     out: str = option("runs", "folder that the run would write to")
     json: bool = option(False, "print one JSON object")
-    hash: bool = option(False, "with RUN: read its checkpoints whole and compare their SHA-256")
+    hash: bool = option(
+        False, "with RUN: read its checkpoints completely and compare their SHA-256"
+    )
 
 
 RUN_OPTIONS = ("hash", "json")
@@ -33,10 +35,10 @@ RUN_OPTIONS = ("hash", "json")
 
 VERB = Verb(
     name="doctor",
-    summary="check this node (under a launcher: all) before a run; with RUN, a run folder: what"
-    " happened to the run, and what to do",
+    summary="check this node (under a launcher: all nodes) before a run; with RUN, report the state"
+    " of a run and what to do",
     options=Options,
-    arguments={"[RUN]": "run folder to be examined; takes --hash and --json alone"},
+    arguments={"[RUN]": "run folder to examine; only --hash and --json go with it"},
     takes="recipe",
     exit_codes={1: "a run would fail here; with RUN, something went wrong in it"},
 )
@@ -57,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def check_node(call: Call[Options]) -> int:
-    """Print what the checks of the nodes found; return 1 if a run would fail."""
+    """Print the results of the nodes' checks; return 1 if a run would fail."""
     cfg, options = call.config(), call.options
     file = ds_config.read(options.ds_config)
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported

@@ -27,7 +27,7 @@ VERB = Verb(
 
 
 def run(argv: Sequence[str]) -> int:
-    """Export the newest checkpoint of the stage that a run is in; return the exit code."""
+    """Export the newest checkpoint of a run's current stage; return the exit code."""
     call = VERB.read(argv)
     options = call.options
     if not options.run or ("out" in call.given and not options.out):

@@ -1,4 +1,4 @@
-"""`unic-ds plan`: predicts memory, traffic and time of a run, and searches for what suits it."""
+"""`unic-ds plan`: predicts memory, traffic and time of a run, and searches for fast settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unic_ds.planning.gpus import GPUS, Efficiency
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options beside a recipe's."""
+    """Options of the verb, in addition to a recipe's."""
 
     gpus: int | None = option(None, "number of GPUs; default: those of a node")
     gpu: str = option("h100-80", f"{', '.join(GPUS)}, or a .yaml file that describes one")
@@ -25,13 +25,14 @@ class Options:
     images: int = option(IMAGENET, "training images, for the length of an epoch")
     efficiency: str = option(
         "",
-        "measured shares of the GPU's peaks in place of the assumed, as in student=0.4,links=0.7:"
+        "measured fractions of the GPU's peaks, which replace the assumed ones, as in"
+        " student=0.4,links=0.7:"
         f" {', '.join(f.name for f in fields(Efficiency))}",
     )
-    search: bool = option(False, "list what fits, the fastest first")
+    search: bool = option(False, "list settings that fit, the fastest first")
     json: bool = option(False, "print one JSON list")
-    out: str = option("", "ignored, so that a training command can be planned as it stands")
-    resume: str = option("", "ignored likewise")
+    out: str = option("", "ignored, so that the options of a training command are accepted")
+    resume: str = option("", "ignored, like --out")
 
     def __post_init__(self) -> None:
         check(self.gpus is None or self.gpus > 0, "--gpus", "positive", self.gpus)
@@ -48,7 +49,7 @@ VERB = Verb(
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print a plan for each stage of a run, or what a search found; return the exit code."""
+    """Print a plan for each stage of a run, or the results of a search; return the exit code."""
     call = VERB.read(argv)
     cfg, options = call.config(), call.options
     gpu, rates = gpus.get(options.gpu), Efficiency.parse(options.efficiency)
@@ -71,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def accept(cfg: Config) -> None:
-    """Raise ValueError for models that a training command would be refused for, of any stage."""
+    """Raise ValueError if a model of any stage cannot be built."""
     from unic_ds.training import acceptance
 
     acceptance.accept_models([stage for stage, _ in job.staged(cfg, Path())])

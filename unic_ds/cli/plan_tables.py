@@ -23,18 +23,18 @@ def show_stages(plans: list[Plan], *, as_json: bool) -> None:
         print(json.dumps([as_dict(plan) for plan in plans]))
         return
     for number, plan in enumerate(plans, 1):
-        of = f"stage {number} of {len(plans)}: " if len(plans) > 1 else ""
-        each = f"micro batch {plan.micro_batch} x {plan.accumulation}"
-        print(f"{of}{plan.gpus} x {plan.gpu}, ZeRO-{plan.zero_stage}, {each}\n")
+        position = f"stage {number} of {len(plans)}: " if len(plans) > 1 else ""
+        batch = f"micro batch {plan.micro_batch} x {plan.accumulation}"
+        print(f"{position}{plan.gpus} x {plan.gpu}, ZeRO-{plan.zero_stage}, {batch}\n")
         show_parts("memory of a GPU", "GB", plan.memory_gb, plan.needs_gb)
         show_parts("FLOPs of an image", "TFLOP", plan.tflop_per_image)
         show_parts("an optimiser step", "s", plan.seconds)
-        show_parts("of it, moving bytes alone", "s", plan.moved_seconds)
-        show_parts("the host, to queue it", "s", plan.host_seconds)
+        show_parts("part of it: memory-bound kernels", "s", plan.moved_seconds)
+        show_parts("the host, to launch its kernels", "s", plan.host_seconds)
         verdict = "fits" if plan.fits else "does NOT fit"
         print(f"{plan.needs_gb:.1f} of {plan.room_gb:.1f} GB: {verdict}")
         if not plan.fits:
-            print("Add --search for what would, or take another --gpu or more --gpus.")
+            print("Add --search to list settings that fit, or take another --gpu or more --gpus.")
         pace = f"{plan.images_per_s:.0f} images/s, MFU {plan.mfu:.0%}"
         print(f"{pace}, {plan.days:.1f} days for {plan.steps} steps")
         sends = f"a GPU sends {plan.traffic_gb:.1f} GB a step"
@@ -57,7 +57,7 @@ def show_parts(
 
 
 def show_search(plans: list[Plan], *, as_json: bool) -> None:
-    """Print what a search found, narrow enough for the 80 columns of a job's log."""
+    """Print the plans of a search, narrow enough for the 80 columns of a job's log."""
     if as_json:
         print(json.dumps([as_dict(plan) for plan in plans]))
         return

@@ -30,7 +30,7 @@ def show_table(
     wrap: bool = True,
 ) -> None:
     """Print rows in columns; with a header in a frame, unless `compact`."""
-    from rich import console, table, text  # 50 ms that --help does without
+    from rich import console, table, text  # 50 ms; --help does not need it
 
     grid = table.Table(
         *header,
@@ -43,6 +43,6 @@ def show_table(
     if compact or not header:
         grid.box = None
     for row in rows:
-        # foreign text may look like rich's markup
+        # Text from outside may look like rich's markup.
         grid.add_row(*(text.Text(printable(cell)) for cell in row))
     console.Console(soft_wrap=not wrap).print(grid)

@@ -14,10 +14,10 @@ from unic_ds.config.verb import Verb
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options beside a recipe's."""
+    """Options of the verb, in addition to a recipe's."""
 
     precision: Literal["int8", "fp8", "int8_dynamic", "fp8_dynamic"] | None = option(
-        None, "measure how near each teacher's tokens in this precision stay to those in bf16"
+        None, "measure the cosine between each teacher's tokens in this precision and in bf16"
     )
     json: bool = option(False, "print one JSON object")
 

@@ -13,7 +13,7 @@ from unic_ds.config.verb import Verb
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options beside a recipe's."""
+    """Options of the verb, in addition to a recipe's."""
 
     json: bool = option(False, "print one JSON object")
 

@@ -1,4 +1,4 @@
-"""`unic-ds train`: what `deepspeed unic_ds/train.py` runs, in one process."""
+"""`unic-ds train`: `unic_ds/train.py` in one process, without a launcher."""
 
 from unic_ds.train import VERB, main
 

@@ -94,8 +94,8 @@ class Config:
     run: Run = Run()
 
     def __post_init__(self) -> None:
-        named = not self.recipe or RECIPE_NAME.fullmatch(self.recipe)
-        check(bool(named), "recipe", "a name of letters, digits, _, +, - and .", self.recipe)
+        valid = not self.recipe or RECIPE_NAME.fullmatch(self.recipe)
+        check(bool(valid), "recipe", "a name of letters, digits, _, +, - and .", self.recipe)
         check_most(self, "")
         check(self.seed >= 0, "seed", ">= 0", self.seed)
         stages_of.parse(self.stages)
@@ -106,12 +106,12 @@ class Config:
         check(distinct, "teachers' names", "different (write NAME=SOURCE)", ",".join(names))
         both = bool(self.data.val and self.data.val_share)
         check(not both, "data.val and data.val_share", "not both set", self.data.val)
-        if not self.plugins:  # else the registries know, once they are loaded
+        if not self.plugins:  # else the registries are checked, once the plugins are loaded
             check_names(self)
         for row in self.teachers:
             check(any(self.distance(row)), f"teachers.{row.name}'s losses", "not both none", "none")
-            weighs = row.weight == 1 or self.balance.kind != "none"
-            check(weighs, f"teachers.{row.name}.weight", "1 if balance.kind is none", row.weight)
+            used = row.weight == 1 or self.balance.kind != "none"
+            check(used, f"teachers.{row.name}.weight", "1 if balance.kind is none", row.weight)
 
     def distance(self, row: Teacher) -> Distance:
         """Loss terms of one teacher."""

@@ -1,7 +1,7 @@
 """A command line as bare words and options, which are raw strings.
 
-Fire alone runs first and complains after, and guesses types (`runs#2` becomes `runs`, `007` an int,
-`a,b` a tuple); here it only collects, and the caller checks.
+By itself Fire runs a function before it rejects an unknown option, and guesses types (`runs#2`
+becomes `runs`, `007` an int, `a,b` a tuple). Here it only collects text, which the caller checks.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ def parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         raise ValueError(f"{'--' if '__' in flags else '-'!r} is no option; write --name value")
     if twice := [flag for flag in flags if flags.count(flag) > 1]:
         raise ValueError(f"--{twice[0][2:]} is given twice; give it once")
-    taken: list[tuple[list[str], dict[str, str]]] = []
+    collected: list[tuple[list[str], dict[str, str]]] = []
 
     @fire.decorators.SetParseFn(str)
     def collect(*words: str, **options: str) -> None:
-        taken.append((list(words), options))
+        collected.append((list(words), options))
 
     fire.Fire(collect, command=list(argv), name="unic-ds")
-    words, options = taken[0]
+    words, options = collected[0]
     return words, options
 
 
 def wants_help(options: dict[str, str]) -> bool:
-    """True where `--help` or `-h` is among the options."""
+    """True if `--help` or `-h` is among the options."""
     return "help" in options or "h" in options

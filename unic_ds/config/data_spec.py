@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 KINDS = "a folder of images or .tar shards, a .tar, or a .txt with one path a line"
 
-
 COMPRESSED = (
     *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
     *(".tar.lz4", ".tar.lzma", ".tar.z", ".zip", ".7z", ".rar"),
 )
 """Endings of archives whose images cannot be read in place."""
 LIMIT, DEPTH = 100_000, 16
-"""Paths that one pattern may stand for, braces that it may have."""
+"""Most paths that one pattern expands to, and most braces in it."""
 URL = re.compile(r"(file|pipe|s3|gs|hf|https?|ftp|hdfs|[a-z][a-z0-9+.-]*(?=://)):", re.I)
 BRACES = re.compile(r"\{(?:(-?\d{1,18})\.\.(-?\d{1,18})|([^{}]*,[^{}]*))\}")
 
@@ -31,37 +30,37 @@ class WeightedPath(NamedTuple):
     weight: float  # how often an epoch uses each of its images, on average
 
 
-def parts(named: str) -> list[WeightedPath]:
+def parts(spec: str) -> list[WeightedPath]:
     """Parse the sources of a mixture; ValueError if there is none or a weight is wrong.
 
     Sources are separated by commas; `PATH=WEIGHT` uses each image of a source WEIGHT times in an
     epoch, on average. A path that exists is taken as it is, even with commas. A path may be a
     pattern (`expanded`).
     """
-    if not named:
+    if not spec:
         raise ValueError(f"no images are named; set --data.train to {KINDS}")
-    if exists(named):
-        return [WeightedPath(Path(named), 1.0)]
-    _refuse_url(named)
-    return [_weighed(_local(part)) for part in _split(named)]
+    if exists(spec):
+        return [WeightedPath(Path(spec), 1.0)]
+    _refuse_url(spec)
+    return [_weighed(_local(part)) for part in _split(spec)]
 
 
-def check(named: str, option: str) -> None:
+def check(spec: str, option: str) -> None:
     """Raise ValueError for a source that is missing, unreadable, empty or of no known kind."""
-    for path in (path for part, _ in parts(named) for path in expanded(part)):
-        what = f"{option} {str(path)!r}"
+    for path in (path for part, _ in parts(spec) for path in expanded(part)):
+        source = f"{option} {str(path)!r}"
         if not exists(path):
-            raise ValueError(f"{what} does not exist; give {KINDS}")
+            raise ValueError(f"{source} does not exist; give {KINDS}")
         if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
-            raise ValueError(f"{what} may not be read; mend its permissions")
+            raise ValueError(f"{source} may not be read; change its permissions")
         if path.is_dir() and not any(path.iterdir()):
-            raise ValueError(f"{what} is empty; give {KINDS}")
+            raise ValueError(f"{source} is empty; give {KINDS}")
         if path.is_file() and path.suffix not in (".tar", ".txt"):
-            raise ValueError(f"{what} {remedy(path)}")
+            raise ValueError(f"{source} {remedy(path)}")
 
 
 def remedy(path: Path) -> str:
-    """The clause of an error message: why a file is no source of images, and what to do."""
+    """Clause of an error message about a file that is no source of images, with the remedy."""
     if path.name.lower().endswith(COMPRESSED):
         return "is compressed: its images cannot be read in place; unpack it to .tar or a folder"
     return f"is no source of images; give {KINDS}"
@@ -70,7 +69,7 @@ def remedy(path: Path) -> str:
 def expanded(path: Path) -> list[Path]:
     """The paths that `a/{000..127}.tar`, `a/{x,y}` or `a/*.tar` stand for, or the path itself.
 
-    ValueError if a pattern stands for nothing, for a file that is not there, or for too many.
+    ValueError if a pattern expands to no path, to one that does not exist, or to too many.
     """
     pattern = str(path)
     if exists(pattern) or not re.search(r"[{*?\[]", pattern):
@@ -81,15 +80,15 @@ def expanded(path: Path) -> list[Path]:
     patterns = list(islice(_braces(pattern), LIMIT + 1))
     for each in patterns:
         stars = re.search(r"[*?\[]", each) and not exists(each)
-        some = sorted(islice(iglob(each, recursive=True), LIMIT + 1)) if stars else [each]  # noqa: PTH207
-        found |= dict.fromkeys(some)
+        paths = sorted(islice(iglob(each, recursive=True), LIMIT + 1)) if stars else [each]  # noqa: PTH207
+        found |= dict.fromkeys(paths)
         if max(len(found), len(patterns)) > LIMIT:
             raise ValueError(f"{pattern!r} stands for more than {LIMIT} paths; name their folder")
-    lost = [each for each in found if not exists(each)]
-    if lost:
+    missing = [each for each in found if not exists(each)]
+    if missing:
         raise ValueError(
-            f"{len(lost)} of the {len(found)} paths of {pattern!r} do not exist, the first is"
-            f" {lost[0]!r}; correct the pattern"
+            f"{len(missing)} of the {len(found)} paths of {pattern!r} do not exist, the first is"
+            f" {missing[0]!r}; correct the pattern"
         )
     if not found:
         raise ValueError(f"{pattern!r} stands for no file; correct the pattern")
@@ -97,7 +96,7 @@ def expanded(path: Path) -> list[Path]:
 
 
 def exists(path: Path | str) -> bool:
-    """True if a path exists; False too for a name that no file system takes."""
+    """True if a path exists; False also for a name that no file system allows."""
     return os.path.exists(path)  # noqa: PTH110 - Path.exists raises for a name that is too long
 
 
@@ -120,12 +119,12 @@ def _braces(pattern: str) -> Iterator[str]:
         yield from _braces(pattern[: found.start()] + word + pattern[found.end() :])
 
 
-def _split(named: str) -> list[str]:
+def _split(spec: str) -> list[str]:
     """The parts between commas that are not inside braces."""
     depth, part, found = 0, "", []
-    if named.count("{") != named.count("}"):
-        return [each.strip() for each in named.split(",") if each.strip()]
-    for letter in named:
+    if spec.count("{") != spec.count("}"):
+        return [each.strip() for each in spec.split(",") if each.strip()]
+    for letter in spec:
         depth += (letter == "{") - (letter == "}")
         if letter == "," and depth <= 0:
             found.append(part)
@@ -135,12 +134,12 @@ def _split(named: str) -> list[str]:
     return [each.strip() for each in (*found, part) if each.strip()]
 
 
-def _refuse_url(named: str) -> None:
+def _refuse_url(spec: str) -> None:
     """Raise ValueError for a URL, which webdataset would fetch."""
-    found = URL.match(named)
-    if found and found[1].lower() != "file" and not exists(named):
+    found = URL.match(spec)
+    if found and found[1].lower() != "file" and not exists(spec):
         raise ValueError(
-            f"images {named!r} are not on this machine: {found[0]} is not read; copy them to a"
+            f"images {spec!r} are not on this machine: {found[0]} is not read; copy them to a"
             " folder, or mount it"
         )
 

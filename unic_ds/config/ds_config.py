@@ -19,13 +19,12 @@ SCIENCE = {
     "train_batch_size": "--optim.batch_size",
     "gradient_accumulation_steps": "--optim.batch_size",
     "gradient_clipping": "--optim.clip",
-    "optimizer": "--optim.lr and its neighbours",
-    "scheduler": "--optim.lr and its neighbours",
+    "optimizer": "--optim.lr and the other --optim options",
+    "scheduler": "--optim.lr and the other --optim options",
     "progressive_layer_drop": "--student.drop_path",
     "data_efficiency": "--data",
     "curriculum_learning": "--data",
 }
-
 
 SIZES = (
     *("reduce_bucket_size", "prefetch_bucket_size"),
@@ -55,15 +54,15 @@ class Offload:
 
     @property
     def on(self) -> bool:
-        """True if it is not kept on the GPU."""
+        """True if anything is offloaded from the GPU."""
         return self.device != "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedSettings:
-    """Settings of a ds_config; the defaults are DeepSpeed's (runtime/zero/config.py)."""
+    """Values of a ds_config; the defaults are DeepSpeed's (runtime/zero/config.py)."""
 
-    raw: Json  # all of it: for `deepspeed.initialize` and the run's ds_config.json
+    raw: Json  # the full ds_config, for `deepspeed.initialize` and the run's ds_config.json
     micro_batch: int  # images per rank, at once
     accumulation: int = 1  # micro batches per optimiser step
     stage: int = 0  # of ZeRO
@@ -86,8 +85,8 @@ class DeepSpeedSettings:
         zero: Json = raw.get("zero_optimization", {})
         zero = {name.removeprefix("stage3_"): value for name, value in zero.items()}
         stage, overlap = zero.get("stage", 0), zero.get("overlap_comm")
-        given: Json = {name: int(zero[name]) for name in SIZES if name in zero}
-        given |= {name: zero[name] for name in FLAGS if name in zero}
+        same_name: Json = {name: int(zero[name]) for name in SIZES if name in zero}
+        same_name |= {name: zero[name] for name in FLAGS if name in zero}
         return cls(
             raw=raw,
             micro_batch=raw["train_micro_batch_size_per_gpu"],
@@ -99,14 +98,14 @@ class DeepSpeedSettings:
             overlap_comm=stage == 3 if overlap is None else overlap,
             offload_optimizer=Offload.parse(zero.get("offload_optimizer")),
             offload_param=Offload.parse(zero.get("offload_param")),
-            **given,
+            **same_name,
         )
 
 
 def read(path: str) -> Json:
     """Read a ds_config file; ValueError if it is missing, damaged or refused by `check`."""
     file = Path(path)
-    with suppress(OSError):  # `read_json` says what is wrong
+    with suppress(OSError):  # `read_json` raises the error
         if not file.exists():
             raise ValueError(
                 f"--ds_config {path!r} is no file; ds_configs/ holds zero1.json to"
@@ -125,7 +124,7 @@ def read(path: str) -> Json:
 
 
 def check(path: str, settings: Json) -> None:
-    """Raise ValueError for keys that options decide, that cannot work here, or that could harm."""
+    """Raise ValueError for keys that options decide, that do not work here, or that are unsafe."""
     checks = refuse_science, check_kinds, refuse_unsupported, ds_keys.check, check_nvme
     for each in checks:
         try:
@@ -156,27 +155,27 @@ def refuse_unsupported(settings: Json) -> None:
     """Raise ValueError for features of DeepSpeed that do not work with this trainer."""
     zero = settings.get("zero_optimization", {})
     if settings.get("fp16", {}).get("enabled"):
-        raise ValueError("it asks for fp16; this trainer runs in bf16 or --precision fp32")
+        raise ValueError("it enables fp16; this trainer runs in bf16 or --precision fp32")
     if zero.get("compute_grad_norm") is False:
         raise ValueError(
-            "it turns zero_optimization.compute_grad_norm off, by which non-finite gradients are"
-            " detected; remove it"
+            "it turns zero_optimization.compute_grad_norm off, which detects non-finite gradients;"
+            " remove it"
         )
     saving = settings | settings.get("checkpoint", {})
     for key in ("writer", "nebula", "datastates_ckpt"):
         if saving.get(key, False) is not False:
             raise ValueError(
-                f"it asks for checkpoints by {key!r}, which return before they are complete"
+                f"it enables checkpoints by {key!r}, which return before they are complete"
                 " (docs/checkpoints.md); remove it"
             )
     micro = settings.get("train_micro_batch_size_per_gpu")
     if not isinstance(micro, int) or isinstance(micro, bool) or micro < 1:
         raise ValueError(
-            f"it needs a whole train_micro_batch_size_per_gpu >= 1, got {shown(micro)}"
+            f"it needs an integer train_micro_batch_size_per_gpu >= 1, got {shown(micro)}"
         )
     if "grad_accum_dtype" in settings.get("data_types", {}) and zero.get("stage", 0) < 2:
         raise ValueError(
-            f"it sets data_types.grad_accum_dtype, which goes with ZeRO-2 and 3, not"
+            f"it sets data_types.grad_accum_dtype, which needs ZeRO-2 or 3, not"
             f" {zero.get('stage', 0)}; remove it"
         )
 
@@ -196,15 +195,14 @@ def check_nvme(settings: Json) -> None:
         offload: Offload = getattr(parsed, key)
         if offload.device != "nvme":
             continue
-        folder, given = Path(offload.path), printable(offload.path)
+        folder, path = Path(offload.path), printable(offload.path)
         try:
-            there = {file.name for file in folder.iterdir()} if folder.exists() else set()
+            names = {file.name for file in folder.iterdir()} if folder.exists() else set()
         except OSError as error:
-            raise ValueError(f"{key}.nvme_path {given!r}: {error.strerror}") from None
-        if not folder.is_absolute() or there - {"zero_stage_3"}:
+            raise ValueError(f"{key}.nvme_path {path!r}: {error.strerror}") from None
+        if not folder.is_absolute() or names - {"zero_stage_3"}:
             raise ValueError(
-                f"{key}.nvme_path must be the absolute path of an empty or new folder,"
-                f" got {given!r}"
+                f"{key}.nvme_path must be the absolute path of an empty or new folder, got {path!r}"
             )
 
 
@@ -220,13 +218,13 @@ def merge(file: Json, cfg: Config, world: int) -> DeepSpeedSettings:
             f"optim.batch_size {cfg.optim.batch_size} is not a multiple of {world} ranks; change it"
             " or the number of ranks"
         )
-    given = DeepSpeedSettings.parse(file)
-    if given.stage == 3 and cfg.run.compiles("student"):
+    settings = DeepSpeedSettings.parse(file)
+    if settings.stage == 3 and cfg.run.compiles("student"):
         raise ValueError(
             f"run.compile {cfg.run.compile!r} does not go with ZeRO-3: a compiled block would keep"
             " its gathered weights until backward; use teachers or none, or ZeRO-1 or 2"
         )
-    limit = min(given.micro_batch, of_rank)
+    limit = min(settings.micro_batch, of_rank)
     micro = next(n for n in range(limit, 0, -1) if of_rank % n == 0)
     merged = file | {
         "train_micro_batch_size_per_gpu": micro,
@@ -237,8 +235,8 @@ def merge(file: Json, cfg: Config, world: int) -> DeepSpeedSettings:
     # DeepSpeed's throughput timer waits for the GPU twice a micro batch.
     merged.setdefault("timers", {"throughput": {"enabled": False}})
     if cfg.optim.ema:
-        check_ema(given.offload_optimizer)
-        merged["zero_allow_untested_optimizer"] = True  # DeepSpeed knows AdamW by its exact type
+        check_ema(settings.offload_optimizer)
+        merged["zero_allow_untested_optimizer"] = True  # DeepSpeed refuses subclasses of AdamW
     if cfg.precision:
         merged["bf16"] = file.get("bf16", {}) | {"enabled": cfg.precision == "bf16"}
         if cfg.precision == "fp32":
@@ -251,7 +249,7 @@ def check_ema(offload: Offload) -> None:
     """Raise ValueError if the optimiser state is on NVMe or offloaded in part: EMA updates all."""
     if offload.device == "nvme" or offload.ratio != 1:
         raise ValueError(
-            "optim.ema wants the whole optimiser state on the GPU or the CPU, but the ds_config has"
+            "optim.ema needs the full optimiser state on the GPU or the CPU, but the ds_config has"
             f" offload_optimizer.device {offload.device!r} and ratio {offload.ratio}; set its"
             " device to cpu, or optim.ema to 0"
         )

@@ -1,7 +1,7 @@
 """Allow-list of a ds_config file's keys: flags, numbers and words of fixed sets.
 
-DeepSpeed's other keys import classes by name, write files, use a network or change the result; a
-file from a stranger may set none of them.
+DeepSpeed's other keys import classes by name, write files, use a network or change the result, so
+no file may set them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ class Kind(NamedTuple):
     """The values that a key may have: their description and a predicate."""
 
     description: str
-    holds: Callable[[Any], bool]
+    accepts: Callable[[Any], bool]
 
 
 def count(most: int = 2**63 - 1) -> Kind:
-    """Whole numbers up to `most`; DeepSpeed takes 5e8 for one, too."""
-    return Kind(f"a whole number from 0 to {most:,}", lambda v: _whole(v) and 0 <= v <= most)
+    """Whole numbers up to `most`; 5e8 is one too, as for DeepSpeed."""
+    return Kind(f"a whole number from 0 to {most:,}", lambda v: _integral(v) and 0 <= v <= most)
 
 
 def words(*known: str | bool | None) -> Kind:
@@ -31,7 +31,7 @@ def words(*known: str | bool | None) -> Kind:
     return Kind(shown, lambda v: any(v is w or (isinstance(w, str) and v == w) for w in known))
 
 
-def _whole(value: object) -> bool:
+def _integral(value: object) -> bool:
     """True for a whole number, written with an exponent or not."""
     return type(value) is int or (type(value) is float and value.is_integer())
 
@@ -121,7 +121,7 @@ KEYS: dict[str, Any] = {
         ),
         FLAG,
     )
-    | {"number_checkpoints": Kind("a whole number", lambda v: v is None or _whole(v))},
+    | {"number_checkpoints": Kind("a whole number", lambda v: v is None or _integral(v))},
     "checkpoint": {
         "tag_validation": words("Ignore", "Warn", "Fail", "IGNORE", "WARN", "FAIL"),
         "use_node_local_storage": FLAG,
@@ -143,8 +143,8 @@ INSTEAD = {
     "compile": "use --run.compile",
     "torch_autocast": "use bf16, or --precision",
     "amp": "use bf16, or --precision",
-    "flops_profiler.output_file": "it would write where the file says",
-    "zero_optimization.leaf_module": "it would import what the file names",
+    "flops_profiler.output_file": "it would write to a path that the file names",
+    "zero_optimization.leaf_module": "it would import classes by name",
 }
 """Remedies for keys that people set."""
 
@@ -152,7 +152,7 @@ INSTEAD = {
 def check(value: object, known: object = KEYS, at: str = "") -> None:
     """Raise ValueError, one clause, for a key that is not allowed or a value of another kind."""
     if isinstance(known, Kind):
-        if not known.holds(value):
+        if not known.accepts(value):
             shown = printable(repr(value), 60)
             why = f" ({INSTEAD[at]})" if at in INSTEAD else ""
             raise ValueError(f"{at!r} must be {known.description}, got {shown}{why}")
@@ -168,5 +168,5 @@ def check(value: object, known: object = KEYS, at: str = "") -> None:
             check(inner, known[key], name)
         elif inner != {"enabled": False} and not (key[:1] in "_#/" and isinstance(inner, str)):
             near = nearest(key[:60], list(known))
-            do = f"; {INSTEAD[name]}" if name in INSTEAD else f"{near}; see docs/ds_configs.md"
-            raise ValueError(f"'{printable(name, 60)}' is not taken{do}")
+            remedy = f"; {INSTEAD[name]}" if name in INSTEAD else f"{near}; see docs/ds_configs.md"
+            raise ValueError(f"'{printable(name, 60)}' is not allowed{remedy}")

@@ -13,10 +13,10 @@ from unic_ds.config.overrides import RENAMED, science
 from unic_ds.config.stages import parse as parse_stages
 
 LENGTH = ("optim.epochs", "optim.steps")
-"""Options that decide the result and may yet differ with --run.extend."""
+"""Options that decide the result, but may differ with --run.extend."""
 
 ALLOWED = {*LENGTH, "stages"}
-"""The text of --stages, too: each earlier stage is compared with its own folder."""
+"""--stages may differ as text, since each earlier stage is compared with its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class PreviousRun:
 
 
 def check(cfg: Config, out: Path, *, resume: str, last: bool) -> None:
-    """Raise ValueError if `cfg` may not resume or extend the run that it would go on with.
+    """Raise ValueError if `cfg` may not resume or extend the run that it would continue.
 
     `last` is false for the earlier stages of a run: they are not extended.
     """
@@ -59,19 +59,19 @@ def check(cfg: Config, out: Path, *, resume: str, last: bool) -> None:
 
 
 def find(out: Path, resume: str) -> PreviousRun | None:
-    """The run that `--out` and `--resume` go on with; None for a new run."""
+    """The run that `--out` and `--resume` continue; None for a new run."""
     file, saved = out / "config.yaml", checkpoints(out)
     if file.is_file() and (saved or (out / "results.json").is_file()):
         settings = science(recipes.read(file))
         return PreviousRun(folder=out, science=settings, step=step_of(saved), in_place=True)
     if resume in ("auto", "never"):
         return None
-    given = [Path(resume)] if (Path(resume) / "run.json").is_file() else checkpoints(Path(resume))
-    facts = read_facts(given[-1]) if given else {}
-    given_as = {k[2:]: str(v) for k, v in facts.items() if k.startswith("--")}
-    settings = {RENAMED.get(k, k): v for k, v in given_as.items()}
-    folder = given[-1].absolute().parent.parent if given else Path(resume)
-    return PreviousRun(folder=folder, science=settings, step=step_of(given), in_place=False)
+    named = [Path(resume)] if (Path(resume) / "run.json").is_file() else checkpoints(Path(resume))
+    facts = read_facts(named[-1]) if named else {}
+    options = {k[2:]: str(v) for k, v in facts.items() if k.startswith("--")}
+    settings = {RENAMED.get(k, k): v for k, v in options.items()}
+    folder = named[-1].absolute().parent.parent if named else Path(resume)
+    return PreviousRun(folder=folder, science=settings, step=step_of(named), in_place=False)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -97,7 +97,7 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
 def differences(previous: PreviousRun, here: dict[str, str]) -> dict[str, tuple[str, str]]:
     """(text there, text here) of the settings that differ, by dotted name.
 
-    A checkpoint may be older than a setting; its own folder's config.yaml has all.
+    A checkpoint may be older than a setting; a run folder's config.yaml has all settings.
     """
     there = previous.science
     keys = there.keys() | here.keys() if previous.in_place else there.keys() & here.keys()
@@ -125,7 +125,7 @@ def difference_clause(
 
 
 def remedy_clause(previous: PreviousRun, last: bool) -> str:
-    """The clause of an error message that says how to resume or extend the run."""
+    """Clause of an error message on how to resume or extend the run."""
     first = "choose another --out" if previous.in_place else "use the same"
     longer = "to train longer add --run.extend true, with no change but --optim.epochs or steps"
     if not last:
@@ -137,20 +137,20 @@ def remedy_clause(previous: PreviousRun, last: bool) -> str:
 
 
 def new_run_clause(previous: PreviousRun) -> str:
-    """The clause of an error message that says how to start a new run from this one's weights."""
+    """Clause of an error message on how to start a new run from this one's weights."""
     student = previous.folder / "student"
     made = f" (`unic-ds export --run {str(previous.folder)!r}` writes such a folder)"
     made = "" if student.is_dir() else made
-    where = "another --out and " if previous.in_place else ""
-    return f"to start a new run from its weights give {where}--student.init {str(student)!r}{made}"
+    out = "another --out and " if previous.in_place else ""
+    return f"to start a new run from its weights give {out}--student.init {str(student)!r}{made}"
 
 
 def check_start(previous: PreviousRun) -> None:
     """Raise ValueError if a run has no checkpoint left to be extended from."""
     if previous.in_place and not checkpoints(previous.folder):
-        where = str(previous.folder)
+        folder = str(previous.folder)
         raise ValueError(
-            f"{where!r} has no checkpoint left to be extended from; {new_run_clause(previous)}"
+            f"{folder!r} has no checkpoint left to be extended from; {new_run_clause(previous)}"
         )
 
 

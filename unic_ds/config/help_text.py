@@ -54,18 +54,19 @@ def render(usage: str, summary: str, sections: Sequence[Section], end: str = "")
 
 
 def escape(text: str) -> str:
-    """Text that argparse shows as it is."""
+    """Text with `%` escaped for argparse."""
     return text.replace("%", "%%")
 
 
 def option_rows(settings: type, prefix: str = "") -> Iterator[tuple[Row, bool]]:
-    """Yield (row, whether it is machinery) of each field with a help line of a dataclass."""
+    """Yield (row, True if it is machinery) for each field of a dataclass that has a help line."""
     hints = get_type_hints(settings)
     for f in fields(settings):
         if "help" in f.metadata:
             name = OPTION_ALIASES.get(prefix + f.name, prefix + f.name)
             text = " ".join(filter(None, (f.metadata["help"], shown_default(f.default))))
-            yield Row(f"--{name}", legal_values(hints[f.name]), text), f.metadata["machinery"]
+            values = "|".join(f.metadata["choices"]) or legal_values(hints[f.name])
+            yield Row(f"--{name}", values, text), f.metadata["machinery"]
 
 
 def shown_default(default: object) -> str:
@@ -96,7 +97,7 @@ def legal_values(annotation: Any) -> str:
 def run_sections(besides: Collection[str] = ()) -> list[Section]:
     """Every option of a run: those that decide its result, then the machinery.
 
-    Those `besides` are left out: options of a verb that have the same name.
+    Options in `besides`, which a verb declares itself, are left out.
     """
     hidden = {*besides, "--recipe", "--teachers.NAME.name"}
     parts: list[tuple[str, str, type]] = [("", "", Config)]

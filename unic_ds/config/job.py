@@ -68,9 +68,8 @@ def resolve(options: dict[str, str], ranks: int | None = None) -> Job:
     `ranks` None: as in the launcher's environment.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
-    options = {
-        k: v for k, v in options.items() if k != "local_rank"
-    }  # the deepspeed launcher adds it
+    # The deepspeed launcher adds local_rank.
+    options = {k: v for k, v in options.items() if k != "local_rank"}
     job_options = {k: options.pop(k) for k in list(options) if k in JOB_OPTIONS}
     if "ds_config" not in job_options:
         near = nearest("ds_config", list(options))
@@ -107,7 +106,7 @@ def out_folder(job_options: dict[str, str]) -> Path:
         os.lstat(given)
     except FileNotFoundError:
         pass
-    except (OSError, ValueError) as error:  # too long, or without the right to look there
+    except (OSError, ValueError) as error:  # too long, or in a folder that may not be read
         why = getattr(error, "strerror", None) or error
         raise ValueError(f"--out {printable(given)!r} cannot be written ({why})") from None
     return Path(given)
@@ -150,15 +149,15 @@ def check_inputs(cfg: Config) -> None:
             try:
                 data_spec.check(given, f"--data.{key}")
             except OSError as error:  # a name that is too long, for one
-                said = printable(given)
-                raise ValueError(f"--data.{key} {said!r}: {error.strerror}") from None
+                name = printable(given)
+                raise ValueError(f"--data.{key} {name!r}: {error.strerror}") from None
     for teacher in () if cfg.cache else cfg.teachers:
         if teacher.parsed_source.kind == "file":
             weight_file(teacher)
 
 
 def weight_file(row: Teacher) -> Path:
-    """The weight file of a `file:` teacher; ValueError if it is not there."""
+    """The weight file of a `file:` teacher; ValueError if it does not exist."""
     path = row.parsed_source.path
     if kind_of(path) != "file":
         raise ValueError(
@@ -184,7 +183,7 @@ def kind_of(path: str) -> str:
     try:
         given = Path(path).expanduser()
         return "folder" if given.is_dir() else "file" if given.is_file() else ""
-    except (OSError, RuntimeError):  # too long, or in the home of nobody
+    except (OSError, RuntimeError):  # too long, or in the home of an unknown user
         return ""
 
 
@@ -194,15 +193,15 @@ def prepare_demonstration(cfg: Config) -> None:
         images = (
             [str(path) for path, _ in data_spec.parts(cfg.data.train)] if cfg.data.train else []
         )
-    except OSError:  # `check_inputs` says what is wrong
+    except OSError:  # `check_inputs` raises the error
         return
-    meant = [*images, *(t.parsed_source.path for t in cfg.teachers)]
-    if any(path.startswith(str(demo.root())) for path in meant) and not demo.ready():
+    paths = [*images, *(t.parsed_source.path for t in cfg.teachers)]
+    if any(path.startswith(str(demo.root())) for path in paths) and not demo.ready():
         demo.prepare()
 
 
 def check_resume(resume: str, *, stages: int) -> None:
-    """Raise ValueError if --resume names nothing that a run of so many stages can go on with."""
+    """Raise ValueError if --resume names nothing that a run of `stages` stages can resume."""
     if resume in ("auto", "never"):
         return
     if kind_of(resume) != "folder":

@@ -10,15 +10,15 @@ TERMS = ("cosine", "smooth_l1", "mse", "contrastive")
 """The built-in terms."""
 
 CLS_ONLY = ("contrastive",)
-"""Terms of CLS tokens alone."""
+"""Terms for CLS tokens only."""
 
 TERM = re.compile(r"(?:(\d+(?:\.\d*)?|\.\d+)\s*\*?\s*)?([a-z][a-z_0-9]*)")
 
 
 def parse(text: str, option: str, *, cls: bool) -> dict[str, float]:
-    """Term -> weight; nothing for `none`. ValueError, naming the option, for anything else.
+    """Term -> weight; {} for `none`. ValueError, naming the option, for anything else.
 
-    `cls`: of CLS tokens, not of patch tokens. The registry of terms knows which names there are.
+    `cls`: for CLS tokens, not patch tokens. Names are checked against the registry of terms later.
     """
     if text.strip() == "none":
         return {}

@@ -51,7 +51,7 @@ def standard_norm(cfg: Config) -> Config:
 
 
 def fitnet(cfg: Config) -> Config:
-    """One teacher, the table's last: its output from the last block, a hint from the middle one.
+    """The last teacher only: its output from the last block, a hint from the middle block.
 
     Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, arXiv 1412.6550. The hint is the
     patch tokens of the teacher's middle block, regressed by mean squared error from the student's.

@@ -9,7 +9,7 @@ from typing import Literal
 from unic_ds.config import loss_terms
 from unic_ds.config.block_choice import ActivationCheckpointing, RungChoice
 from unic_ds.config.option import check, option
-from unic_ds.config.teacher_source import GRAMMAR, TeacherSource
+from unic_ds.config.teacher_source import TeacherSource
 
 TEACHER_NAME = re.compile(r"[a-z][a-z0-9_]*")
 DIVIDED = "(images are divided by 255, so divide values of the scale 0 to 255 too)"
@@ -18,7 +18,7 @@ EIGHT_BITS = ("int8", "fp8", "int8_dynamic", "fp8_dynamic")
 
 
 def check_range(value: int, name: str, least: int, most: int) -> None:
-    """Raise ValueError unless a number lies from `least` to `most`."""
+    """Raise ValueError unless a number is from `least` to `most`."""
     check(least <= value <= most, name, f"from {least} to {most}", value)
 
 
@@ -37,7 +37,6 @@ class Teacher:
         "",
         "where its weights are: timm:NAME | open_clip:ARCH/TAG | file:PATH#arch=TIMM_NAME |"
         " python:MODULE:FUNCTION",
-        choices=tuple(GRAMMAR),
     )
     size: int = option(
         0,
@@ -68,13 +67,10 @@ class Teacher:
     placement: Literal["replicate", "shard", "offload"] = option(
         "replicate",
         "where its weights are kept: replicate: on each GPU; shard: sharded over the GPUs of a"
-        " node;"
-        " offload: sharded, in CPU memory",
+        " node; offload: sharded, in CPU memory",
         machinery=True,
     )
-    micro: int = option(
-        0, "images per forward; 0: the whole micro batch of the student", machinery=True
-    )
+    micro: int = option(0, "images per forward; 0: the student's micro batch", machinery=True)
     channels_last: bool = option(False, "channels_last (NHWC) memory format, faster for CNNs")
 
     def __post_init__(self) -> None:
@@ -98,8 +94,8 @@ class Teacher:
         check_range(self.size, f"{at}.size", 0, MOST_PIXELS)
         check_range(self.patch, f"{at}.patch", 0, 1024)
         check_range(self.micro, f"{at}.micro", 0, 1_000_000)
-        whole = not self.quantised or self.placement == "replicate"
-        check(whole, f"{at}.placement", f"replicate with {self.precision} weights", self.placement)
+        fits = not self.quantised or self.placement == "replicate"
+        check(fits, f"{at}.placement", f"replicate with {self.precision} weights", self.placement)
         plain = not self.channels_last or self.placement == "replicate"
         check(plain, f"{at}.placement", "replicate with channels_last", self.placement)
         for key in ("mean", "std"):
@@ -173,13 +169,11 @@ class Ladder:
     combine: Literal["sum", "each"] = option(
         "sum", "sum: one loss on the sum of the projections; each: the mean of one loss per block"
     )
-
     projector: Literal["mlp", "linear", "transformer"] = option(
         "mlp",
         "architecture of a projector: mlp: Linear-GELU-Linear; linear: one Linear; transformer: a"
         " transformer block on all tokens and a Linear",
     )
-
     activation_checkpointing: Literal["none", "hidden", "all"] = option(
         "hidden",
         "activation recomputation in the ladder: none; hidden: recompute GELU; all: recompute the"

@@ -34,12 +34,10 @@ class Loss:
     cls: str = option(
         "0.5 cosine + 0.5 smooth_l1",
         "loss of CLS tokens: a weighted sum of cosine, smooth_l1, mse and contrastive, or none",
-        choices=loss_terms.TERMS,
     )
     patch: str = option(
         "0.5 cosine + 0.5 smooth_l1",
         "loss of patch tokens: a weighted sum of cosine, smooth_l1 and mse, or none",
-        choices=tuple(term for term in loss_terms.TERMS if term not in loss_terms.CLS_ONLY),
     )
     temperature: float = option(0.07, "temperature of the contrastive term")
     divisor: Literal["expected", "kept"] = option(

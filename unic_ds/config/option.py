@@ -1,4 +1,4 @@
-"""A field with its help line, and checks that name the option, what it must be and what it is."""
+"""Fields with a help line, and checks whose errors name the option, the rule and the value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDEST = 2**63 - 1
 """The largest whole number of any option: 64 bits."""
 
 SHOWN = 60
-"""Characters of a foreign name or value that a message shows."""
+"""Characters of a name or value from outside that a message shows."""
 
 
 class Section(Protocol):
@@ -34,8 +34,8 @@ def option(
 ) -> T:
     """Return a dataclass field with its help line and its largest value.
 
-    `machinery` marks an option that may differ when a run is resumed. `choices` are the built-in
-    names of a registry to which plugins may add; a Literal annotation has those of a fixed set.
+    `machinery` marks an option that may differ when a run is resumed. `choices` are its built-in
+    values, if plugins may add others; those of a fixed set are in a Literal annotation.
     """
     metadata = {"help": text, "machinery": machinery, "most": most, "choices": tuple(choices)}
     return field(default=default, metadata=metadata)
@@ -49,8 +49,8 @@ def refuse_unknown(names: Iterable[str], known: Sequence[str], remedy: str = "")
     """Raise UnknownOption for the first name that is not known, with the nearest that is."""
     for name in names:
         if name not in known:
-            said = printable(name, SHOWN)
-            raise UnknownOption(f"unknown option --{said}{nearest(said, known)}{remedy}")
+            shown = printable(name, SHOWN)
+            raise UnknownOption(f"unknown option --{shown}{nearest(shown, known)}{remedy}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -60,7 +60,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def check(holds: bool, name: str, want: str, value: object) -> None:
-    """Raise ValueError naming the option, what it must be and what it is."""
+    """Raise ValueError with the option's name, the rule and the value, unless the rule `holds`."""
     if not holds:
         raise ValueError(f"{name} must be {want}, got {printable(repr(value))}")
 

@@ -1,7 +1,7 @@
 """Dotted overrides of a Config, and its values as a plain mapping for YAML.
 
-A value's type is its field's annotation, never what it looks like; an unknown name is an error that
-names the nearest known one.
+A value's type is its field's annotation, not guessed from the text; the error for an unknown name
+suggests the nearest known one.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ RENAMED = {
     "student.checkpoint": "student.activation_checkpointing",
     "ladder.recompute": "ladder.activation_checkpointing",
 }
-"""Old name -> name of options: still read on a command line and in a file of settings."""
+"""Old name -> name of options; old names are still read on a command line and in config.yaml."""
 
 
 def coerce(annotation: Any, text: str, name: str) -> Any:
-    """The value of `text` for a field of that annotation; ValueError if it has none."""
+    """The value of `text` for a field of that annotation; ValueError if it is not legal there."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         check(text in args, name, "one of " + ", ".join(a or "''" for a in args), text)
@@ -62,8 +62,8 @@ def parse_teachers(text: str) -> tuple[Teacher, ...]:
     """Parse comma-separated `SOURCE` or `NAME=SOURCE`; a missing name is made from the source."""
     rows = []
     for part in filter(None, (p.strip() for p in text.split(","))):
-        name, given, source = part.partition("=")
-        if not given or not TEACHER_NAME.fullmatch(name):
+        name, equals, source = part.partition("=")
+        if not equals or not TEACHER_NAME.fullmatch(name):
             name, source = TeacherSource.parse(part, "--teachers").default_name, part
         rows.append(Teacher(name=name, source=source))
     return tuple(rows)
@@ -74,18 +74,18 @@ def override_all(
 ) -> Config:
     """Apply every option to `config`: coerce all of them, then build each section once.
 
-    ValueError, one sentence, for an unknown name (`others` are options of a command that are no
-    fields; the message may suggest them) and for a value that cannot be.
+    ValueError, one sentence, for an illegal value and for an unknown name; the message may suggest
+    `others`, options of a command that are not fields.
     """
     options = by_field(options)
-    given = options.pop("teachers", None)
-    rows = config.teachers if given is None else parse_teachers(given)
+    teachers = options.pop("teachers", None)
+    rows = config.teachers if teachers is None else parse_teachers(teachers)
     return build(config, options, rows, others)
 
 
 def by_field(options: Mapping[str, str]) -> dict[str, str]:
     """The options by the names of their fields; ValueError for one given under two names."""
-    names = RENAMED | {said: field for field, said in OPTION_ALIASES.items()}
+    names = RENAMED | {alias: field for field, alias in OPTION_ALIASES.items()}
     found: dict[str, str] = {}
     for name, text in options.items():
         field = names.get(name, name)
@@ -101,19 +101,19 @@ def build(
     teachers: tuple[Teacher, ...],
     others: tuple[str, ...] = (),
 ) -> Config:
-    """`config` with those teachers and with every option, by the name of its field, applied."""
+    """`config` with these teachers and these options, which have the names of their fields."""
     changes: dict[str, dict[str, Any]] = {}
     names = tuple(row.name for row in teachers)
     for path in sorted(options, key=lambda p: (p.count("."), p)):
         section, owner, key = locate(path, names, others)
         value = coerce(hints_of(owner)[key], options[path], f"--{printable(path, SHOWN)}")
         changes.setdefault(section, {})[key] = value
-    own = changes.pop("", {})
+    top_level = changes.pop("", {})
     rows = (replace(row, **changes.pop(f"teachers.{row.name}", {})) for row in teachers)
     changed: dict[str, Any] = {"teachers": tuple(rows)}
     for section, values in changes.items():
         changed[section] = replace(getattr(config, section), **values)
-    return replace(config, **changed, **own)
+    return replace(config, **changed, **top_level)
 
 
 def locate(
@@ -124,9 +124,9 @@ def locate(
     section, key = "", path
     owner: type[Section] = Config
     if head == "teachers":
-        who, _, key = rest.partition(".")
-        check_teacher(who, key, rest, teachers)
-        section, owner = f"teachers.{who}", Teacher
+        name, _, key = rest.partition(".")
+        check_teacher(name, key, rest, teachers)
+        section, owner = f"teachers.{name}", Teacher
     elif head in SECTIONS:
         default: Section = getattr(Config, head)
         section, owner, key = head, type(default), rest
@@ -141,16 +141,16 @@ def locate(
     return section, owner, key
 
 
-def check_teacher(who: str, key: str, path: str, known: tuple[str, ...]) -> None:
-    """Raise ValueError unless `teachers.WHO.KEY` names a teacher of the run and a key."""
-    if who not in known:
+def check_teacher(name: str, key: str, path: str, known: tuple[str, ...]) -> None:
+    """Raise ValueError unless `teachers.NAME.KEY` names a teacher of the run and a key."""
+    if name not in known:
         raise ValueError(
-            f"unknown teacher {printable(repr(who), SHOWN)} in"
+            f"unknown teacher {printable(repr(name), SHOWN)} in"
             f" --teachers.{printable(path, SHOWN)}; this recipe has {', '.join(known) or 'none'}"
         )
     if not key:
         names = ", ".join(f.name for f in fields(Teacher))
-        raise ValueError(f"--teachers.{who} wants a key: {names}")
+        raise ValueError(f"--teachers.{name} needs a key: {names}")
 
 
 @cache
@@ -185,7 +185,7 @@ def option_names() -> list[str]:
 
 
 def to_dict(config: Section) -> dict[str, Any]:
-    """Nested plain values, teachers by name; what `config.yaml` holds and `from_dict` reads."""
+    """Nested plain values, teachers by name: the content of `config.yaml`, read by `from_dict`."""
     plain: dict[str, Any] = {}
     for f in fields(config):
         value = getattr(config, f.name)
@@ -201,7 +201,7 @@ def to_dict(config: Section) -> dict[str, Any]:
 
 
 def from_dict(plain: dict[str, Any]) -> Config:
-    """The Config of such nested values; ValueError for unknown keys and values that cannot be."""
+    """The Config of nested plain values; ValueError for unknown keys and illegal values."""
     check_shape(plain)
     rows = plain.get("teachers", {})
     teachers = tuple(Teacher(name=k, source=str(v.get("source", ""))) for k, v in rows.items())
@@ -209,7 +209,7 @@ def from_dict(plain: dict[str, Any]) -> Config:
 
 
 def check_shape(plain: dict[str, Any], prefix: str = "") -> None:
-    """Raise ValueError if a mapping or a list stands for something else, or a value is missing."""
+    """Raise ValueError for a mapping or list in place of a value or the reverse, or no value."""
     teachers = plain.get("teachers", {}) if not prefix else {}
     if not isinstance(teachers, dict):
         raise ValueError(
@@ -273,7 +273,8 @@ def science(config: Config) -> dict[str, str]:
                 f"{section.name}.{f.name}" for f in fields(value) if f.metadata.get("machinery")
             }
     for row in config.teachers:
-        of = f"teachers.{row.name}"
-        machinery |= {f"{of}.{f.name}" for f in fields(row) if f.metadata.get("machinery")}
-    said = {k: v for k, v in flatten(to_dict(config)).items() if k not in machinery}
-    return said | {"teachers": ",".join(t.name for t in config.teachers)}  # their order decides
+        machinery |= {
+            f"teachers.{row.name}.{f.name}" for f in fields(row) if f.metadata.get("machinery")
+        }
+    texts = {k: v for k, v in flatten(to_dict(config)).items() if k not in machinery}
+    return texts | {"teachers": ",".join(t.name for t in config.teachers)}  # in their order

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """The names that registries know."""
+    """Names in the registries."""
 
     sources: Collection[str]
     terms: Collection[str]

@@ -154,8 +154,7 @@ class Run:
     extend: bool = option(
         False,
         "extend a finished or stopped run, in its --out or by --resume OLD, to more --optim.steps"
-        " or"
-        " --optim.epochs; schedules are computed for the new length",
+        " or --optim.epochs; schedules are computed for the new length",
         machinery=True,
     )
     stop_file: str = option(
@@ -191,8 +190,7 @@ class Run:
     stall_timeout: float = option(
         600.0,
         "abort if no rank makes progress for this many seconds (4x during setup, compilation,"
-        " resume"
-        " and save; 12x during evaluation); 0: off",
+        " resume and save; 12x during evaluation); 0: off",
         machinery=True,
         most=1e9,
     )

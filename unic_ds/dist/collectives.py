@@ -27,7 +27,7 @@ def barrier() -> None:
 def local_main_first() -> Iterator[None]:
     """Context manager whose body each node's first rank runs before the others.
 
-    The first one reads the disk, the others its cache.
+    The first one reads from the disk, the others from the page cache.
     """
     if local_rank() != 0:
         barrier()

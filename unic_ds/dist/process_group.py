@@ -21,13 +21,13 @@ from unic_ds.process import console, node, rendezvous
 
 TIMEOUT_S = 1800
 REFUSAL_S = 300.0
-"""Seconds that a rank of an unfit node waits for the others, to end them too."""
+"""Seconds that a rank of an unfit node waits for the others, so that all of them end."""
 READ_S = 10.0
-"""Seconds that rank 0 waits for the others to read why all end."""
+"""Seconds that rank 0 waits for the others to read the reason why all end."""
 
 
 def start(timeout_s: int | None = None) -> None:
-    """Join the process group of the launcher's environment; a lone process makes its own.
+    """Join the process group of the launcher's environment; one of one rank without a launcher.
 
     No collective waits longer than `timeout_s` (1800). node.Unfit, on all ranks, if a node lacks
     GPUs that it should have, or if the ranks' devices or software differ.
@@ -67,7 +67,7 @@ def use_gpu() -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     near = node.cores_near(local_rank(), ALLOWED)
-    if len(near) >= cores():  # threads that start from here on stay there too
+    if len(near) >= cores():  # later threads inherit the affinity
         os.sched_setaffinity(0, near)
 
 
@@ -127,7 +127,7 @@ def store_at_free_port(file: Path, timeout: timedelta) -> td.Store:
 def check_nodes(store: td.Store, facts: node.Facts, timeout: timedelta) -> None:
     """Raise node.Unfit on all ranks if their nodes cannot train together; rank 0 compares them.
 
-    A rank whose own node is unfit does not wait long for the others.
+    A rank of an unfit node waits for the others for `REFUSAL_S` only.
     """
     limit = timedelta(seconds=REFUSAL_S) if facts.fault else timeout
     try:
@@ -144,7 +144,7 @@ def check_nodes(store: td.Store, facts: node.Facts, timeout: timedelta) -> None:
         raise_unfit(facts.fault, [facts.host])
         if isinstance(error, td.DistNetworkError):
             raise RuntimeError(
-                "rank 0 ended before all ranks were connected; its own message says why"
+                "rank 0 ended before all ranks were connected; see its error message"
             ) from None
         raise TimeoutError(
             f"not all ranks started within {timeout.total_seconds():.0f} s"
@@ -168,7 +168,7 @@ def raise_unfit(message: str, nodes: Sequence[str]) -> None:
 def set_timeout(seconds: int) -> None:
     """Set one timeout for all process groups, existing and future.
 
-    Groups that DeepSpeed and FSDP make have torch's default (30 minutes with gloo beside NCCL), not
+    Groups that DeepSpeed and FSDP make have torch's default (30 minutes with gloo and NCCL), not
     that of the group of all ranks, and neither library passes a timeout on.
     """
     timeout = timedelta(seconds=seconds)

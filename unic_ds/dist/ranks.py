@@ -7,11 +7,11 @@ import os
 import torch
 
 ALLOWED = frozenset(os.sched_getaffinity(0))
-"""CPU cores that this process may use, before it is bound to those near its GPU."""
+"""CPU cores that this process may use, before its affinity is set to those near its GPU."""
 
 
 def rank() -> int:
-    """This process among all, from 0."""
+    """Number of this process among all, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -21,7 +21,7 @@ def world() -> int:
 
 
 def local_rank() -> int:
-    """This process among those of its node, from 0."""
+    """Number of this process among those of its node, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 

@@ -18,7 +18,7 @@ def shard_over_node(module: nn.Module, blocks: Sequence[nn.Module], *, offload: 
     A block's weights are gathered for its forward, the others for the module's. `offload` keeps the
     shards in the CPU's memory. Every rank of the node calls this, and then each forward.
     """
-    from torch.distributed.fsdp import (  # a second, which most commands do without
+    from torch.distributed.fsdp import (  # the import takes a second; most commands need none
         CPUOffloadPolicy,
         OffloadPolicy,
         fully_shard,
@@ -33,7 +33,7 @@ def shard_over_node(module: nn.Module, blocks: Sequence[nn.Module], *, offload: 
 
 @cache
 def node_mesh() -> DeviceMesh:
-    """Mesh of the ranks of this node; made once, for each mesh has its own communicators."""
+    """Mesh of the ranks of this node; made once, since every mesh makes new communicators."""
     inside = local_world() if world() % local_world() == 0 else world()
     shape, names = (world() // inside, inside), ("nodes", "node")
     return init_device_mesh(device().type, shape, mesh_dim_names=names)["node"]

@@ -28,9 +28,9 @@ class Agreed(NamedTuple):
 class StepVotes:
     """Decides after each step if the run stops and if it saves; the same on all ranks.
 
-    A signal to any rank stops the run, and so does a file that rank 0 finds. Rank 0 asks for a save
-    once `save_s` seconds have passed since the last (0: never). Votes are summed while the next
-    step runs, so no rank waits for them.
+    A signal to any rank stops the run, and so does a file that rank 0 finds. Rank 0 votes for a
+    save once `save_s` seconds have passed since the last (0: never). Votes are summed while the
+    next step runs, so no rank waits for them.
     """
 
     SIGNALS = interrupt.SIGNALS
@@ -38,18 +38,18 @@ class StepVotes:
     def __init__(self, *files: Path, save_s: float = 0.0):
         self.files, self.signal, self.save_s = files, 0, save_s
         self.saved_at, self.outdated = time.monotonic(), False
-        # On the CPU, and read through NumPy: neither the device nor torch is asked.
+        # On the CPU and read through NumPy, which costs less than an operator of torch.
         self.votes = torch.zeros(2)
         self.stop_save = self.votes.numpy()
         self.reduction: td.Work | None = None
         interrupt.handle(self.on_signal)
 
     def on_signal(self, number: int, _: FrameType | None) -> None:
-        """Store a signal, however often it comes.
+        """Store a signal; repeated ones change nothing.
 
-        A launcher passes on what the terminal or Slurm has sent to the ranks as well (a Ctrl-C
-        arrives as SIGINT and SIGTERM under deepspeed, as two SIGINT under torchrun): a repeated
-        signal must not end them while they save. SIGKILL and SIGQUIT (Ctrl-\\) end a rank at once.
+        A launcher forwards signals that the terminal or Slurm has sent to the ranks as well (a
+        Ctrl-C arrives as SIGINT and SIGTERM under deepspeed, as two SIGINT under torchrun): these
+        must not end a rank while it saves. SIGKILL and SIGQUIT (Ctrl-\\) end a rank at once.
         """
         if not self.signal and rank() == 0:
             name = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""Speed of an all-reduce; run as a program, of the processes that its environment describes."""
+"""Speed of an all-reduce; as a program, over the processes of the launcher's environment."""
 
 from __future__ import annotations
 

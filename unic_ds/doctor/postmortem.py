@@ -45,7 +45,7 @@ class Finding:
 
     @property
     def good(self) -> bool:
-        """True if nothing needs mending."""
+        """True if the run needs no repair."""
         resumable = not self.checkpoints or not all(self.checkpoints.values())
         return self.state not in BAD and resumable
 
@@ -79,15 +79,15 @@ def examine(out: Path, *, hashes: bool) -> Finding:
     done = [job.ended(folder) for _, folder in stages[:-1]]
     number = done.index(False) if False in done else len(done)
     cfg, folder = stages[number]
-    of = f"Stage {number + 1} of {len(stages)}: " if len(stages) > 1 else ""
+    position = f"Stage {number + 1} of {len(stages)}: " if len(stages) > 1 else ""
     step, saved = last_step(folder), checkpoint.steps_in(folder / "checkpoints")
     problems = {p.name: problem(p, hashes) for p in saved}
     history = read_events(folder)
-    state, says = state_of(folder, int(cfg.optim.steps), history)
+    state, sentence = state_of(folder, int(cfg.optim.steps), history)
     good = [name for name, wrong in problems.items() if not wrong]
     return Finding(
         state=state,
-        says=of + says,
+        says=position + sentence,
         do=advice(state, good[-1] if good else "", STOPS.get(state, "")),
         step=step,
         checkpoints=problems,
@@ -108,29 +108,29 @@ def last_step(out: Path) -> int:
 
 
 STOPS = {
-    "hung": "look after the machine that is named (its kernel's log, its disks)",
-    "failed": "mend what the message says",
+    "hung": "check the machine that is named (its kernel's log, its disks)",
+    "failed": "fix the error of the message",
 }
 
 
 def state_of(out: Path, steps: int, history: History) -> tuple[str, str]:
     """(state, sentence) of a stage of `steps` optimiser steps; 0 if they are not known."""
     step = last_step(out)
-    of = f"{step} of {steps}" if steps else str(step)
+    progress = f"{step} of {steps}" if steps else str(step)
     if job.ended(out):
         return "finished", f"It trained {step} steps and exported its student."
     ranks = last_start(out)
     if is_locked(out) or any(is_running(out, row) for row in ranks):
         written = (out / "log.jsonl").stat().st_mtime if step else time.time()
-        return "running", f"Step {of} was logged {max(0, time.time() - written):.0f} s ago."
+        return "running", f"Step {progress} was logged {max(0, time.time() - written):.0f} s ago."
     if not ranks:
-        return ("stopped", f"It was asked to stop, and did after step {of}.") if step else NOT_BEGUN
+        return ("stopped", f"It stopped on request after step {progress}.") if step else NOT_BEGUN
     verdict = out / heartbeat.FOLDER / f"verdict_{ranks[0].start}.json"
     if verdict.exists() and history.hung:
-        return "hung", f"At step {of}: {history.hung}."
+        return "hung", f"At step {progress}: {history.hung}."
     if failed := [row for row in ranks if row.error]:
         rank, phase, error = map(printable, (failed[0].label, failed[0].phase, failed[0].error))
-        return "failed", f"{rank} failed in phase '{phase}' of step {of}: {error}"
+        return "failed", f"{rank} failed in phase '{phase}' of step {progress}: {error}"
     last = max(ranks, key=lambda row: row.time)
     return "killed", (
         f"All ranks ended without an error message; {printable(last.label)} was last in phase"
@@ -277,6 +277,6 @@ def notes(out: Path, stops: list[Path], history: History) -> list[str]:
                 f"{free / 1e9:.1f} GB are free, a checkpoint has {size / 1e9:.1f}: free some"
             )
     if stacks := sorted((out / heartbeat.FOLDER).glob("stacks_*.txt")):
-        where = printable(stacks[0].parent)
-        found.append(f"stacks of each rank's threads: {where}/stacks_*.txt")
+        folder = printable(stacks[0].parent)
+        found.append(f"stacks of each rank's threads: {folder}/stacks_*.txt")
     return found

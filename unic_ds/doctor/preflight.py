@@ -82,8 +82,8 @@ def check_all_ranks(run: IntendedRun) -> list[CheckResult]:
         dist.start()
     except node.Unfit as error:  # no rank could wait for another
         return [*check_this_node(run), failure("ranks", error)] if dist.rank() == 0 else []
-    mine = list(check_this_node(run)) if dist.local_rank() == 0 else []
-    results = [result for part in dist.all_gather_objects(mine) for result in part]
+    local = list(check_this_node(run)) if dist.local_rank() == 0 else []
+    results = [result for part in dist.all_gather_objects(local) for result in part]
     dist.barrier()
     clocks = dist.all_gather_objects(time.time())
     spread = max(clocks) - min(clocks)
@@ -120,7 +120,7 @@ def result_of(name: str, result: str, *, remedy: str = "", state: str = OK) -> C
 
 
 def check_gpus(name: str, run: IntendedRun) -> CheckResult:
-    """Check that torch sees a GPU for each rank of the node."""
+    """Check that torch has a GPU for each rank of the node."""
     if problem := node.fault(dist.local_world()):
         raise RuntimeError(problem)
     if not torch.cuda.is_available():
@@ -156,7 +156,7 @@ def check_kernels(name: str, run: IntendedRun) -> CheckResult:
             " python3-dev); --kernels reference does without"
         ) from error
     if not agrees:
-        raise RuntimeError("a kernel's sums are wrong; run with --kernels reference, and tell us")
+        raise RuntimeError("a kernel's sums are wrong; run with --kernels reference, and report it")
     return result_of(name, "Triton compiles and computes")
 
 
@@ -189,7 +189,7 @@ def check_disk_speed(name: str, run: IntendedRun) -> CheckResult:
         os.fsync(file.fileno())
         speed = WRITTEN_MB * 1.048576 / (time.monotonic() - start)
     slow = speed < SLOW_MB_S
-    remedy = "put --out on a faster file system, or save more rarely (--run.save_minutes)"
+    remedy = "put --out on a faster file system, or save less often (--run.save_minutes)"
     text = f"{speed:.0f} MB/s in {run.disk}"
     return result_of(name, text, remedy=remedy if slow else "", state=WARNING if slow else OK)
 
@@ -230,7 +230,7 @@ def check_images(name: str, run: IntendedRun) -> CheckResult:
     cfg = run.cfg
     if not cfg.data.train:
         return result_of(name, "not checked", remedy="give --data.train DIR", state=WARNING)
-    with redirect_stdout(sys.stderr):  # what a scan prints is no part of a table or of JSON
+    with redirect_stdout(sys.stderr):  # lines of a scan do not belong in a table or in JSON
         source, val = setup.scan(cfg)
     text = f"{len(source)} images, {data.backend(cfg.data)} decodes{decoding_speed(cfg, source)}"
     if not cfg.eval.on or val is None:
@@ -244,7 +244,7 @@ def check_images(name: str, run: IntendedRun) -> CheckResult:
 
 
 def decoding_speed(cfg: Config, source: data.Source) -> str:
-    """` N a second` of a few images; empty if they are too few to say."""
+    """` N a second`, measured on a few images; empty if they are too few."""
     chosen_N = np.linspace(0, len(source) - 1, min(IMAGES, len(source))).astype(np.int64)
     batches = data.passes(
         source,

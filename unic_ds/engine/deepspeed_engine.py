@@ -34,7 +34,7 @@ def partitioned(make: Callable[[], Module], settings: DeepSpeedSettings) -> Modu
     if settings.stage < 3:
         return make()
     deepspeed = load_deepspeed()
-    # Before DeepSpeed knows of the ranks, zero.Init takes the settings to be one rank's.
+    # Until DeepSpeed is initialised, zero.Init assumes one rank.
     backend = deepspeed.accelerator.get_accelerator().communication_backend_name()
     deepspeed.init_distributed(backend, dist_init_required=False)
     init: Any = deepspeed.zero.Init
@@ -91,14 +91,14 @@ def build(student: Module, cfg: config.Optim, settings: DeepSpeedSettings) -> En
     if F.linear is not linear:
         use_zero3_linear_in_student_only(student, F.linear)
         F.linear = linear
-    optimizer.state.clear()  # under ZeRO-0 in bf16 DeepSpeed took a step of zero gradients
+    optimizer.state.clear()  # under ZeRO-0 in bf16 DeepSpeed has taken a step of zero gradients
     mask_norm_on_device()
     wait_on_device(engine.optimizer, deepspeed.accelerator.get_accelerator())
     return engine
 
 
 def wait_on_device(optimizer: Any, accelerator: Any) -> None:
-    """Make streams wait for each other where DeepSpeed makes the host wait for the device.
+    """Replace DeepSpeed's waits of the host for the device by waits between streams.
 
     After each backward DeepSpeed 0.19.8 stops the host until the gradients are reduced: ZeRO-1 and
     2 with `overlap_comm` for the whole device, ZeRO-3 for its reduction stream, and at the end of
@@ -107,10 +107,10 @@ def wait_on_device(optimizer: Any, accelerator: Any) -> None:
     - Accumulation, norm and AdamW are queued on the current stream, after its wait.
     - Buckets and gradients freed afterwards were allocated on the current stream, which reuses
       their memory after its wait; the allocator holds what was given to `record_stream`.
-    - Memory that the reduction stream allocated is reused by that stream, after its own wait for
+    - Memory that the reduction stream allocated is reused by that stream, after it has waited for
       the stream that fills the next bucket.
     - ZeRO-3's gathers read what AdamW wrote, so their stream waits for the current one. DeepSpeed
-      leaves that to the wait for the device, which it omits where no parameter is persistent.
+      leaves that to the wait for the device, which it omits if no parameter is persistent.
 
     Under offload the CPU reads gradients, so the host has to wait. A CPU has no streams, and an
     optimiser without these names is of another version: both stay as they are.
@@ -143,11 +143,11 @@ def queue_waits(optimizer: Any, name: str, accelerator: Any, stream: Any) -> Non
         stream.wait_stream(current)  # in ZeRO-1 and 2 a bucket may be full and not reduced yet
         current.wait_stream(stream)
 
-    def without_host_waits(*given: object) -> None:
+    def without_host_waits(*args: object) -> None:
         for owner in (accelerator, stream):
             owner.synchronize = wait_mutually
         try:
-            method(*given)
+            method(*args)
             wait_mutually()
         finally:
             for owner in (accelerator, stream):
@@ -185,7 +185,7 @@ def adamw(groups: list[dict[str, Any]], cfg: config.Optim) -> torch.optim.AdamW:
 
 
 def use_zero3_linear_in_student_only(student: nn.Module, linear: Callable[..., Tensor]) -> None:
-    """Use the `linear` of ZeRO-3 in the student's Linears, and nowhere else in this process.
+    """Use the `linear` of ZeRO-3 in the student's Linears only.
 
     DeepSpeed replaces `F.linear` globally by one that keeps no gathered weight. In bf16 it rounds
     before it adds the bias, so frozen teachers would give other targets than under ZeRO-2.
@@ -271,8 +271,8 @@ def state_copies(engine: Engine[nn.Module]) -> int:
 def set_found_inf(engine: Engine[nn.Module], found_inf: Callable[[Tensor | float], Tensor]) -> None:
     """Make the optimiser skip the steps for which `found_inf` returns 1 on the device, not 0.
 
-    It gets the gradient's norm over all ranks. Under most settings DeepSpeed itself refuses
-    gradients that are not finite; then it is not called.
+    Its argument is the gradient's norm over all ranks. Under most settings DeepSpeed itself rejects
+    gradients that are not finite, and `found_inf` is not called.
     """
     outer, inner = engine.optimizer, engine.basic_optimizer
 

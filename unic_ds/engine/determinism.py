@@ -1,4 +1,4 @@
-"""Deterministic kernels, by which a run on a GPU repeats itself bit for bit.
+"""Deterministic kernels, with which a run on a GPU is reproducible bit for bit.
 
 A CPU's kernels are deterministic anyway. On a GPU torch chooses, among others, cuDNN's attention,
 whose backward adds in an order that differs from one run to the next.
@@ -19,22 +19,22 @@ REFUSED = " does not have a deterministic implementation"
 """Follows the name of an operation in torch's message about refusing it."""
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 FIXED = ":4096:8", ":16:8"
-"""Values of it with which cuBLAS adds in one order."""
+"""Values of the variable with which cuBLAS is deterministic."""
 
 
 def choose(on: bool) -> None:
     """Let torch use deterministic kernels only, or any; call it before CUDA and the ranks start.
 
     Flash and memory-efficient attention have a deterministic backward in this mode, cuDNN's has
-    none. NCCL's reductions in the switch (NVLS) are left out by torch if the mode is on when a
-    group is made. ValueError if the environment tells cuBLAS otherwise.
+    none. If the mode is on when a process group is made, torch disables NCCL's reductions in the
+    switch (NVLS). ValueError if the environment sets cuBLAS to another mode.
     """
     if on == torch.are_deterministic_algorithms_enabled():
         return
     if on:
-        if (given := os.environ.setdefault(WORKSPACE, FIXED[0])) not in FIXED:
+        if (value := os.environ.setdefault(WORKSPACE, FIXED[0])) not in FIXED:
             raise ValueError(
-                f"{WORKSPACE} is {printable(repr(given))}, with which cuBLAS is not deterministic;"
+                f"{WORKSPACE} is {printable(repr(value))}, with which cuBLAS is not deterministic;"
                 f" unset it, or set it to {FIXED[0]}, or leave out --run.deterministic"
             )
         torch.backends.cudnn.benchmark = False

@@ -1,7 +1,7 @@
 """AdamW that keeps an exponential moving average of the weights it trains.
 
 After every step `average <- decay * average + (1 - decay) * weight`, from the weights before the
-first step. The average is optimiser state beside the two moments: DeepSpeed partitions it as it
+first step. The average is optimiser state, like the two moments: DeepSpeed partitions it as it
 partitions the fp32 masters, and saves and loads it with them.
 """
 

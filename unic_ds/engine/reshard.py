@@ -1,4 +1,4 @@
-"""Load a checkpoint of another number of ranks or ZeRO stage: gather its shards, shard anew."""
+"""Load a checkpoint of another number of ranks or ZeRO stage: gather its shards, shard again."""
 
 from __future__ import annotations
 

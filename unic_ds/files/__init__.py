@@ -1,7 +1,7 @@
-"""Bounded reads of files from outside, atomic writes of our own, and paths. Stdlib only.
+"""Bounded reads of files from outside, atomic writes, and paths. Stdlib only.
 
-A path from a list or a folder may name a device, a pipe that nobody writes to, or more bytes than
-there is memory.
+A path from a list or a folder may name a device, a pipe without a writer, or a file larger than
+memory.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def read_text(path: Path | str, limit: int = TEXT_LIMIT) -> str:
 
 
 def encodable(path: Path) -> Path:
-    """Path to the same existing file or folder, for libraries that take only UTF-8 paths.
+    """Path to the same existing file or folder, for libraries that accept only UTF-8 paths.
 
     It is valid until this process exits. A file keeps its suffix, by which formats are recognised.
     """
@@ -94,7 +94,7 @@ def is_utf8(text: str) -> bool:
 def write_atomic(file: Path, text: str, errors: str = "backslashreplace") -> None:
     """Write `text` in UTF-8 atomically: a reader sees the old or the new content, never a part.
 
-    Bytes of a path that are not UTF-8 become escapes, unless `errors` says otherwise.
+    Bytes of a path that are not UTF-8 become escapes; `errors` is that of `str.encode`.
     """
     with open_atomic(file) as stream:
         stream.write(text.encode("utf-8", errors))
@@ -104,9 +104,9 @@ def write_atomic(file: Path, text: str, errors: str = "backslashreplace") -> Non
 def open_atomic(file: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     """Context manager of a temporary file that replaces `file` at its end, unless it fails.
 
-    The temporary file lies beside `file` under a random name, and must not exist before: in a
-    folder that others may write, it could be their link. With `sync` it is on the disk before it is
-    renamed, so that a power cut leaves the old or the new content.
+    The temporary file is in the same folder under a random name, and must not exist before: in a
+    folder that others may write to, it could be their link. With `sync` it is on the disk before it
+    is renamed, so that a power cut leaves the old or the new content.
     """
     part = file.with_name(f".{file.name[:200]}.{os.urandom(8).hex()}.part")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -136,11 +136,11 @@ def replace_folder(new: Path, old: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Rename a folder to `.NAME.removed`, then delete it: a kill never leaves a part of it as NAME.
 
-    The next call for the same folder deletes what a kill has left.
+    The next call for the same folder deletes the remains of one that was killed.
     """
-    gone = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(gone, ignore_errors=True)
-    shutil.rmtree(folder.rename(gone))
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    shutil.rmtree(folder.rename(removed))
 
 
 def nearest_existing(path: Path) -> Path:
@@ -159,8 +159,8 @@ def cache_root() -> Path:
 
     ValueError if the user has no home.
     """
-    if given := os.environ.get("UNIC_DS_CACHE"):
-        return Path(given)
+    if root := os.environ.get("UNIC_DS_CACHE"):
+        return Path(root)
     try:
         return Path.home() / ".cache" / "unic_ds"
     except RuntimeError as error:  # a user without an entry in passwd, as in a container
@@ -170,7 +170,7 @@ def cache_root() -> Path:
 
 
 def apply_umask(file: Path) -> None:
-    """Set a file's mode by the umask: safetensors writes files that only their owner may read."""
+    """Set a file's mode by the umask, since safetensors writes files for their owner only."""
     status = Path("/proc/self/status").read_text()
     found = re.search(r"^Umask:\s*([0-7]+)", status, re.M)
     assert found, "Linux 4.7 and later report the umask"

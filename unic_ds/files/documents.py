@@ -41,8 +41,8 @@ def read_yaml(file: Path) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f" in line {mark.line + 1}" if mark else ""
-        said = ", ".join(filter(None, (error.context, error.problem)))
-        raise ValueError(printable(said + at)) from None
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        raise ValueError(printable(problem + at)) from None
     except yaml.YAMLError as error:
         raise ValueError(printable(" ".join(str(error).split()))) from None
 
@@ -103,11 +103,11 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         self.count += 1
         if isinstance(event, yaml.AliasEvent):
-            _refuse(event, f"an alias, *{event.anchor}, which settings do without,")
+            _refuse(event, f"an alias, *{event.anchor}, which settings may not have,")
         if self.level >= DEPTH or self.count > VALUES:
             _refuse(event, f"more than {DEPTH} levels or {VALUES:,} values")
         if event.tag:
-            _refuse(event, f"a tag, {event.tag}, which settings do without,")
+            _refuse(event, f"a tag, {event.tag}, which settings may not have,")
         self.level += 1
         node = super().compose_node(parent, index)
         self.level -= 1
@@ -123,7 +123,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                _refuse(key, "a key that is no word")
+                _refuse(key, "a key that is not plain text")
             if key.value in seen:
                 _refuse(key, f"the key {printable(key.value)!r} a second time")
             seen.add(key.value)
@@ -141,7 +141,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found: dict[str, object] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {printable(key)!r} is there twice")
+            raise ValueError(f"the key {printable(key)!r} is given twice")
         found[key] = value
     return found
 

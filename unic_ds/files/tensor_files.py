@@ -24,13 +24,14 @@ from unic_ds.files import apply_umask, encodable, open_regular
 from unic_ds.files.printable import printable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Types of weights; float8 and integers mean nothing without their scales."""
+"""Types of weights; float8 and integers need scales, which files do not have."""
 DIRECTORY_LIMIT = 16 << 20
 """Bytes of the largest safetensors header, and of the largest pickle of a torch file."""
 COUNT_LIMIT = 20_000
 """Tensors of the largest file; the largest models have some thousands."""
 CLAIM = 4
-"""Largest ratio of the size of tensors to that of their file: tied weights are stored once."""
+"""Largest ratio of the size of tensors to that of their file; above 1, since tied weights are
+stored once."""
 ZIP = b"PK\x03\x04"
 
 
@@ -120,8 +121,8 @@ def unpickle(
     """Content of a file of torch.save, on the CPU, and memory-mapped if it is a zip archive.
 
     Torch's restricted unpickler reads it, which only calls functions that rebuild tensors; a class
-    of `admitted` replaces the global of that name in the pickle. `checksums` compares those of the
-    whole file. ValueError names the global that a file is refused for, or the fault of the file.
+    of `admitted` replaces the global of that name in the pickle. `checksums` verifies those of all
+    parts. ValueError names the global that is not allowed, or the fault of the file.
     """
     try:
         with open_regular(path) as file:
@@ -186,7 +187,7 @@ def check_sizes(parts: list[zipfile.ZipInfo], size: int) -> None:
 
 
 def refuse_oversized(path: Path, tensors: Iterable[Tensor]) -> None:
-    """ValueError for tensors that are far larger than their file."""
+    """ValueError for tensors that are more than `CLAIM` times as large as their file."""
     claimed, size = sum(x.numel() * x.element_size() for x in tensors), path.stat().st_size
     if claimed > CLAIM * size:
         raise ValueError(f"{str(path)!r} claims {claimed} bytes of tensors in {size}")

@@ -61,9 +61,9 @@ class Balancer(nn.Module):
 class Dropping(Balancer):
     """Teacher dropping, by image or by step.
 
-    `loss.divisor`: `expected` is B (1 + (T - 1)(1 - p)), linear in the images, so ranks and
-    accumulation cannot move the answer; `kept` is the number of kept pairs, as in the
-    authors' code, which depends on how a batch is split.
+    `loss.divisor`: `expected` is B (1 + (T - 1)(1 - p)), linear in the images, so that the loss
+    does not depend on ranks and accumulation; `kept` is the number of kept pairs, as in the
+    authors' code, which depends on them.
     """
 
     def __init__(self, weight_T: Tensor, drop: config.Drop, divisor: Divisor, ops: Ops = FUSED):
@@ -118,7 +118,7 @@ class AdaLoss(Balancer):
         mean_T = (loss_T / images_T.clamp(min=1)).float()
         moved_T = self.momentum * self.running_T + (1 - self.momentum) * mean_T
         moved_T = torch.where(self.running_T > 0, moved_T, mean_T)
-        # A step that is not finite is skipped; it may not poison the weights either.
+        # A skipped step whose loss is not finite must not change the weights either.
         usable = moved_T.isfinite().all()
         usable = usable if taken is None else usable & taken
         self.running_T.copy_(torch.where(usable, moved_T, self.running_T))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 AllGather = Callable[[Tensor], tuple[Tensor, int]]
-"""CLS targets of this rank -> those of all ranks in rank order, and where this rank's begin."""
+"""CLS targets of this rank -> (those of all ranks in rank order, offset of this rank's)."""
 
 
 class Context(NamedTuple):

@@ -19,9 +19,7 @@ from unic_ds.tokens import Tokens, split_prefix
 
 T = TypeVar("T")
 
-NO_REGISTERS = (
-    "student.registers {} cannot be had of {!r}; leave it -1, or choose a plain vit_ model"
-)
+NO_REGISTERS = "student.registers {} does not fit {!r}; leave it -1, or choose a plain vit_ model"
 NOT_PLAIN = "student.model {!r} is not a plain ViT; choose one of timm's vit_ models"
 
 
@@ -40,8 +38,8 @@ def attention_heads(encoder: VisionTransformer) -> int:
 def build_encoder(cfg: config.Student) -> VisionTransformer:
     """A timm ViT without a head at `cfg.size`.
 
-    ValueError for what timm does not have, for what is not a plain ViT, and for a size or registers
-    that the model does not take.
+    ValueError for a name that timm does not have, for any model but a plain ViT, and for a size or
+    registers that the model does not take.
     """
     check_plain(cfg.model, cfg.size, cfg.registers)
     return create(cfg)
@@ -130,8 +128,8 @@ def registers_of(encoder: VisionTransformer) -> int:
 def assert_plain(encoder: VisionTransformer, size: int) -> None:
     """AssertionError, or an error of the model's own, unless it can be a student at `size` px.
 
-    Its blocks give a square grid of patch tokens and a prefix, and its state is parameters alone,
-    which are what an export has.
+    Its blocks give a square grid of patch tokens and a prefix, and its state has no buffers, which
+    an export would lack.
     """
     image_B3HW, blocks = torch.empty(2, 3, size, size, device="meta"), range(len(encoder.blocks))
     (rows, columns), width = encoder.patch_embed.grid_size, encoder.embed_dim

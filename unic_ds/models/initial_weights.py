@@ -14,9 +14,9 @@ from unic_ds import rng
 def initialise(weights: Mapping[str, Tensor], seed: int) -> None:
     """Give every weight its initial value, a function of (seed, name) on any rank and stage.
 
-    Weights and position embeddings: normal of std 0.02, of which timm's cut at -2 and 2 takes
-    nothing; CLS and register tokens: std 1e-6; biases 0; norms and layer scales stay at the
-    constants they were built with. All are drawn on the CPU and in fp32: under ZeRO-3 a weight is
+    Weights and position embeddings: normal of std 0.02, for which timm's truncation at -2 and 2 has
+    no effect; CLS and register tokens: std 1e-6; biases 0; norms and layer scales keep the
+    constants that they were built with. All are drawn on the CPU in fp32: under ZeRO-3 a weight is
     in bf16 on its GPU, whose generator draws other values. torch's trunc_normal_ is not used, since
     before 2.14 it draws other values, and in bf16 weights of -2 and 2.
     """

@@ -22,17 +22,17 @@ FREE = ("prim.", "empty", "_unsafe_view", "detach", "lift_fresh", "_local_scalar
 
 
 class LiveMemory(TorchDispatchMode):
-    """Bytes of the storages that operators allocate: live now, and at most; not those `given`."""
+    """Bytes of the storages that operators allocate: live now, and at most; not of `inputs`."""
 
-    def __init__(self, given: Iterable[Tensor]) -> None:
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.known = {tensor.untyped_storage()._cdata for tensor in given}
+        self.known = {tensor.untyped_storage()._cdata for tensor in inputs}
         self.collects = gc.isenabled()
 
     def __enter__(self) -> Self:
         # Garbage in reference cycles must not count, or a peak would depend on when the collector
-        # runs. So it runs only when a peak grows, and looks at objects made since now.
+        # runs. So it runs only when a peak grows, on objects made from here on.
         gc.disable()
         gc.freeze()
         return super().__enter__()
@@ -112,8 +112,8 @@ class Meter(LiveMemory):
     does not make and writes those that outlive it; temporaries stay in registers.
     """
 
-    def __init__(self, given: Iterable[Tensor]) -> None:
-        super().__init__(given)
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
+        super().__init__(inputs)
         self.formulas = flop_counter().flop_registry
         self.counted = dict.fromkeys(Work.__dataclass_fields__, 0.0)
         self.row_reads: dict[int, int] = {}
@@ -158,13 +158,13 @@ class Meter(LiveMemory):
             self.counted[kind] += formula(*args, **kwargs, out_val=found) if formula else 0
             return
         read = tensors((args[1:] if overwrites(func) else args, kwargs))
-        for own, values in ((self.row_reads, read), (self.row_makes, tensors(found))):
+        for row, values in ((self.row_reads, read), (self.row_makes, tensors(found))):
             for x in values:
                 storage, nbytes = x.untyped_storage(), distinct_bytes(x)
                 key = storage._cdata
                 self.counted["moved"] += nbytes
-                if own is self.row_makes or key not in self.row_makes:
-                    own[key] = min(own.get(key, 0) + nbytes, storage.nbytes())
+                if row is self.row_makes or key not in self.row_makes:
+                    row[key] = min(row.get(key, 0) + nbytes, storage.nbytes())
 
     def end_row(self) -> None:
         """End a row of operators that one kernel would fuse."""

@@ -165,13 +165,13 @@ def flops_per_image(cfg: config.Config, traced: Trace, stage: int) -> dict[str, 
     per = {name: value / traced.images for name, value in traced.flops.items()}
     teachers = sum(value for name, value in per.items() if name.startswith("teacher "))
     forward, ladder = per["encoder forward"], per["ladder forward"]
-    own = traced.work["ladder forward"].ladder / traced.images  # by kernels that skip
+    skipping = traced.work["ladder forward"].ladder / traced.images  # of kernels that skip pairs
     again = 3 * step_time.RECOMPUTE_ALL if cfg.ladder.activation_checkpointing == "all" else 0.0
     return {
         "teachers": teachers,
         "encoder": 3 * forward,
-        "ladder": 3 * ladder - 2 * own * (1 - step_time.kept_share(cfg)),
-        "recomputation": recomputed(traced, stage) / traced.images + again * own,
+        "ladder": 3 * ladder - 2 * skipping * (1 - step_time.kept_share(cfg)),
+        "recomputation": recomputed(traced, stage) / traced.images + again * skipping,
     }
 
 
@@ -214,12 +214,12 @@ def exposed(
     weights after the step, without overlap. ZeRO-1 reduces gradients in the last backward only.
     """
     stage = settings.stage
-    beside, after = (gradients + weights, 0.0) if stage == 3 else (gradients, weights)
+    during, after = (gradients + weights, 0.0) if stage == 3 else (gradients, weights)
     if stage < 2:
         backward /= settings.accumulation
     if stage and settings.overlap_comm:
-        beside = max(last * gradients, beside - overlap * backward)
-    return beside + after
+        during = max(last * gradients, during - overlap * backward)
+    return during + after
 
 
 def last_bucket(settings: DeepSpeedSettings, traced: Trace) -> float:
@@ -282,10 +282,10 @@ def step_seconds(
     kernels = step_time.kernels(cfg, traced, gpu, rate, recomputed(traced, stage))
     all_of: dict[str, float] = dict.fromkeys(BUSY, 0.0)
     moved = dict(all_of)
-    for name, own in kernels.items():
+    for name, kernel in kernels.items():
         part = name.partition(" ")[0]
-        all_of[part] += accumulation * own.all
-        moved[part] += accumulation * own.moved
+        all_of[part] += accumulation * kernel.all
+        moved[part] += accumulation * kernel.moved
     backward = accumulation * (kernels["encoder backward"].all + kernels["ladder backward"].all)
     gradients, weights = (
         nbytes / speed(gpu, gpus, rate) for nbytes in traffic(settings, traced, gpus, accumulation)

@@ -45,8 +45,8 @@ class Gpu:
 class Efficiency:
     """Fractions of a GPU's peaks that kernels reach with large micro batches.
 
-    They are assumed until measured. `teachers` or `student`, a measured fraction of the peak over
-    all of its kernels, replaces `matmul`, `attention` and `memory` there.
+    They are assumed until measured. `teachers` and `student` are measured fractions of the peak
+    over all kernels of these models, and replace `matmul`, `attention` and `memory` for them.
     """
 
     matmul: float = 0.657  # products: 650 of an H100's 989 TFLOP/s
@@ -113,30 +113,31 @@ def get(name: str) -> Gpu:
     """
     if Path(name).suffix in (".yaml", ".yml"):
         return read(Path(name))
-    meant = [name] if name in GPUS else [known for known in GPUS if known.startswith(name)]
-    if len(meant) != 1:
+    matches = [name] if name in GPUS else [known for known in GPUS if known.startswith(name)]
+    if len(matches) != 1:
         known = list(GPUS)
         raise ValueError(
             f"--gpu {name!r} is not known{nearest(name, known)}; there are {', '.join(known)}, or"
             " name a .yaml file"
         )
-    return GPUS[meant[0]]
+    return GPUS[matches[0]]
 
 
 def read(file: Path) -> Gpu:
     """A GPU described in YAML."""
     try:
-        said = read_yaml(file)
+        plain = read_yaml(file)
     except ValueError as error:
         raise ValueError(f"--gpu {str(file)!r} cannot be read ({error})") from None
-    may = ("name", "host_gb_s", "per_node")
-    wanted = [field.name for field in fields(Gpu) if field.name not in may]
-    if not isinstance(said, dict) or set(said) - set(may) != set(wanted):
+    optional = ("name", "host_gb_s", "per_node")
+    required = [field.name for field in fields(Gpu) if field.name not in optional]
+    if not isinstance(plain, dict) or set(plain) - set(optional) != set(required):
         raise ValueError(
-            f"--gpu {str(file)!r} must say {', '.join(wanted)}, and may say {', '.join(may[1:])}"
+            f"--gpu {str(file)!r} must have {', '.join(required)}, and may have"
+            f" {', '.join(optional[1:])}"
         )
-    numbers: dict[str, Any] = {"name": file.stem} | said
-    return Gpu(**numbers)
+    values: dict[str, Any] = {"name": file.stem} | plain
+    return Gpu(**values)
 
 
 def peak_tflops(device: str) -> float | None:

@@ -15,7 +15,8 @@ from unic_ds.planning.trace import between, trace
 MICRO = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CHECKPOINTS = ("none", "every:2", "full")
 FEW, MANY = 8, 64
-"""Micro batches that a search traces: peaks grow faster at large ones."""
+"""Micro batches that a search traces; others are on the line through them, since peaks grow
+faster at large ones."""
 
 
 def plan_stages(
@@ -83,7 +84,7 @@ def candidates(cfg: Config, file: dict[str, Any], gpus: int) -> list[tuple[int, 
 
 
 def placements(cfg: Config) -> list[Literal["", "shard", "offload"]]:
-    """Placements of all teachers' weights to try; the empty one is the run's own."""
+    """Placements of all teachers' weights to try; empty: those of the Config."""
     movable = not any(row.quantised or row.channels_last for row in cfg.teachers)
     return ["", "shard", "offload"] if movable else [""]
 
@@ -102,6 +103,6 @@ def with_zero_stage(
     if offload:
         zero |= {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
     made = file | {"train_micro_batch_size_per_gpu": micro, "zero_optimization": zero}
-    if stage < 2:  # DeepSpeed refuses it there
+    if stage < 2:  # DeepSpeed refuses data_types below ZeRO-2
         made.pop("data_types", None)
     return made

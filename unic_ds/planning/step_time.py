@@ -1,9 +1,9 @@
 """Estimates the time of a step's kernels on a GPU, and of Python to launch them, from counts.
 
-    products, attention, the ladder's kernels    FLOPs over shares of the GPU's peak
-    all other kernels                            bytes read and written over a share of its memory's
+    products, attention, the ladder's kernels    FLOPs / a fraction of the GPU's peak
+    all other kernels                            bytes moved / a fraction of the memory bandwidth
     DALI's kernels                               pixels decoded, and bytes as above
-    host                                         operators, hooks and the step at a cost each
+    host                                         a constant cost per operator, hook and step
 
 `planning.trace` counts FLOPs, bytes and operators; `gpus.Efficiency` and the constants below are
 their rates. A step takes as long as the slower of GPU and host.
@@ -22,7 +22,7 @@ from unic_ds.planning.trace import Trace
 
 HALF = 300
 """Patch tokens of a micro batch at which kernels reach half their rate; assumed. Of 2,304 tokens,
-tiles of 128 x 128 fill 132 multiprocessors 1.6 to 4.4 times: the last turn leaves 10-20 % idle."""
+tiles of 128 x 128 fill 132 multiprocessors 1.6 to 4.4 times: the last wave leaves 10-20 % idle."""
 RECOMPUTE_ALL = 0.16  # of the ladder's FLOPs (kernels/README.md)
 
 PIXELS = 500 * 375  # of a training image, as ImageNet's are
@@ -61,7 +61,8 @@ def of_work(
     if share is not None:
         return Seconds(work.flops / (peak * share), 0.0)
     rates = ((work.matmul, rate.matmul), (work.attention, rate.attention))
-    products = sum(flops / (peak * own) for flops, own in (*rates, (work.ladder, rate.ladder)))
+    pairs = (*rates, (work.ladder, rate.ladder))
+    products = sum(flops / (peak * fraction) for flops, fraction in pairs)
     moved = work.moved_fused if fused else work.moved
     return Seconds(products, moved / (gpu.memory_gb_s * 1e9 * rate.memory))
 
@@ -78,11 +79,11 @@ def kernels(
     """Seconds of a micro batch's kernels by part; `recomputed` FLOPs of the encoder run twice."""
     tokens, work = traced.images * traced.tokens, traced.work
     compiled, student = cfg.run.compiles("student"), rate.student
-    named = [own for name, own in work.items() if name.startswith("teacher ")]
-    teachers = reduce(lambda a, b: a.combine(lambda x, y: x + y, b), named, Work())
+    each = [found for name, found in work.items() if name.startswith("teacher ")]
+    teachers = reduce(lambda a, b: a.combine(lambda x, y: x + y, b), each, Work())
     forward, ladder = work["encoder forward"], work["ladder forward"].ladder
-    # The ladder's own backward skips what is dropped; plain torch's is counted as it is.
-    done = work["ladder backward"].combine(max, Work(ladder=2 * kept_share(cfg) * ladder))
+    # The fused ladder's backward skips dropped pairs; that of plain torch is counted in full.
+    backward = work["ladder backward"].combine(max, Work(ladder=2 * kept_share(cfg) * ladder))
     again = forward.times(recomputed / forward.flops)
     if cfg.ladder.activation_checkpointing == "all":
         again = again.combine(max, Work(ladder=3 * RECOMPUTE_ALL * ladder))
@@ -94,20 +95,20 @@ def kernels(
             work["encoder backward"], gpu, rate, fused=compiled, share=student
         ),
         "ladder forward": of_work(work["ladder forward"], gpu, rate),
-        "ladder backward": of_work(done, gpu, rate),
+        "ladder backward": of_work(backward, gpu, rate),
         "recomputation": of_work(again, gpu, rate, fused=compiled, share=student),
     }
     slower = (tokens + HALF) / tokens
-    return {part: Seconds(*(slower * x for x in own)) for part, own in found.items()}
+    return {part: Seconds(*(slower * x for x in pair)) for part, pair in found.items()}
 
 
 def dali(cfg: config.Config, traced: Trace, gpu: Gpu, rate: Efficiency) -> float:
     """Seconds of DALI's kernels for a micro batch, which share the GPU with the step's.
 
-    Decoding by pixels; resizing reads the crop and writes an fp32 image half done; colour, blur
-    and solarisation read and write images of bytes, blur an fp32 one between its passes.
+    Decoding costs time per pixel. Resizing reads the crop, and writes and reads an fp32 image
+    between its two passes, as blur does; colour, blur and solarisation read and write uint8 images.
     """
-    if cfg.data.backend == "torch":  # which decodes on the CPU
+    if cfg.data.backend == "torch":  # it decodes on the CPU
         return 0.0
     crop = PIXELS * (1 + cfg.data.crop_min) / 2
     nbytes = 0.0
@@ -128,16 +129,16 @@ def host(
 
     def operators(names: list[str], what: str) -> float:
         fused = cfg.run.compiles(what)
-        own = (traced.work[name] for name in names)
-        return sum(work.launches_fused if fused else work.launches for work in own)
+        works = (traced.work[name] for name in names)
+        return sum(work.launches_fused if fused else work.launches for work in works)
 
-    named = [name for name in traced.work if name.startswith("teacher ")]
+    teachers = [name for name in traced.work if name.startswith("teacher ")]
     ladder = {way: traced.work[f"ladder {way}"].launches for way in ("forward", "backward")}
     encoder = operators(["encoder forward"], "student")
     again = encoder * recomputed / traced.work["encoder forward"].flops
     backward = operators(["encoder backward"], "student") + ladder["backward"]
     micro = {
-        "teachers": FORWARD_S * operators(named, "teachers"),
+        "teachers": FORWARD_S * operators(teachers, "teachers"),
         "student forward": FORWARD_S * (encoder + ladder["forward"]),
         "student backward": BACKWARD_S * backward,
         "recomputation": FORWARD_S * again,

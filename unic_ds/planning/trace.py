@@ -45,9 +45,8 @@ class Trace:
     """One micro batch of `images`; FLOPs of all of it, bytes of one rank."""
 
     images: int
-    flops: dict[
-        str, float
-    ]  # teacher NAME, encoder forward, ladder forward, backward, RECOMPUTED, RECOMPUTED_ZERO3
+    # teacher NAME, encoder forward, ladder forward, backward, RECOMPUTED, RECOMPUTED_ZERO3
+    flops: dict[str, float]
     work: dict[str, Work]  # teacher NAME, encoder or ladder, forward or backward; once each
     kept: dict[str, int]  # for backward: encoder, ladder and loss
     targets: int  # bytes of the teachers' tokens
@@ -59,7 +58,7 @@ class Trace:
     matrices: int  # tensors of trained parameters
     teachers: dict[str, tuple[int, int]]  # name -> (parameters, bytes of all its weights)
     widths: dict[str, int]
-    sizes: tuple[int, ...]  # sides of the images that student and teachers want
+    sizes: tuple[int, ...]  # sides of the images of student and teachers, in pixels
     tokens: int  # patch tokens of an image
 
 
@@ -88,7 +87,7 @@ class TeacherCost(NamedTuple):
     work: Work
     parameters: int
     nbytes: int  # of its weights, on all ranks that share them
-    peak: int  # beyond what a rank holds of its weights, and its tokens
+    peak: int  # beyond a rank's part of its weights, and its tokens
     width: int
     size: int  # of its images
 
@@ -130,8 +129,8 @@ def trace_forward(row: config.Teacher, grid: int, images: int) -> TeacherForward
     teacher, mode = fake_teacher(row, grid)
     with mode:
         image = torch.empty(images, 3, teacher.size, teacher.size, dtype=torch.uint8)
-        given = (image, *teacher.parameters(), *teacher.buffers())
-        with Meter(given) as meter:
+        inputs = (image, *teacher.parameters(), *teacher.buffers())
+        with Meter(inputs) as meter:
             tokens = teacher(image)
     token_bytes = sum(x.nbytes for x in tokens)
     return TeacherForward(meter.work(), meter.peak, token_bytes, teacher)
@@ -149,7 +148,7 @@ def teacher_cost(row: config.Teacher, grid: int, images: int) -> TeacherCost:
     if row.quantised:
         quantisation.check_tower(row, teacher.tower.blocks())
     nbytes, gathered = weight_memory(row, teacher.tower)
-    # The tokens of what it takes at once wait for the others', and are then put together.
+    # With several forwards the tokens of all are kept until they are concatenated.
     joined = found.token_bytes * images / at_once if at_once < images else 0
     return TeacherCost(
         work=found.work.times(images / at_once),
@@ -170,15 +169,15 @@ def weight_memory(row: config.Teacher, tower: Tower) -> tuple[int, int]:
     """
     blocks = tower.blocks()
     sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
-    whole = sum(p.nbytes for p in tower.parameters())
+    total = sum(p.nbytes for p in tower.parameters())
     if row.quantised:
         eight, largest = quantisation.nbytes(blocks)
         linears = sum(linear.weight.nbytes for linear in quantisation.linears(blocks))
         expands = 0 if row.precision.endswith("_dynamic") else torch.bfloat16.itemsize
-        return whole - linears + eight, expands * largest
+        return total - linears + eight, expands * largest
     if row.placement == "replicate":
-        return whole, 0
-    return whole, whole - sum(sizes) + 2 * max(sizes, default=0)
+        return total, 0
+    return total, total - sum(sizes) + 2 * max(sizes, default=0)
 
 
 def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
@@ -186,7 +185,7 @@ def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
     grid = grid_of(cfg.student)
     runs = {row.name: teacher_cost(row, grid, images) for row in cfg.teachers}
     widths = {name: run.width for name, run in runs.items()}
-    for name in stored(cfg):  # whose tokens come with the images
+    for name in stored(cfg):  # their tokens are read with the images
         runs[name] = runs[name]._replace(work=Work(), nbytes=0, peak=0)
     shown = (run.size for name, run in runs.items() if name not in stored(cfg))
     # Placement and machinery do not change the student's step, so that its trace is cached.
@@ -262,8 +261,8 @@ def student_cost(cfg: config.Config, images: int, bf16: bool) -> StudentCost:
         without = student_cost(plain, images, bf16)
         flops[RECOMPUTED] = flops["backward"] - without.flops["backward"]
         work = without.work
-    own = list(student.parameters())
-    trained = {p for p in own if p.requires_grad}
+    parameters = list(student.parameters())
+    trained = {p for p in parameters if p.requires_grad}
     return StudentCost(
         flops=flops,
         work=work,
@@ -272,7 +271,7 @@ def student_cost(cfg: config.Config, images: int, bf16: bool) -> StudentCost:
         targets={name: sum(x.nbytes for x in tokens) for name, tokens in targets.items()},
         encoder=sum(p.numel() for p in student.encoder.parameters() if p in trained),
         ladder=sum(p.numel() for p in student.ladder.parameters()),
-        frozen=sum(p.numel() for p in own if p not in trained),
+        frozen=sum(p.numel() for p in parameters if p not in trained),
         matrices=len(trained),
     )
 
@@ -301,10 +300,10 @@ def forward_flops(cfg: config.Config, widths: dict[str, int]) -> float:
 class KeptBytes:
     """Bytes of the tensors that autograd keeps for backward, by part of the step."""
 
-    def __init__(self, given: Iterable[Tensor]) -> None:
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
         self.part = "encoder"
         self.bytes: Counter[str] = Counter()
-        self.seen = {x.untyped_storage()._cdata for x in given}
+        self.seen = {x.untyped_storage()._cdata for x in inputs}
 
     def pack(self, x: Tensor) -> Tensor:
         """Count a tensor's storage once; for `saved_tensors_hooks`."""
@@ -319,12 +318,12 @@ def watch_recomputed(blocks: Iterable[nn.Module], meter: Meter, kept: KeptBytes)
     """Count the inputs of recomputed blocks; returns a list that gets the FLOPs of each forward."""
     flops: list[float] = []
 
-    def begin(given: tuple[Tensor, ...]) -> None:
-        kept.pack(given[0])  # no hook for saved tensors is called for it
+    def begin(args: tuple[Tensor, ...]) -> None:
+        kept.pack(args[0])  # torch calls no saved-tensor hook for it
         flops.append(meter.flops)
 
     for block in blocks:
-        block.register_forward_pre_hook(lambda _, given: begin(given))
+        block.register_forward_pre_hook(lambda _, args: begin(args))
         block.register_forward_hook(lambda *_: flops.append(meter.flops - flops.pop()))
     return flops
 
@@ -340,8 +339,8 @@ def step(
     image = torch.empty(images, 3, side, side, dtype=torch.uint8)
     path_BK = torch.empty(images, len(student.paths))
     drop_TB = torch.empty(len(cfg.teachers), images)
-    given = (*student.parameters(), *(x for tokens in targets.values() for x in tokens))
-    kept, marks = KeptBytes(given), [Work()]
+    inputs = (*student.parameters(), *(x for tokens in targets.values() for x in tokens))
+    kept, marks = KeptBytes(inputs), [Work()]
 
     def mark() -> None:
         marks.append(meter.work())
@@ -350,7 +349,7 @@ def step(
         kept.part = "ladder and loss"
         mark()
 
-    with Meter(given) as meter:
+    with Meter(inputs) as meter:
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
             recomputed = watch_recomputed(student.recomputed, meter, kept)
             # Backward reaches the last block after the ladder and the loss.

@@ -28,7 +28,7 @@ def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:
     if not first_rank() or not sys.stdout.isatty():
         yield from items
         return
-    from rich.progress import track as rich_track  # 60 ms, which --help does without
+    from rich.progress import track as rich_track  # 60 ms; --help does not need it
 
     yield from rich_track(items, description=text, total=total)
 

@@ -31,9 +31,9 @@ WAIT_S = 10.0
 def start(main: Callable[[Sequence[str]], int], argv: Sequence[str], *, trains: bool) -> NoReturn:
     """Run a program and end the process with its exit code; the last statement of a script.
 
-    If standard output cannot be written, a program that `trains` says so once and goes on. Any
-    other program exits with 1 at its end, for its output is its result, unless the reader of a pipe
-    has left.
+    If standard output cannot be written, a program that `trains` warns once and continues. Any
+    other program exits with 1 at its end, since its output is its result, unless the reader of a
+    pipe has closed it.
     """
 
     def output_lost(error: OSError) -> None:
@@ -74,7 +74,7 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """
     try:
         if not {"--help", "-h"} & set(argv):
-            from unic_ds.process import requirements  # 20 ms that --help does without
+            from unic_ds.process import requirements  # 20 ms; --help does not need it
 
             requirements.check()
         return main(argv)
@@ -85,7 +85,7 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 def report(error: BaseException) -> int:
     """Report the exception that ends a program, once per job; the exit code.
 
-    Under a launcher every rank may meet the same: one rank reports it, rank 0 unless
+    Under a launcher every rank may raise the same: one rank reports it, rank 0 unless
     `choose_reporter` has decided otherwise, and the others wait to be ended by the launcher.
     """
     interrupt.reported.set()
@@ -98,7 +98,7 @@ def report(error: BaseException) -> int:
     if isinstance(cause, KeyboardInterrupt):
         return code  # every rank gets the signal, and rank 0 reports it
     interrupt.restore_default()
-    time.sleep(WAIT_S)  # the first rank that exits ends the job: let that be the one that reports
+    time.sleep(WAIT_S)  # the first exit ends the job, so the reporting rank must exit first
     if is_expected(cause) or REPORTS in vars(error):
         text = f"unic_ds: rank {os.environ['RANK']}: {summary(cause)}"
     write(text)
@@ -143,7 +143,7 @@ def is_expected(error: BaseException) -> bool:
 def warnings_held() -> Iterator[None]:
     """Context manager that delays warnings and log lines of libraries until its end.
 
-    They are dropped if the body ends by a user's mistake, whose message is about the same thing.
+    They are dropped if the body raises a user's mistake, whose message has the same cause.
     """
     held: list[str] = []
     show, last = warnings.showwarning, logging.lastResort
@@ -174,7 +174,7 @@ def warnings_held() -> Iterator[None]:
 
 
 def choose_reporter(error: BaseException, *, reports: bool) -> None:
-    """Let this rank report an exception in full only if `reports`, as the ranks have agreed."""
+    """Let this rank report an exception in full only if `reports`; the ranks have agreed on it."""
     vars(error)[REPORTS] = reports
 
 

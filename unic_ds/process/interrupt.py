@@ -83,7 +83,7 @@ def start_thread() -> None:
 
 
 def exit_late(reader: int) -> None:
-    """Read signal numbers from a pipe, and end the process if the main thread does not in time."""
+    """Read signal numbers from a pipe; end the process if the main thread has not in time."""
     while data := os.read(reader, 1):
         number = data[0]
         if number not in SIGNALS or signal.getsignal(number) not in (

@@ -22,7 +22,7 @@ DEEPSPEED = "CROSS_SIZE"
 NO_GPU = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES by which a user, or Slurm, gives a process no GPU."""
 NAMED = 4
-"""Nodes that a message names."""
+"""Most nodes that a message names."""
 
 
 class Unfit(RuntimeError):
@@ -65,7 +65,7 @@ def facts(local_rank: int, ranks: int) -> Facts:
 
 
 def fault(ranks: int) -> str:
-    """Sentence on why this node cannot train `ranks` ranks on its GPUs; empty if it can."""
+    """Sentence if this node cannot train `ranks` ranks on its GPUs; empty if it can."""
     without = f"leave the node out (sbatch --exclude={name()})"
     if torch.cuda.is_available():
         count = torch.cuda.device_count()

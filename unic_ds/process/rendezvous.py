@@ -1,6 +1,6 @@
-"""File by which the ranks of one machine agree on a free port, if deepspeed was given none.
+"""File by which the ranks of one machine agree on a free port, if deepspeed has no --master_port.
 
-The launcher then gives port 29500 to every job, so that two jobs of a machine would collide. Stdlib
+The launcher then sets port 29500 for every job, so two jobs of a machine would collide. Stdlib
 only.
 """
 
@@ -41,8 +41,8 @@ def private_folder() -> Path | None:
     with suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
-        mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-        if mine and not status.st_mode & 0o022:
+        owned = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+        if owned and not status.st_mode & 0o022:
             return folder
     return None
 

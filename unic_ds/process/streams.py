@@ -1,4 +1,4 @@
-"""Standard streams whose writes never fail, if a pipe, a disk or a terminal is gone."""
+"""Standard streams whose writes do not fail if a pipe is closed, a disk full or a terminal lost."""
 
 from __future__ import annotations
 

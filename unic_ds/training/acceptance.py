@@ -30,10 +30,10 @@ from unic_ds.training import setup
 from unic_ds.weights import warm_start
 
 REGISTERED = plugins.Names(sources=SOURCES, terms=TERMS, balancers=BALANCERS)
-"""The names in the registries, those of plugins among them."""
+"""Names in the registries, including those of plugins."""
 
 UNKNOWN = 8
-"""Channels that are assumed of a teacher that is cached or not called."""
+"""Channels that are assumed for a teacher that is cached or not called."""
 
 
 def accept(stages: Sequence[job.Job], *, starting: bool = False) -> None:
@@ -56,7 +56,7 @@ def accept_models(
 ) -> None:
     """ValueError for a student, ladder or teacher of a stage that cannot be built.
 
-    `located`: teachers' weights must be on this machine, which must be able to compute them.
+    `located`: teachers' weights must be on this machine, which must be able to run them.
     """
     for number, cfg in enumerate(stages, 1):
         with naming_stage(number, len(stages)):
@@ -70,7 +70,7 @@ def accept_models(
 
 @contextmanager
 def naming_stage(number: int, count: int) -> Iterator[None]:
-    """Context manager that adds the stage, of several, to a ValueError."""
+    """Context manager that adds the number of the stage to a ValueError, if there are several."""
     try:
         yield
     except ValueError as error:
@@ -84,8 +84,8 @@ def accept_teachers(
 ) -> dict[str, int]:
     """Channels of each teacher, `UNKNOWN` if it is not built; ValueError if one cannot be built.
 
-    `outlined`: timm's and open_clip's are built; `called`: those of python: sources, too.
-    `located`: their weights must be on this machine, and this machine be able to compute them.
+    `outlined`: teachers of timm and open_clip are built; `called`: those of python: sources, too.
+    `located`: their weights must be on this machine, which must be able to run them.
     """
     grid, widths = grid_of(cfg.student), {row.name: UNKNOWN for row in cfg.teachers}
     stored = trace.stored(cfg)
@@ -133,10 +133,10 @@ def accept_student(cfg: config.Config, widths: dict[str, int]) -> None:
 def accept_successor(before: config.Config, after: config.Config) -> None:
     """ValueError if a stage cannot start from the student of the stage before it."""
     with torch.device("meta"), NoInit():
-        given, want = (build_encoder(cfg.student).state_dict() for cfg in (before, after))
-    if given.keys() >= {"pos_embed"} <= want.keys():  # which is resized
-        given["pos_embed"] = want["pos_embed"]
-    if wrong := warm_start.misfit(given, want):
+        saved, expected = (build_encoder(cfg.student).state_dict() for cfg in (before, after))
+    if saved.keys() >= {"pos_embed"} <= expected.keys():  # which is resized
+        saved["pos_embed"] = expected["pos_embed"]
+    if wrong := warm_start.misfit(saved, expected):
         raise ValueError(
             f"student.model {after.student.model!r} cannot start from the"
             f" {before.student.model!r} of the stage before it: {wrong}"
@@ -146,14 +146,14 @@ def accept_successor(before: config.Config, after: config.Config) -> None:
 def accept_files(stage: job.Job) -> None:
     """ValueError if the run cannot use its images, feature cache or initial weights."""
     cfg = stage.cfg
-    if stage.init and Path(stage.init).expanduser().exists():  # a stage's is still to be made
+    if stage.init and Path(stage.init).expanduser().exists():  # else an earlier stage writes it
         with torch.device("meta"), NoInit():
             encoder = build_encoder(cfg.student)
         warm_start.start_encoder(stage.init, encoder)
-    given = filter(None, (cfg.data.train, cfg.data.val))
-    unknown = [path for text in given for path, _ in data_spec.parts(text) if not listed(path)]
-    if unknown:
-        console.say(f"not looked at, for its tar shards have no index yet: {unknown[0]}")
+    specs = filter(None, (cfg.data.train, cfg.data.val))
+    unindexed = [path for spec in specs for path, _ in data_spec.parts(spec) if not listed(path)]
+    if unindexed:
+        console.say(f"not checked, since its tar shards have no index yet: {unindexed[0]}")
         return
     train, val = setup.find_images(cfg)
     setup.check_validation(cfg, train, val)

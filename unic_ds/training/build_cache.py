@@ -43,23 +43,23 @@ def store(cfg: config.Config, out: Path, *, views: int, dtype: str, yes: bool, b
     manifest = dist.on_rank_0(lambda: describe(cfg, train, teachers, views, dtype))
     layout = cache.layout_of(out, manifest)
     check(layout, manifest, yes)
-    dist.barrier()  # all have looked at the folder as it was
+    dist.barrier()  # all ranks have read the folder before rank 0 writes to it
     missing = layout.missing()
     if dist.rank() == 0 and missing:
         out.mkdir(parents=True, exist_ok=True)
         write_manifest(out, manifest)
     dist.barrier()
-    mine, start = missing[dist.rank() :: dist.world()], time.monotonic()
+    assigned, start = missing[dist.rank() :: dist.world()], time.monotonic()
     plan = data.drawn(
         train,
         cfg.data,
         seed=cfg.seed,
         sizes=(cfg.student.size, *teachers.sizes),
         batch=batch,
-        plan=mine,
+        plan=assigned,
         device=dist.device(),
     )
-    bar = console.track(mine, len(mine), "teachers' features")
+    bar = console.track(assigned, len(assigned), "teachers' features")
     for (view, span), tokens in zip(bar, features_of(plan, teachers), strict=True):
         for name in layout.widths:
             layout.write(name, view, span, [batch[name] for batch in tokens])
@@ -98,7 +98,7 @@ def describe(
         "draws": augmentation_key(cfg, train),
         "teachers": {row.name: facts[row.name] | cache.own_facts(row) for row in cfg.teachers},
     }
-    return json.loads(json.dumps(manifest))  # as it will be read
+    return json.loads(json.dumps(manifest))  # with the types that its file will have
 
 
 def features_of(
@@ -110,12 +110,12 @@ def features_of(
 
 
 def check(layout: cache.Layout, manifest: dict[str, Any], yes: bool) -> None:
-    """Say how large the cache is; ValueError if it cannot or should not be written."""
+    """Print the size of the cache; ValueError if it cannot or should not be written."""
     folder = layout.folder
-    there = cache.read_manifest(folder)
-    if there is not None:
-        cache.check_manifest(folder, there)
-        if other := cache.differing(there, manifest):
+    existing = cache.read_manifest(folder)
+    if existing is not None:
+        cache.check_manifest(folder, existing)
+        if other := cache.differing(existing, manifest):
             raise ValueError(
                 f"{str(folder)!r} holds a feature cache with other {', '.join(other)}; choose"
                 " another folder"
@@ -123,7 +123,7 @@ def check(layout: cache.Layout, manifest: dict[str, Any], yes: bool) -> None:
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{str(folder)!r} holds something else; choose another folder")
     total = left = layout.total()
-    if there is not None:
+    if existing is not None:
         missing = layout.missing()
         left = sum(layout.size(name, len(span)) for name in layout.widths for _, span in missing)
     console.say(

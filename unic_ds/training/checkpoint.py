@@ -39,7 +39,7 @@ from unic_ds.process import console
 
 MANIFEST, FACTS, STATISTICS, SHARDS = "manifest.json", "run.json", "statistics.safetensors", "zero"
 LAYOUT = ("ranks", "zero_stage")
-"""Facts that may differ from those of the run that resumes: the shards are laid out anew."""
+"""Facts that may differ from those of the run that resumes: the shards are then resharded."""
 
 
 class RollbackRow(TypedDict):
@@ -59,7 +59,7 @@ class FileHash(TypedDict, total=False):
 
 
 class CheckpointFacts(TypedDict, total=False):
-    """A checkpoint's run.json; beside these keys `--SECTION.KEY` for each setting of the science,
+    """A checkpoint's run.json. It also has `--SECTION.KEY` for each option that decides the result,
     as text, and `feature cache`.
     """
 
@@ -213,13 +213,13 @@ def hash_files(folder: Path, *, sync: bool = False) -> dict[str, FileHash]:
     The ranks share the work, and all return the same. `sync` flushes the files to the disk, so
     that they survive a power cut.
     """
-    # One rank lists, and all agree: a network file system may show each another listing.
+    # Rank 0 lists for all: a network file system may return different listings to the ranks.
     listed = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     files = dist.on_rank_0(lambda: sorted(listed))
-    mine = {}
+    hashes = {}
     for file in files[dist.rank() :: dist.world()]:
-        mine[str(file.relative_to(folder))] = hash_file(file, sync=sync)
-    return {k: v for part in dist.all_gather_objects(mine) for k, v in part.items()}
+        hashes[str(file.relative_to(folder))] = hash_file(file, sync=sync)
+    return {k: v for part in dist.all_gather_objects(hashes) for k, v in part.items()}
 
 
 def hash_file(file: Path, *, sync: bool) -> FileHash:
@@ -267,25 +267,26 @@ def read_manifest(folder: Path) -> dict[str, FileHash]:
 
 
 def find(folder: Path, resume: str) -> Path | None:
-    """Find the newest undamaged checkpoint, with a warning for each damaged one; None: start anew.
+    """The newest undamaged checkpoint, with a warning for each damaged one; None if there is none.
 
     `resume` is auto, never, or the path of a checkpoint or run folder to start from as long as
     `folder` has no checkpoint. ValueError if all are damaged.
     """
     candidates = dist.broadcast_object(steps_in(folder))
-    given = None if candidates or resume in ("auto", "never") else Path(resume)
-    if given:
-        inside = steps_in(given / "checkpoints")
-        candidates = dist.broadcast_object([given] if (given / MANIFEST).is_file() else inside)
+    other = None if candidates or resume in ("auto", "never") else Path(resume)
+    if other:
+        inside = steps_in(other / "checkpoints")
+        candidates = dist.broadcast_object([other] if (other / MANIFEST).is_file() else inside)
     problem = ""
     for candidate in reversed(candidates):
         problem = verify(candidate)
         if not problem:
             return candidate
-        console.say(f"checkpoint {candidate.name} is not whole ({problem}); trying the one before")
-    if given or problem:
+        console.say(f"checkpoint {candidate.name} is damaged ({problem}); trying the previous one")
+    if other or problem:
         raise ValueError(
-            f"no whole checkpoint in {str(given or folder)!r}{f' ({problem})' if problem else ''};"
+            f"no undamaged checkpoint in {str(other or folder)!r}"
+            f"{f' ({problem})' if problem else ''};"
             " give --resume another, or start a new run in another --out, from weights alone by"
             " --student.init if you like"
         )
@@ -301,7 +302,7 @@ def load(
 ) -> tuple[CheckpointFacts, dict[str, Tensor]]:
     """Load a checkpoint's weights and optimiser state; returns its facts and statistics.
 
-    One of another number of ranks or ZeRO stage is laid out anew. `content_of` maps the hash of a
+    One of another number of ranks or ZeRO stage is resharded. `content_of` maps the hash of a
     weight file, which older versions recorded, to that of its tensors. ValueError if it belongs to
     other images, teachers or settings.
     """
@@ -315,11 +316,11 @@ def load(
                 f" and --student.init {str(folder.absolute().parent.parent / 'student')!r}"
             )
     if any(facts[key] != expected[key] for key in LAYOUT):
-        there, here = (
+        before, now = (
             f"{d['ranks']} rank{'s' * (d['ranks'] > 1)}, ZeRO-{d['zero_stage']}"
             for d in (facts, expected)
         )
-        console.say(f"{folder.name} was saved by {there}; laid out anew for {here}")
+        console.say(f"{folder.name} was saved by {before}; resharded for {now}")
         load_resharded(engine, folder / SHARDS)
     elif engine.load_checkpoint(str(folder), tag=SHARDS)[0] is None:
         raise OSError(f"DeepSpeed found nothing to load in {str(folder)!r}")
@@ -356,7 +357,7 @@ def lowest_loss(steps: list[Path], count: int) -> list[Path]:
     """The `count` checkpoints saved at the lowest training loss; the newer of equals."""
     losses = {}
     for step in reversed(steps) if count else ():
-        with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is no good
+        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: not among the best
             loss = json.loads((step / FACTS).read_text())["loss"]
             if math.isfinite(loss):
                 losses[step] = loss

@@ -1,4 +1,4 @@
-"""History of a run in OUT/events.jsonl: skipped steps, roll-backs, failures. It is never cut."""
+"""History of a run in OUT/events.jsonl: skipped steps, roll-backs, failures. Never truncated."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def append(out: Path, event: str, **facts: object) -> None:
 
 
 def record_failure(out: Path, error: str, *, step: int, phase: str, **facts: object) -> None:
-    """Append a line about the exception that ends the run; none if `out` cannot take it."""
+    """Append a line about the exception that ends the run, if `out` can be written."""
     with suppress(OSError):
         append(out, "failed", rank=dist.rank(), step=step, phase=phase, error=error, **facts)
 
 
 @contextmanager
 def rendezvous_failures(out: Path) -> Iterator[None]:
-    """Record, on rank 0, why the ranks cannot train together.
+    """Context manager that records on rank 0 the error of ranks that cannot train together.
 
     A restart by torchrun would have the same nodes; a Slurm job is requeued without the unfit ones.
     """
@@ -69,17 +69,17 @@ def rendezvous_failures(out: Path) -> Iterator[None]:
         raise
 
 
-def record_permanent_failure(out: Path, event: str, says: str, **facts: object) -> None:
+def record_permanent_failure(out: Path, event: str, message: str, **facts: object) -> None:
     """Record a failure that a restart would repeat, so that neither torchrun nor Slurm retries it.
 
-    The line has the id of the launch, by which torchrun's next ranks and the Slurm job know it.
+    The line has the id of the launch: ranks that torchrun restarts and the Slurm script look it up.
     """
-    write(out, event, job=os.environ.get(LAUNCH, ""), says=says, **facts)
+    write(out, event, job=os.environ.get(LAUNCH, ""), says=message, **facts)
 
 
 @contextmanager
 def record_refusals(out: Path) -> Iterator[None]:
-    """Record a user's mistake that the ranks find, if torchrun would restart them."""
+    """Context manager that records a user's mistake (ValueError), if torchrun would restart."""
     try:
         yield
     except ValueError as error:
@@ -90,13 +90,14 @@ def record_refusals(out: Path) -> Iterator[None]:
 
 def raise_last(out: Path) -> None:
     """Raise RecordedFailure if torchrun has restarted ranks whose failure is permanent."""
-    ends = [row for row in run_log.read(out / FILE) if row.get("job") == os.environ.get(LAUNCH, "")]
-    if restart_count() and ends:
-        raise RecordedFailure(f"not tried again: {ends[-1]['says']}")
+    job = os.environ.get(LAUNCH, "")
+    failures = [row for row in run_log.read(out / FILE) if row.get("job") == job]
+    if restart_count() and failures:
+        raise RecordedFailure(f"not tried again: {failures[-1]['says']}")
 
 
 def restart_count() -> int | None:
-    """Times that torchrun has restarted these ranks; None if it is not to restart them."""
+    """Times that torchrun has restarted these ranks; None if it never restarts ranks."""
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return None
     return int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -114,6 +115,6 @@ def write_skipped_steps(out: Path, skipped: Iterable[SkippedStep], stream: Strea
         for step in steps:
             facts = {"step": step, "data_step": stream.data_step(step), "why": why}
             write(out, "skipped", **facts, ranks=ranks, samples=stream.names(step, ranks))
-        of = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
+        on = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
         numbers = ", ".join(map(str, steps))
-        console.say(f"skipped step {numbers}: {REASONS[why]}{of}; the samples are in {out / FILE}")
+        console.say(f"skipped step {numbers}: {REASONS[why]}{on}; the samples are in {out / FILE}")

@@ -1,5 +1,5 @@
-"""After the last step: export the student, and measure it beside its teachers, raw pixels and its
-own start.
+"""After the last step: export the student, and compare it with its teachers, raw pixels and the
+student before training.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from unic_ds.weights import warm_start
 def export_and_evaluate(run: RunContext, state: TrainState) -> None:
     """Write `student/`, then `results.json`, `results.png` and the table; every rank calls it.
 
-    RuntimeError, on every rank, if the evaluation fails: `student/` is there then, and no
-    `results.json`.
+    RuntimeError, on every rank, if the evaluation fails: `student/` exists then, `results.json`
+    does not.
     """
     export_student(run, state)
     dist.barrier()
@@ -62,16 +62,16 @@ def evaluate(run: RunContext, state: TrainState, student: Path) -> list[Score]:
 
 
 def export_student(run: RunContext, state: TrainState) -> None:
-    """Write `student/`: rank 0 does, of weights that all ranks give."""
-    weights, own = (
+    """Write `student/` on rank 0; every rank calls it, since the weights are gathered."""
+    encoder_state, ladder_state = (
         deepspeed_engine.weights(state.engine, part) for part in ("encoder.", "ladder.")
     )
     if dist.rank() != 0:
         return
     path = student_folder.write(
-        weights,
+        encoder_state,
         state.engine.module.ladder,
-        own,
+        ladder_state,
         state.teachers.state_dict(),
         cfg=run.cfg,
         source=run.train,
@@ -82,11 +82,11 @@ def export_student(run: RunContext, state: TrainState) -> None:
 
 
 def free_training_memory(state: TrainState) -> None:
-    """Free what training held: every rank is about to hold the whole encoder, twice."""
+    """Free the memory of training: the evaluation holds two full encoders on every rank."""
     deepspeed_engine.free_memory(state.engine)
     del state.engine
-    gc.collect()  # DeepSpeed's objects know each other
-    torch.cuda.empty_cache()  # DALI takes memory beside torch's; nothing where there is no GPU
+    gc.collect()  # DeepSpeed's objects are in reference cycles
+    torch.cuda.empty_cache()  # for DALI, which allocates outside torch; a no-op without a GPU
 
 
 def measure(run: RunContext, state: TrainState) -> list[Score]:
@@ -94,7 +94,7 @@ def measure(run: RunContext, state: TrainState) -> list[Score]:
     cfg = run.cfg
     assert run.val is not None
     if state.teachers.cached:
-        console.say(f"not measured, since not run: {', '.join(state.teachers.cached)}")
+        console.say(f"cached teachers are not evaluated: {', '.join(state.teachers.cached)}")
     train, val = (
         SampledImages(source, cfg, limit)
         for source, limit in ((run.train, cfg.eval.max_train), (run.val, cfg.eval.max_val))
@@ -138,17 +138,17 @@ def encoder(name: str, size: int, encode: Callable[[Tensor], Tokens]) -> Model:
 
 
 class SampledImages:
-    """A seeded choice of a source's labelled images, dealt to the ranks (`features.ImageSet`).
+    """A seeded sample of a source's labelled images, divided among the ranks (`features.ImageSet`).
 
-    An image that cannot be read is left out; too many of them are a ValueError.
+    An image that cannot be read is left out; ValueError for too many of them.
     """
 
     annotations: frozenset[Annotation] = frozenset({"labels"})
 
     def __init__(self, source: Source, cfg: config.Config, limit: int):
         """Choose at most `limit` images."""
-        words_N = rng.random_bits(cfg.seed, "probe", 1, np.arange(len(source)))[:, 0]
-        order_N = np.argsort(words_N, kind="stable")
+        bits_N = rng.random_bits(cfg.seed, "probe", 1, np.arange(len(source)))[:, 0]
+        order_N = np.argsort(bits_N, kind="stable")
         self.source, self.cfg = source, cfg
         self.chosen_N = np.sort(order_N[source.label_N[order_N] >= 0][:limit])
 
@@ -171,7 +171,7 @@ class SampledImages:
         for at, batch in enumerate(console.track(shown, total, "encoding images")):
             here = slice(at * size, (at + 1) * size)
             place_B = place_R[here]
-            # In place of a broken image its neighbour is shown, which is not to count twice.
+            # A broken image is replaced by its neighbour, which must not count twice.
             read_B = batch.index_B == self.chosen_N[place_B]
             place_B = np.where(counted_R[here] & read_B, place_B, features.FILLER)
             labels = self.source.label_N[batch.index_B]

@@ -1,7 +1,7 @@
 """Heartbeat of a rank: OUT/heartbeats/rank_NNNNN.json, overwritten in place and read by others.
 
-In place and of constant size: a write changes no metadata of the file system, and succeeds on a
-disk that has become full. A reader that meets half a record keeps the one before.
+Records have constant size, so a write in place changes no metadata of the file system and succeeds
+on a full disk. A reader that gets half a record keeps the previous one.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def write(out: Path, heartbeat: Heartbeat) -> None:
 
 
 def to_json(heartbeat: Heartbeat) -> dict[str, object]:
-    """The JSON object that a file holds."""
+    """The JSON object of a heartbeat's file."""
     return {KEYS.get(name, name): value for name, value in asdict(heartbeat).items()}
 
 

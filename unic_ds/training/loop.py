@@ -1,8 +1,8 @@
 """The training loop: read this file first.
 
-`train_step` is the method (UNIC, arXiv 2408.05088, section 3), `train_loop` what surrounds its
-steps, `run_stage` one stage of a run from its images to its table. `setup` builds what they work
-with; its parts announce their phases to the watchdog, so no line here does for a step.
+`train_step` is the method (UNIC, arXiv 2408.05088, section 3), `train_loop` logs, saves and stops
+between steps, `run_stage` runs one stage from its images to its table. `setup` builds the objects
+that they use; these set the watchdog's phase within a step, so `train_step` does not.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Metrics = dict[str, Tensor]
 
 
 def train_step(run: RunContext, state: TrainState) -> list[Metrics]:
-    """Take the optimiser step `state.step`; the metrics of its micro batches. No host read."""
+    """Take optimiser step `state.step`; return its micro batches' metrics. No host read."""
     cfg, engine = run.cfg, state.engine
     optim.apply(engine.optimizer, optim.learning_rate(state.step, cfg.optim, run.train.per_epoch))
     metrics = []
@@ -67,7 +67,7 @@ def train_loop(run: RunContext, state: TrainState, votes: dist.StepVotes) -> Non
     rollback.RollbackNeeded if too many steps in a row were skipped.
     """
     first = state.step + 1
-    with open_log(run, first) as log, garbage_kept():
+    with open_log(run, first) as log, manual_garbage_collection():
         periodic = cadences(run, state, log, votes)
         for state.step in range(first, run.last_step + 1):
             for metrics in train_step(run, state):
@@ -87,8 +87,8 @@ def train_loop(run: RunContext, state: TrainState, votes: dist.StepVotes) -> Non
 def run_stage(job: Job, set_phase: SetPhase, *, parent_job: Job) -> bool:
     """Train until the last step, then export and evaluate; False if it stopped before.
 
-    `job` is a stage of the run `parent_job`, or that itself. It saves and stops when the run's
-    stop file exists, or after SIGUSR1 or SIGTERM to any rank.
+    `job` is a stage of the run `parent_job`, whose last stage is `parent_job` itself. It saves and
+    stops when the run's stop file exists, or after SIGUSR1 or SIGTERM to any rank.
     """
     events.raise_last(job.out)
     with events.record_refusals(job.out):
@@ -111,7 +111,7 @@ def run_stage(job: Job, set_phase: SetPhase, *, parent_job: Job) -> bool:
             f"stopped after step {state.step} of {run.steps}; the same command goes on from there"
         )
         if dist.rank() == 0:
-            stops[0].unlink(missing_ok=True)  # it was meant for this start alone
+            stops[0].unlink(missing_ok=True)  # it applies to this start only
     lock.close()
     return finished
 
@@ -132,7 +132,7 @@ def draw_noise(
 ) -> tuple[Tensor, Tensor]:
     """Uniforms that decide teacher dropping (T, B) and drop path (B, K).
 
-    A function of seed, step and position in the global batch, so that ranks cannot change them.
+    A function of seed, step and position in the global batch, not of the number of ranks.
     """
     cfg, step, paths = run.cfg, state.step, len(state.engine.module.paths)
     drop_position_B = position_B * (0 if cfg.drop.unit == "step" else 1)
@@ -196,7 +196,7 @@ def cadences(
     return [
         # On all ranks at once, and while a GPU still computes.
         Cadence(gc.collect, every=(cfg.log_every, COLLECT_EVERY)),
-        # A checkpoint notes the loss of a log line, and a roll-back must come before it is saved.
+        # Before the save: a checkpoint has the loss of a log line, and a roll-back skips the save.
         Cadence(partial(write_log, run, state, log), every=(cfg.log_every, *saves)),
         Cadence(
             partial(save_checkpoint, run, state, log, votes), every=saves, on_request=cfg.log_every
@@ -237,10 +237,10 @@ def open_log(run: RunContext, first: int) -> RunLog:
 
 
 @contextmanager
-def garbage_kept() -> Iterator[None]:
-    """Context manager in which Python's garbage waits for `gc.collect`, which skips older objects.
+def manual_garbage_collection() -> Iterator[None]:
+    """Context manager without automatic garbage collection; `gc.collect` skips older objects.
 
-    Left to itself, Python collects on each rank at another moment, and all ranks wait for each.
+    Automatic collection would start at a different moment on each rank, and all wait for each.
     """
     gc.collect()
     gc.freeze()
@@ -265,9 +265,9 @@ def run_stages(job: Job, stages: list[Job]) -> None:
 
 
 def refuse_early(job: Job, stages: list[Job]) -> None:
-    """ValueError for what the run would be refused for once its ranks have met.
+    """Check the run before its ranks connect; ValueError if it would be refused after that.
 
-    It is recorded in a run folder that exists, so that neither torchrun nor Slurm tries again.
+    The refusal is recorded in a run folder that exists, so that neither torchrun nor Slurm retries.
     """
     for stage in stages:
         events.raise_last(stage.out)
@@ -276,15 +276,15 @@ def refuse_early(job: Job, stages: list[Job]) -> None:
 
 
 def announce_stage(stage: Job, job: Job) -> None:
-    """Say which of a run's stages begins, if there are several."""
+    """Print which stage of a run begins, if there are several."""
     if job.before:
         number, student = [*job.before, job].index(stage) + 1, stage.cfg.student
-        of = f"stage {number} of {len(job.before) + 1}"
-        console.say(f"{of}: {student.model} at {student.size} px in {stage.out}")
+        position = f"stage {number} of {len(job.before) + 1}"
+        console.say(f"{position}: {student.model} at {student.size} px in {stage.out}")
 
 
 def start_watchdog(stage: Job) -> watchdog.Watchdog:
-    """Join the ranks; the context in which a rank that is dead or stuck ends the run."""
+    """Join the process group; return the watchdog, whose context aborts if a rank dies or hangs."""
     determinism.choose(stage.cfg.run.deterministic)
     with events.rendezvous_failures(stage.out):
         dist.start(timeout_s=watchdog.longest_timeout_s(stage.cfg.run))

@@ -1,4 +1,4 @@
-"""The parts of a training step announce their phases to the watchdog, so the loop need not."""
+"""Wrappers of the parts of a training step that set the watchdog's phase when they are called."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-Given = ParamSpec("Given")
+Params = ParamSpec("Params")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 SetPhase = Callable[[str, int], None]
-"""Takes a phase and the step that it is of."""
+"""Function of a phase and its optimiser step."""
 
 
 class Phases:
@@ -23,7 +23,7 @@ class Phases:
         self.first_step = 1
 
     def restart(self, first_step: int) -> None:
-        """Take `first_step` for the first one of a start."""
+        """Set the first step of a start."""
         self.first_step = first_step
 
     def begin(self, phase: str) -> None:
@@ -32,13 +32,13 @@ class Phases:
         waits = self.compiles and step == self.first_step
         self.set_phase("compiling" if waits else phase, step)
 
-    def announced(self, phase: str, call: Callable[Given, Result]) -> Callable[Given, Result]:
-        """`call`, which begins `phase` first."""
+    def announced(self, phase: str, call: Callable[Params, Result]) -> Callable[Params, Result]:
+        """Wrap `call` so that it begins `phase` first."""
 
         @wraps(call)
-        def announce(*given: Given.args, **named: Given.kwargs) -> Result:
+        def announce(*args: Params.args, **kwargs: Params.kwargs) -> Result:
             self.begin(phase)
-            return call(*given, **named)
+            return call(*args, **kwargs)
 
         return announce
 

@@ -1,8 +1,8 @@
 """After several skipped steps in a row, roll back to a checkpoint and skip the samples behind them.
 
 OUT/rollbacks.json lists each roll-back: at which step, to the checkpoint of which step, and which
-steps of the data order are skipped from then on. It is written before anything else is done, and
-every later checkpoint has the same list, so that a kill at any moment loses none.
+steps of the data order are skipped from then on. A roll-back writes it first, and every later
+checkpoint has the same list, so that a kill at any moment loses none.
 """
 
 from __future__ import annotations
@@ -88,18 +88,19 @@ def check_skipped_steps(
 def plan_rollback(run: RunContext, state: TrainState, needed: RollbackNeeded) -> None:
     """Record which checkpoint to load and which steps of the data order to skip; `resume` does it.
 
-    Skipped are the steps that the data order gave the skipped steps; if a roll-back went to the
-    same checkpoint before, everything since that one, since those samples were not the only cause.
-    RuntimeError if there is no checkpoint from before the skipped steps, or no roll-back is left.
+    The data of the skipped optimiser steps are skipped. If an earlier roll-back went to the same
+    checkpoint, all data since that checkpoint are: those samples were not the only cause.
+    RuntimeError if there is no checkpoint from before the skipped steps, or after
+    run.max_rollbacks.
     """
     rows = state.rollbacks
     steps = [step_of(path) for path in checkpoint.steps_in(run.out / "checkpoints")]
     to = dist.broadcast_object(max((step for step in steps if step < needed.first), default=None))
     if to is None or len(rows) >= run.cfg.run.max_rollbacks:
-        says = reason_to_stop(run.out, needed, rollbacks=None if to is None else len(rows))
+        reason = reason_to_stop(run.out, needed, rollbacks=None if to is None else len(rows))
         steps_skipped = {"first": needed.first, "last": needed.last}
-        events.record_permanent_failure(run.out, "stopped", says, **steps_skipped)
-        raise events.RecordedFailure(says)
+        events.record_permanent_failure(run.out, "stopped", reason, **steps_skipped)
+        raise events.RecordedFailure(reason)
     first = to + 1 if any(row["to"] == to for row in rows) else needed.first
     span = [run.stream.data_step(first), run.stream.data_step(needed.last)]
     row: RollbackRow = {"at": needed.last, "to": to, "left_out": span}
@@ -111,17 +112,17 @@ def plan_rollback(run: RunContext, state: TrainState, needed: RollbackNeeded) ->
 
 
 def reason_to_stop(out: Path, needed: RollbackNeeded, *, rollbacks: int | None) -> str:
-    """A sentence about why a run stops for good after so many roll-backs, and what to do.
+    """Sentence with the reason why a run stops after `rollbacks` roll-backs, and a remedy.
 
     `rollbacks` is None if there is no checkpoint to roll back to.
     """
-    but = (
+    obstacle = (
         "there is no checkpoint from before to go back to (--run.save_minutes)"
         if rollbacks is None
         else f"it went back {rollbacks} times already (--run.max_rollbacks)"
     )
     return (
-        f"steps {needed.first} to {needed.last} were all skipped, and {but};"
-        f" {str(out / events.FILE)!r} says why and names the samples: mend or remove them, or lower"
+        f"steps {needed.first} to {needed.last} were all skipped, and {obstacle};"
+        f" {str(out / events.FILE)!r} has reasons and samples: repair or remove them, or lower"
         " --optim.lr or set --optim.clip in a fresh --out"
     )

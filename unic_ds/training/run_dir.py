@@ -25,8 +25,8 @@ from unic_ds.training.setup import decoder_of, fit_statistics
 from unic_ds.training.state import RunContext, TrainState
 
 BALANCE, GUARD = "balance/", "guard/"
-"""Prefixes of what is no teacher's among a checkpoint's statistics; teachers' names lack slashes.
-"""
+"""Prefixes in a checkpoint's statistics, of tensors that are no teacher's; no teacher's name has a
+slash."""
 
 EXTENDED = (
     "extended from step {step} of {of} to {to} steps; the learning rate goes from {lr_before:.4g}"
@@ -50,9 +50,9 @@ class Extension(TypedDict):
 def write_run_files(run: RunContext, extended: Extension | None, *, parent_job: Job) -> IO[str]:
     """Lock the folder of a stage; write config.yaml, teachers.json and ds_config.json to it.
 
-    Returns the lock. `parent_job` is the run that the stage is of, or the same job. The results of
-    a shorter run are renamed first. ValueError if another job holds the lock; if torchrun restarts
-    ranks, only after a while, since a lost node may hold it.
+    Returns the lock. `parent_job` is the run of the stage, or the same job. The results of a
+    shorter run are renamed first. ValueError if another job holds the lock; if torchrun restarts
+    ranks, only after `LEASE_S`, since a lost node may hold it.
     """
     out = run.out
     out.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def write_run_files(run: RunContext, extended: Extension | None, *, parent_job: 
 
 
 def acquire_lock_or_fail(lock: IO[str], out: Path) -> None:
-    """Take the lock of a run folder, or say that there are no locks; ValueError if it is taken."""
+    """Acquire the lock of a run folder, with a warning if that has no locks; ValueError if held."""
     try:
         free = acquire_lock(lock, 0.0)
         if not free and events.restart_count() is not None:
@@ -93,16 +93,16 @@ def acquire_lock_or_fail(lock: IO[str], out: Path) -> None:
 
 
 def settings_of(job: Job) -> str:
-    """The text of a run's config.yaml, without --run.extend, which is of one start alone."""
+    """The text of a run's config.yaml, without --run.extend, which applies to one start only."""
     cfg = replace(job.cfg, run=replace(job.cfg.run, extend=False))
     return yaml.safe_dump(overrides.to_dict(cfg), sort_keys=False)
 
 
 def set_aside(run: RunContext) -> None:
-    """Rename the results of the shorter run that this one extends, by the step they are of.
+    """Rename the results of the shorter run that this one extends: names get their step.
 
-    Before config.yaml has the new length, and results.json first: after a kill at any moment the
-    run is either still the old one or an extended one that is not finished.
+    results.json is first, and config.yaml gets the new length later: after a kill at any moment the
+    folder has either the old run or an extended one that is not finished.
     """
     if not extension.pending(run.cfg, run.out):
         return
@@ -126,7 +126,7 @@ def unused(path: Path) -> Path:
 
 
 def acquire_lock(lock: IO[str], wait_s: float) -> bool:
-    """Take a lock, waiting up to `wait_s` for it; False if it stays taken.
+    """Acquire a lock, waiting up to `wait_s` for it; False if another process still holds it.
 
     OSError if the file system has no locks.
     """
@@ -142,7 +142,7 @@ def acquire_lock(lock: IO[str], wait_s: float) -> bool:
 
 
 def checkpoint_identity(run: RunContext) -> dict[str, Any]:
-    """The facts that a checkpoint must share with the run that resumes from it."""
+    """Facts that must be equal in a checkpoint and in the run that resumes from it."""
     init = {name: known_by(row) for name, row in (run.init or {}).items()} or None
     return {
         "images": run.train.fingerprint(),
@@ -242,20 +242,20 @@ def extend(run: RunContext, found: Path) -> tuple[dict[str, str], Extension | No
 
 
 def refuse_other_summaries(
-    where: str, saved: dict[str, str], manifest: Mapping[str, TeacherFacts]
+    checkpoint_path: str, saved: dict[str, str], manifest: Mapping[str, TeacherFacts]
 ) -> None:
-    """ValueError if a checkpoint had another kind of summary of a teacher than `manifest` has.
+    """ValueError if a checkpoint was trained on another kind of CLS target than `manifest` has.
 
-    A checkpoint without kinds is of a version that had two.
+    A checkpoint without kinds is from a version that had two.
     """
     for name, row in manifest.items():
         in_both = row["cls"] in ("token", "mean of patches")
-        theirs = saved.get(
+        kind = saved.get(
             name, row["cls"] if in_both else "its CLS token or the mean of its patches"
         )
-        if theirs != row["cls"]:
+        if kind != row["cls"]:
             raise ValueError(
-                f"checkpoint {where!r} was trained on another summary (CLS target) of teacher"
-                f" {name!r}: {theirs}, this run has {row['cls']}; start a new run in another"
+                f"checkpoint {checkpoint_path!r} was trained on another CLS target of teacher"
+                f" {name!r}: {kind}, this run has {row['cls']}; start a new run in another"
                 " --out, from weights alone by --student.init if you like"
             )

@@ -28,7 +28,7 @@ from unic_ds.process import console
 
 
 class LogRow(TypedDict, total=False):
-    """A line of log.jsonl; beside these keys `TEACHER/METRIC` for each teacher, all floats."""
+    """A line of log.jsonl. It also has `TEACHER/METRIC` for each teacher, all floats."""
 
     step: int
     samples: int
@@ -62,7 +62,7 @@ class RunLog:
             self.open(folder, first)
 
     def open(self, folder: Path, first: int) -> None:
-        """Open the files, cut back to before `first`, and the bar where there is a terminal."""
+        """Open the files, truncated before `first`, and a progress bar if stdout is a terminal."""
         file = folder / "log.jsonl"
         kept = [row for row in read(file) if step_of(row) < first]
         write_atomic(file, "".join(json.dumps(row) + "\n" for row in kept))
@@ -187,7 +187,7 @@ def json_value(value: Any) -> Any:
 
 
 def throughput(images_per_s: float, flops_per_image: float) -> dict[str, float]:
-    """TFLOP/s over all ranks' devices, per device, and MFU where the device's peak is known."""
+    """TFLOP/s per device, and MFU if the device's peak is known."""
     tflops = images_per_s * flops_per_image / 1e12 / dist.world()
     row = {"tflops": tflops}
     if torch.cuda.is_available():
@@ -198,18 +198,18 @@ def throughput(images_per_s: float, flops_per_image: float) -> dict[str, float]:
 
 
 def memory_gb() -> float:
-    """Peak memory of this rank: the GPU's where there is one, else the process's."""
+    """Peak memory of this rank in GB: of its GPU if there is one, else of its process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """Rows of a file of JSON lines, without lines that are no object: a kill may leave one."""
+    """Rows of a file of JSON lines, without lines that are not an object: a kill may leave one."""
     return [row for row in json_lines(file) if row is not None]
 
 
 def step_of(row: dict[str, Any]) -> float:
-    """The step of a log's line; infinite where it has none."""
+    """The step of a log's line; infinite if it has none."""
     step = row.get("step")
     return step if type(step) is int and 0 < step < 2**63 else math.inf

@@ -1,4 +1,4 @@
-"""Build what the loop works with from a job: images, teachers, student and engine."""
+"""Build the objects of a training loop from a job: images, teachers, student and engine."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ from unic_ds.training.step_guard import StepGuard
 from unic_ds.weights import warm_start
 from unic_kernels.ops import KERNELS
 
-FEW = 8
-"""Real images that a quantised teacher is judged by, and validation images that are tried."""
+NUM_SAMPLES = 8
+"""Images on which a quantised teacher is compared with bf16; validation images tried at the start.
+"""
 
 RARE = 1e-3
-"""A share of bad images that is less probable than this, under data.bad_limit, exceeds it."""
+"""If so many bad images are less probable than this at a share of data.bad_limit, it is exceeded.
+"""
 
 Init = dict[str, dict[str, str]] | None
 """Hashes of each file that a student starts from."""
@@ -85,7 +87,7 @@ def build(job: Job, set_phase: SetPhase) -> tuple[RunContext, TrainState]:
 def build_state(
     job: Job, student: Student, teachers: TeacherSet, device: torch.device
 ) -> TrainState:
-    """The state of step 0: the engine, whose optimiser asks the guard before each step."""
+    """The state at step 0; the engine's optimiser skips the steps that the guard rejects."""
     engine = deepspeed_engine.build(student, job.cfg.optim, job.settings)
     guard = StepGuard(job.cfg.run.spike, all_gather_fn=dist.all_gather, device=device)
     deepspeed_engine.set_found_inf(engine, guard.found_inf)
@@ -94,7 +96,7 @@ def build_state(
 
 
 def announce_phases(state: TrainState, set_phase: SetPhase, *, compiles: bool) -> Phases:
-    """Let student, backward and end of step announce themselves to the watchdog."""
+    """Let the student's forward, backward and the end of the step set the watchdog's phase."""
     phases = Phases(set_phase, lambda: state.step, compiles=compiles)
     state.engine.register_forward_pre_hook(lambda *_: phases.begin("student"))
     phases.announce_method(state.engine, "backward", "backward")
@@ -103,7 +105,7 @@ def announce_phases(state: TrainState, set_phase: SetPhase, *, compiles: bool) -
 
 
 def targets_of(teachers: TeacherSet, batch: Batch) -> dict[str, Target]:
-    """The teachers' standardised targets of a batch; their statistics observe it."""
+    """The teachers' standardised targets of a batch, which is added to their statistics."""
     return teachers(batch.images, batch.extras)
 
 
@@ -129,12 +131,13 @@ def find_teachers(
     )
     manifest = dist.on_rank_0(teachers.manifest)
     for name, facts in manifest.items():
-        source = printable(facts["source"])  # a cache's manifest may be a stranger's
+        source = printable(facts["source"])  # a cache's manifest may come from outside
         console.say(f"teacher {name}: {source}, {facts['width']} wide, {facts['size']} px")
     for teacher in teachers.teachers.values():
         if teacher.fidelity:
-            near = ", ".join(f"{kind} {value:.4f}" for kind, value in teacher.fidelity.items())
-            console.say(f"teacher {teacher.name} in {teacher.row.precision}: cosine to bf16 {near}")
+            cosines = ", ".join(f"{kind} {value:.4f}" for kind, value in teacher.fidelity.items())
+            precision = f"teacher {teacher.name} in {teacher.row.precision}"
+            console.say(f"{precision}: cosine to bf16 {cosines}")
     return teachers, manifest
 
 
@@ -172,15 +175,15 @@ def scan(cfg: config.Config) -> tuple[Source, Source | None]:
 
 
 def can_evaluate(train: Source, val: Source | None) -> bool:
-    """True if both sides have images of two classes or more, and a class in common."""
+    """True if both splits have images of two classes or more, and a class in common."""
     if val is None:
         return False
-    classes, held_out = (set(side.label_N[side.label_N >= 0].tolist()) for side in (train, val))
+    classes, held_out = (set(s.label_N[s.label_N >= 0].tolist()) for s in (train, val))
     return min(len(classes), len(held_out)) > 1 and bool(classes & held_out)
 
 
 def check_validation(cfg: config.Config, train: Source, val: Source | None) -> None:
-    """Try a few images that the evaluation will read, or say that there will be none.
+    """Read a few images that the evaluation will read, or print that there is no evaluation.
 
     ValueError, on every rank, if too many of them cannot be read.
     """
@@ -197,8 +200,8 @@ def find_unreadable(cfg: config.Config, val: Source) -> str:
     """A sentence if a few labelled validation images show that the evaluation would fail, or ""."""
     data.backend(cfg.data)  # raises its own error if there is no decoder
     labelled_N = np.flatnonzero(val.label_N >= 0)
-    chosen = np.linspace(0, len(labelled_N) - 1, min(FEW, len(labelled_N))).astype(int)
-    tried, shown = val.subset(labelled_N[chosen]), list[int]()
+    chosen = np.linspace(0, len(labelled_N) - 1, min(NUM_SAMPLES, len(labelled_N))).astype(int)
+    tried, readable = val.subset(labelled_N[chosen]), list[int]()
     batches = data.passes(
         tried,
         replace(cfg.data, bad_limit=1.0),
@@ -208,25 +211,25 @@ def find_unreadable(cfg: config.Config, val: Source) -> str:
         device=torch.device("cpu"),
     )
     try:
-        shown = [i for batch in batches for i in batch.index_B.tolist()]
+        readable = [i for batch in batches for i in batch.index_B.tolist()]
     except ValueError as error:  # none can be read
         if not entry_point.is_expected(error):
             raise
-    bad = [name for i, name in enumerate(tried.names) if i not in shown]
+    bad = [name for i, name in enumerate(tried.names) if i not in readable]
     if not exceeds_bad_limit(len(bad), len(tried), limit=cfg.data.bad_limit, total=len(labelled_N)):
         return ""
-    named = ", ".join(printable(name, 80) for name in bad)
+    names = ", ".join(printable(name, 80) for name in bad)
     return (
         f"{len(bad)} of {len(tried)} validation images that were tried, below"
-        f" {str(val.folder)!r}, cannot be read ({named}): the evaluation would fail after the last"
+        f" {str(val.folder)!r}, cannot be read ({names}): the evaluation would fail after the last"
         " step; repair or remove such images, or train without evaluation: --eval.on false"
     )
 
 
 def exceeds_bad_limit(bad: int, tried: int, *, limit: float, total: int) -> bool:
-    """True if the share of bad images among `total` exceeds `limit`, or all tried are bad.
+    """True if all tried images are bad, or the share of bad ones among `total` exceeds `limit`.
 
-    It exceeds it for certain, or with a probability of 1 - `RARE` (binomial distribution).
+    It is exceeded for certain, or so many bad images have a probability below `RARE` (binomial).
     """
     probability = sum(
         math.comb(tried, k) * limit**k * (1 - limit) ** (tried - k) for k in range(bad, tried + 1)
@@ -237,26 +240,28 @@ def exceeds_bad_limit(bad: int, tried: int, *, limit: float, total: int) -> bool
 
 def sample_images(cfg: config.Config, source: Source) -> Callable[[int], Tensor]:
     """Function of a side in pixels: images spread over a source, uint8 B3HW on the CPU."""
-    indices = np.unique(np.linspace(0, len(source) - 1, FEW).astype(int))
+    indices = np.unique(np.linspace(0, len(source) - 1, NUM_SAMPLES).astype(int))
 
-    def at(size: int) -> Tensor:
+    def sample(size: int) -> Tensor:
         batches = data.passes(
             source,
             cfg.data,
             sizes=(size,),
-            batch=FEW,
+            batch=NUM_SAMPLES,
             indices=indices,
             device=torch.device("cpu"),
         )
         return next(iter(batches)).images[size]
 
-    return at
+    return sample
 
 
 def noise_images(size: int) -> Tensor:
-    """Images of noise of a side in pixels, as many as `sample_images` gives: uint8 B3HW."""
+    """Images of noise, as many as `sample_images` returns, of `size` pixels: uint8 B3HW."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (FEW, 3, size, size), dtype=torch.uint8, generator=generator)
+    return torch.randint(
+        0, 256, (NUM_SAMPLES, 3, size, size), dtype=torch.uint8, generator=generator
+    )
 
 
 def augmentation_key(cfg: config.Config, train: Source) -> dict[str, Any]:
@@ -269,8 +274,8 @@ def augmentation_key(cfg: config.Config, train: Source) -> dict[str, Any]:
 
 def decoder_of(cfg: config.Config) -> str:
     """dali, dali on GPU (nvJPEG) or torch: decoders whose pixels differ."""
-    found = data.backend(cfg.data)
-    return "dali on GPU" if found == "dali" and dist.device().type == "cuda" else found
+    decoder = data.backend(cfg.data)
+    return "dali on GPU" if decoder == "dali" and dist.device().type == "cuda" else decoder
 
 
 def open_stream(
@@ -305,9 +310,9 @@ def open_stream(
 
 
 def assert_same_on_all_ranks(fingerprint: str) -> None:
-    """RuntimeError unless every rank found the same images: their order is a function of them."""
+    """RuntimeError unless every rank found the same images, which determine the data order."""
     if len(set(dist.all_gather_objects(fingerprint))) > 1:
-        raise RuntimeError("the ranks see different images; wait until the folder is complete")
+        raise RuntimeError("the ranks found different images; wait until the folder is complete")
 
 
 def count_flops(cfg: config.Config, teachers: TeacherSet, device: torch.device) -> float:
@@ -327,7 +332,7 @@ def fit_statistics(run: RunContext, state: TrainState) -> None:
     images = steps * run.cfg.optim.batch_size
     console.say(f"fitting the teachers' statistics to {images} images ({steps} batches)")
     count = steps * state.engine.gradient_accumulation_steps()
-    # A second stream: the log's share of time spent waiting is of training alone.
+    # A separate stream, so that its waits do not count in the log's data_wait_share.
     stream = open_stream(run.job, run.train, teachers.sizes, dist.device(), run.cache)
     tokens = (teachers.features(batch.images, batch.extras) for batch in islice(stream, count))
     teachers.fit(console.track(tokens, count, "statistics"))

@@ -1,4 +1,4 @@
-"""A stage of a run as two objects: what stays as it is, and what its steps change."""
+"""A stage of a run as two objects: `RunContext` is constant, steps change `TrainState`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TrainState:
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """Settings and data of a stage, in the order that a batch travels."""
+    """Settings and data of a stage; none of them changes during training."""
 
     job: Job
     train: Source

@@ -1,9 +1,9 @@
-"""Decides on the device which optimiser steps are skipped; the host reads it once per log line.
+"""Skips bad optimiser steps by a decision on the device, which the host reads once per log line.
 
 A step whose loss or gradient is not finite, or whose loss is a spike, changes nothing on any rank:
-no weight, moment, average or running statistic. A spike is a loss of the global batch that lies far
-above the last W = 64 that were taken, by a robust z-score (Iglewicz and Hoaglin, "How to Detect and
-Handle Outliers", 1993):
+no weight, moment, average or running statistic. A spike is a loss of the global batch far above
+those of the last W = 64 steps that were taken, by a robust z-score (Iglewicz and Hoaglin, "How to
+Detect and Handle Outliers", 1993):
 
     z = (loss - median) / (1.4826 median |loss - median| + eps)        eps = 1e-3 |median|
 
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WINDOW, ENOUGH = 64, 10  # losses that a spike is judged by, at most and at least
+WINDOW, ENOUGH = 64, 10  # losses that a new one is compared with, at most and at least
 
 
 class Reason(IntFlag):
@@ -29,15 +29,15 @@ class Reason(IntFlag):
     LOSS = 1  # not finite
     GRADIENT = 2  # not finite
     SPIKE = 4
-    LOCAL = 8  # this rank's own loss was not finite, or a spike
+    LOCAL = 8  # this rank's loss was not finite, or a spike
 
 
 NAMES = {Reason.LOSS: "loss", Reason.SPIKE: "spike", Reason.GRADIENT: "gradient"}
-"""The reasons as events.jsonl has them; of several the first."""
+"""The reasons in events.jsonl, which has the first of several."""
 
 
 class SkippedStep(NamedTuple):
-    """A step that was not taken, its reason, and the ranks whose loss it was due to, if any."""
+    """A step that was skipped, the reason, and the ranks whose loss caused it, if any."""
 
     step: int
     why: str
@@ -45,7 +45,7 @@ class SkippedStep(NamedTuple):
 
 
 def scores(loss_N: Tensor, window_W: Tensor) -> Tensor:
-    """Robust z-scores of losses against those of the window, which is NaN where it is not filled.
+    """Robust z-scores of losses against those of the window, whose unfilled entries are NaN.
 
     Minus infinity as long as the window has fewer than `ENOUGH`.
     """
@@ -57,7 +57,7 @@ def scores(loss_N: Tensor, window_W: Tensor) -> Tensor:
 
 
 class StepGuard:
-    """Judges every optimiser step by the losses and gradients of all ranks, without a host read."""
+    """Checks every optimiser step by the losses and gradients of all ranks, without a host read."""
 
     def __init__(
         self, spike: float, *, all_gather_fn: Callable[[Tensor], Tensor], device: torch.device
@@ -74,7 +74,7 @@ class StepGuard:
         self._reasons: list[Tensor] = []
 
     def observe(self, loss: Tensor) -> None:
-        """Take a micro batch's loss."""
+        """Store a micro batch's loss."""
         self._losses.append(loss.detach())
 
     @torch.no_grad()
@@ -85,30 +85,30 @@ class StepGuard:
         on all ranks together; further calls within a step change nothing.
         """
         if self._reason is None:
-            self._reason = self._judge(norm)
+            self._reason = self._decide(norm)
         return (self._reason > 0).float()
 
     @torch.no_grad()
     def end_step(self) -> Tensor:
         """End an optimiser step; True on the device if it was taken."""
-        # If the optimiser did not call `found_inf`, DeepSpeed refused the gradient before.
+        # If the optimiser did not call `found_inf`, DeepSpeed has rejected the gradient.
         taken = self.found_inf(math.inf) == 0
         assert self._reason is not None
         self._reasons.append(self._reason)
         self._losses, self._reason = [], None
         return taken
 
-    def _judge(self, norm: Tensor | float) -> Tensor:
+    def _decide(self, norm: Tensor | float) -> Tensor:
         local = torch.stack(self._losses).float().mean()
         loss_2 = torch.stack([self.all_gather_fn(local).mean(), local])
         if not isinstance(norm, Tensor):
             norm = torch.full_like(local, norm)
-        lost_2, odd = ~loss_2.isfinite(), ~norm.to(local.device).isfinite()
+        bad_2, bad_norm = ~loss_2.isfinite(), ~norm.to(local.device).isfinite()
         spike_2 = scores(loss_2, self.window_W) > (self.spike or math.inf)
-        reason = Reason.LOSS * lost_2[0] + Reason.GRADIENT * odd + Reason.SPIKE * spike_2[0]
+        reason = Reason.LOSS * bad_2[0] + Reason.GRADIENT * bad_norm + Reason.SPIKE * spike_2[0]
         shifted_W = torch.cat([self.window_W[1:], loss_2[:1]])
         self.window_W = torch.where(reason > 0, self.window_W, shifted_W)
-        return reason + Reason.LOCAL * ((reason > 0) & (lost_2 | spike_2)[1])
+        return reason + Reason.LOCAL * ((reason > 0) & (bad_2 | spike_2)[1])
 
     def take_reasons(self) -> Tensor:
         """This rank's `Reason` (K) of each step since the last call."""
@@ -116,7 +116,7 @@ class StepGuard:
         return reason_K
 
     def report(self, reason_PK: Sequence[Sequence[float]], step: int) -> list[SkippedStep]:
-        """The skipped ones among the K steps up to `step`, by the reasons of all ranks."""
+        """The skipped steps among the K steps up to `step`, by the reasons of all ranks."""
         found = []
         first = step - len(reason_PK[0]) + 1
         for at, reason_P in enumerate(zip(*reason_PK, strict=True), first):
@@ -134,7 +134,7 @@ class StepGuard:
         return {"window_W": self.window_W, "streak": torch.tensor(self.streak)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take a checkpoint's window and streak, and drop what is pending."""
+        """Load a checkpoint's window and streak, and drop pending losses and reasons."""
         self.window_W = state["window_W"].to(self.window_W.device)
         self.streak = int(state["streak"])
         self._losses, self._reason, self._reasons = [], None, []

@@ -64,7 +64,7 @@ def sample_images(source: Source, cfg: config.Config, count: int) -> Tensor:
 
 
 def from_checkpoint(run: Path, *, out: str = "") -> Path:
-    """Export the newest complete checkpoint of the stage that a run is in; return the folder.
+    """Export the newest undamaged checkpoint of a run's current stage; return the folder.
 
     `out` is the new folder; if empty, `encoders/CHECKPOINT` of the stage. ValueError if there is no
     checkpoint.
@@ -78,7 +78,7 @@ def from_checkpoint(run: Path, *, out: str = "") -> Path:
         model, _, rest = name.partition(".")
         states[model][rest] = value
     teachers = json.loads((folder / "teachers.json").read_text())
-    with torch.device("meta"):  # for the names alone
+    with torch.device("meta"):  # only its weights' names are used
         heads = heads_of(cfg, {name: row["width"] for name, row in teachers.items()})
         ladder = ladder_on(build_encoder(cfg.student), cfg.ladder, heads)
     statistics = tensor_files.read(found / checkpoint.STATISTICS)

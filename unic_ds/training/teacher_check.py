@@ -17,7 +17,7 @@ EightBits = Literal["int8", "fp8", "int8_dynamic", "fp8_dynamic"]
 
 
 def describe(cfg: config.Config) -> list[dict[str, Any]]:
-    """Run an image through each teacher; a row per teacher with what came out."""
+    """Run an image through each teacher; a row per teacher about its output."""
     return teacher_set.describe(cfg.teachers, grid=grid_of(cfg.student), device=dist.device())
 
 
@@ -41,11 +41,11 @@ def refuse(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def sample_images(cfg: config.Config) -> tuple[quantisation.Sample, str]:
-    """Images for the check, by their side in pixels, and the source that they are from."""
+    """(function from a side in pixels to images for the check, name of the images)."""
     source = cfg.data.train
     if not source and demo.ready():
         source = str(demo.root() / demo.PARTS[0])
     if source:
-        with redirect_stdout(sys.stderr):  # what a scan prints is no part of a table or of JSON
+        with redirect_stdout(sys.stderr):  # lines of a scan do not belong in a table or in JSON
             return setup.sample_images(cfg, data.scan(source)), source
     return setup.noise_images, "noise, for there are no images; give --data.train"

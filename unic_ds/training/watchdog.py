@@ -29,7 +29,7 @@ from unic_ds.training import events, heartbeat
 from unic_ds.training.heartbeat import Heartbeat
 
 STALL_FACTORS = {"building": 4, "resuming": 4, "compiling": 4, "saving": 4, "evaluating": 12}
-"""Multiples of run.stall_timeout in phases without phases inside; a probe's fit is one line."""
+"""Multiples of run.stall_timeout in phases that contain no other phase."""
 BEATS_PER_TIMEOUT = 30  # heartbeats in run.hang_timeout
 LOST_RANK_WORDS = ("gloo", "nccl", "connection", "peer")  # in errors of collectives
 PACKAGE = Path(__file__).parent.parent
@@ -42,12 +42,12 @@ def new_start_id() -> str:
 
 
 def longest_timeout_s(run: Run) -> int:
-    """Timeout of collectives in seconds: never shorter than the watchdog's own."""
+    """Timeout of collectives in seconds: never shorter than those of the watchdog."""
     return max(1800, int(run.stall_timeout * max(STALL_FACTORS.values())))
 
 
 class Watchdog:
-    """Context manager of training: `set_phase` stores what the rank does, a thread does the rest.
+    """Context manager of training: `set_phase` stores the rank's phase, a thread does the rest.
 
     A clean exit removes the rank's files.
     """
@@ -63,7 +63,7 @@ class Watchdog:
         self.neighbour: Heartbeat | None = None
         self.silent_s = 0.0  # since the neighbour's heartbeat changed
         self.verdict_file = out / heartbeat.FOLDER / f"verdict_{start}.json"
-        self.failed_file = out / heartbeat.FOLDER / f"failed_{start}"  # made by the rank to report
+        self.failed_file = out / heartbeat.FOLDER / f"failed_{start}"  # rank that reports
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self.watch, name="heartbeat", daemon=True)
 
@@ -128,7 +128,7 @@ class Watchdog:
         """Write this rank's heartbeat, `ran_s` seconds after the last."""
         (phase, step), changes, last = self.position, self.phase_changes, self.heartbeat
         line = main_thread_line()
-        # In a phase that has none inside, another source line is progress too.
+        # In a phase that contains no other phase, another source line is progress too.
         idle = changes == last.phase_changes and (
             phase not in STALL_FACTORS or line == last.source_line
         )
@@ -165,9 +165,9 @@ class Watchdog:
         last = time.monotonic()
         while not self.stopped.wait(self.interval_s):
             now = time.monotonic()
-            # Time for which this process was stopped itself does not count against the others.
+            # Time for which this process itself was stopped does not count against the others.
             ran_s, last = min(now - last, 4 * self.interval_s), now
-            with suppress(OSError):  # a file system that is away for a while
+            with suppress(OSError):  # the file system may be unavailable for a while
                 self.write_heartbeat(ran_s)
                 self.exit_if_decided()
                 self.check_neighbour(ran_s)
@@ -223,16 +223,16 @@ class Watchdog:
             self.abort("rank lost", missing)
         if self.rank in (0, self.world - 1) and (missing := self.silent_ranks()):
             self.abort("rank silent", missing)
-        time.sleep(4 * self.interval_s)  # another rank may decide: our thread then ends us here
+        time.sleep(4 * self.interval_s)  # if another rank decides, the thread ends this process
 
     def abort(
         self, event: str, culprits: list[Heartbeat], rows: list[Heartbeat] | None = None
     ) -> None:
-        """Report the fault, once per job, and end this process, as all the others will.
+        """Report the fault, once per job, and end this process; all others end likewise.
 
         A rank that failed with an exception has reported it already.
         """
-        says = describe(event, culprits, rows or [], hang_timeout=self.run.hang_timeout)
+        message = describe(event, culprits, rows or [], hang_timeout=self.run.hang_timeout)
         # If all ranks hang, each ends its own process.
         killed = culprits if len(culprits) < self.world else []
         try:
@@ -249,9 +249,9 @@ class Watchdog:
         ]
         if not self.failed_file.exists():
             with suppress(OSError):
-                events.append(self.out, event, step=culprits[0].step, says=says, ranks=facts)
+                events.append(self.out, event, step=culprits[0].step, says=message, ranks=facts)
             with suppress(OSError):
-                os.write(2, f"unic_ds: error: {says}; {RESUME}\n".encode())
+                os.write(2, f"unic_ds: error: {message}; {RESUME}\n".encode())
         self.exit_process(killed)
 
     def exit_if_decided(self) -> None:
@@ -306,10 +306,12 @@ def describe(
             f"none of the {len(rows)} ranks made progress for {first.idle_s:.0f} s {position}"
             f" ({first.label} at {first.source_line}): a collective, a GPU or the file system hangs"
         )
-    says = f"{ranks} made no progress for {first.idle_s:.0f} s {position} (at {first.source_line})"
+    message = (
+        f"{ranks} made no progress for {first.idle_s:.0f} s {position} (at {first.source_line})"
+    )
     others = Counter(row.phase for row in rows if row.phase_changes > first.phase_changes)
     waiting = ", ".join(f"{count} in phase {phase!r}" for phase, count in others.most_common())
-    return f"{says}; the other ranks wait for it: {waiting}" if waiting else says
+    return f"{message}; the other ranks wait for it: {waiting}" if waiting else message
 
 
 def main_thread_line() -> str:

@@ -47,9 +47,9 @@ def export(
     """Write the encoder's fp32 `state` to the folder `out`, check that timm loads it; return `out`.
 
     `images` are uint8 B3HW at `cfg.student.size`; features of both ways of loading must be within
-    1e-5 of the encoder's own. `teachers` is the run's manifest, for the model card's licences;
-    `origin` is its text about the source of the weights, if they are not a run's. `extras` are
-    ladder and statistics, tensors by file name.
+    1e-5 of the encoder's. `teachers` is the run's manifest, for the licences on the model card;
+    `origin` is the card's text about the source of the weights, if no run has trained them.
+    `extras` are ladder and statistics, tensors by file name.
     RuntimeError if features differ: nothing is left at `out`, but an earlier export stays.
     ValueError if `out` holds something that is no export, or weights or images do not fit;
     OSError if it cannot be written.
@@ -72,7 +72,7 @@ def export(
         for name, tensors in (extras or {}).items():
             tensor_files.save({k: copy_of(v) for k, v in tensors.items()}, part / name)
         check_loading(encoder, cfg.student, part, images.cpu())
-        refuse_foreign(out)  # something may be there by now
+        refuse_foreign(out)  # another process may have written it since
         replace_folder(part, out)
         return out
     except OSError as error:
@@ -142,10 +142,10 @@ def check_loading(
         ),
     }
     folder = encodable(folder)
-    own = tokens(encoder, cfg, image_B3HW)
+    expected = tokens(encoder, cfg, image_B3HW)
     for way, create in loaders.items():
         loaded = tokens(create().eval(), cfg, image_B3HW)
-        gaps = [(a - b).abs().max().item() for a, b in zip(own, loaded, strict=True)]
+        gaps = [(a - b).abs().max().item() for a, b in zip(expected, loaded, strict=True)]
         if not all(gap <= TOLERANCE for gap in gaps):  # written so that NaN fails, too
             raise RuntimeError(
                 f"loaded by {way}, the export does not give the encoder's features: they differ by"
@@ -198,12 +198,12 @@ def has_initial_norm(encoder: VisionTransformer) -> bool:
 
 
 def cell(text: str) -> str:
-    """Foreign text for Markdown, escaped if it has characters that could be markup."""
+    """Text from outside for Markdown, escaped if it has characters that could be markup."""
     return text if PLAIN.fullmatch(text) else markdown(text)
 
 
 def code(text: str) -> str:
-    """Foreign text as code in Markdown; escaped text if it could end the code."""
+    """Text from outside as code in Markdown; escaped text if it could end the code."""
     return f"`{text}`" if PLAIN.fullmatch(text) else markdown(text)
 
 

@@ -1,9 +1,9 @@
 """Import of the authors' published checkpoints (`unic.pth`, `unic_l.pth`) as a model folder.
 
 Their file is a pickle of `model` (`module.encoder.*` in DINOv2's names with chunked blocks, and
-`module.lp.*`), `teacher_ft_stats` and the program's `args` (method: section 7). A pickle is a
-program: torch's restricted unpickler reads it, which runs tensor rebuilders alone. What `args`
-names (argparse, NumPy) is admitted by name and discarded: inert objects stand in for it.
+`module.lp.*`), `teacher_ft_stats` and the program's `args` (method: section 7). A pickle can run
+code, so torch's restricted unpickler reads it, which calls only functions that rebuild tensors.
+Classes that `args` needs (argparse, NumPy) are replaced by an inert class.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ADMITTED = (
 """Names admitted in addition to torch's list: tensor rebuilders, OrderedDict, `_codecs.encode`."""
 
 FAMILIES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1536: "giant"}
-"""The ViTs of the authors' program by width; its number of heads is timm's, and in no tensor."""
+"""The ViTs of the authors' program by width; the number of heads, in no tensor, is timm's."""
 
 ODD = (RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 """Errors of timm and torch that are given tensors of odd shapes."""
@@ -89,7 +89,7 @@ def import_unic(path: Path, out: Path) -> Path:
 
 
 def read(path: Path) -> Published:
-    """Read the published checkpoint `path`; ValueError if it is not in their layout."""
+    """Read the published checkpoint `path`; ValueError if it is not in the authors' layout."""
     checkpoint = unpickle(path)
     try:
         encoder, projectors = parts_of(checkpoint.get("model"))
@@ -187,8 +187,8 @@ def ladder_of(
     """Find the settings and heads of the ladder that these weights belong to."""
     layers: dict[tuple[str, int], list[Tensor]] = {}
     for name, value in state.items():
-        if said := CLS_HEAD.fullmatch(name):
-            layers.setdefault((said[1], int(said[2])), []).append(value)
+        if found := CLS_HEAD.fullmatch(name):
+            layers.setdefault((found[1], int(found[2])), []).append(value)
     linears = {at: [w for w in weights if w.ndim == 2] for at, weights in layers.items()}
     if not linears or any(len(pair) != 2 for pair in linears.values()):
         raise ValueError("the ladder (lp) has no projectors heads.TEACHER.cls.BLOCK of two Linears")

@@ -1,9 +1,10 @@
 """Start of a run from given weights (`--student.init`).
 
-A model folder is what a finished run writes as `student/` and what `import-unic` writes: encoder,
-ladder and statistics. A bare `.safetensors` file holds an encoder in timm's names. The encoder must
-fit, except for its position embeddings, which timm resamples to the run's grid. The ladder is
-loaded if all of it fits, and so are the statistics; otherwise it starts anew, and a line says so.
+A model folder has encoder, ladder and statistics: a finished run writes one as `student/`, and
+`import-unic` does. A `.safetensors` file has an encoder in timm's names. The encoder must fit,
+except for its position embeddings, which timm resamples to the run's grid. The ladder is loaded if
+all of it fits, and so are the statistics; otherwise they are initialised as in any run, and a line
+is printed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from unic_ds.teachers.teacher_set import TeacherSet
 
 WEIGHTS, LADDER = "model.safetensors", "ladder.safetensors"
 STATISTICS = "statistics.safetensors"
-NONE = "there are none"
+NONE = "the folder has none"
 
 
 def start(path: str, student: Student, teachers: TeacherSet) -> dict[str, dict[str, str]]:
@@ -41,23 +42,23 @@ def start(path: str, student: Student, teachers: TeacherSet) -> dict[str, dict[s
     files = files_of(path)
     hashes = dist.on_rank_0(lambda: check_files(files))
     start_encoder(path, student.encoder)
-    taken = ["encoder"]
+    loaded = ["encoder"]
     if wrong := start_ladder(files.get(LADDER), student.ladder):
-        console.say(f"the ladder starts anew: {wrong}")
+        console.say(f"the ladder is not loaded: {wrong}")
     else:
-        taken.append("ladder")
+        loaded.append("ladder")
     state = read(files[STATISTICS]) if STATISTICS in files else {}
     if wrong := misfit(state, teachers.state_dict()) if state else NONE:
-        console.say(f"the statistics start anew: {wrong}")
+        console.say(f"the statistics are not loaded: {wrong}")
     else:
         teachers.load_state_dict(state)
-        taken.append("statistics")
-    console.say(f"starts from {path}: {', '.join(taken)}")
+        loaded.append("statistics")
+    console.say(f"starts from {path}: {', '.join(loaded)}")
     return hashes
 
 
 def check_files(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
-    """Check the weights of files; return `weight_files.hashes` of each. ValueError for unsound."""
+    """`weight_files.hashes` of each file; ValueError for weights that `find_unsound` describes."""
     found = {}
     for name, file in files.items():
         if problem := find_unsound(Safetensors(file)):
@@ -83,11 +84,11 @@ def find_unsound(state: Mapping[str, Tensor]) -> str:
 
 def files_of(path: str) -> dict[str, Path]:
     """Files of a model folder by name; a bare file of encoder weights counts as the encoder's."""
-    given = Path(path).expanduser()
-    if not given.is_dir():
-        return {WEIGHTS: given}
+    expanded = Path(path).expanduser()
+    if not expanded.is_dir():
+        return {WEIGHTS: expanded}
     names = (WEIGHTS, LADDER, STATISTICS)
-    return {name: given / name for name in names if (given / name).is_file()}
+    return {name: expanded / name for name in names if (expanded / name).is_file()}
 
 
 @torch.no_grad()
@@ -95,20 +96,20 @@ def start_encoder(path: str, encoder: VisionTransformer) -> None:
     """Load the encoder weights at `path` into a timm ViT; ValueError unless all fit.
 
     A classifier, which supervised weights of timm have, is ignored. Weights are read one at a time,
-    under ZeRO-3 by rank 0 alone.
+    under ZeRO-3 on rank 0 only.
     """
-    own = encoder.state_dict(keep_vars=True)
+    expected = encoder.state_dict(keep_vars=True)
     file = Safetensors(files_of(path)[WEIGHTS])
     found = {name: value for name, value in file.items() if not name.startswith("head.")}
     changed = {}
     if "pos_embed" in found and getattr(encoder, "pos_embed", None) is not None:
         changed["pos_embed"] = resized(found["pos_embed"], encoder, path)
-    if wrong := misfit(found | changed, own):
+    if wrong := misfit(found | changed, expected):
         model = vars(encoder)["pretrained_cfg"].get("architecture", "the student")
         raise ValueError(f"student.init {path!r} does not fit {model}: {wrong}")
-    for name, value in own.items():
-        with deepspeed_engine.gathered(value) as ours:
-            if ours:
+    for name, value in expected.items():
+        with deepspeed_engine.gathered(value) as writes:
+            if writes:
                 value.copy_(changed.get(name, found[name]))
 
 
@@ -117,15 +118,15 @@ def start_ladder(path: Path | None, ladder: Ladder) -> str:
     """Load the weights at `path` into a ladder if all fit; otherwise describe how they differ."""
     if path is None:
         return NONE
-    own = dict(ladder.named_parameters())
-    want = ladder.export_state_dict({k: empty(deepspeed_engine.shape(v)) for k, v in own.items()})
+    parameters = dict(ladder.named_parameters())
+    outlines = {k: empty(deepspeed_engine.shape(v)) for k, v in parameters.items()}
     file = Safetensors(path)
-    if wrong := misfit(file, want):
+    if wrong := misfit(file, ladder.export_state_dict(outlines)):
         return wrong
     for name, regions in ladder.regions().items():
-        with deepspeed_engine.gathered(own[name]) as ours:
-            for published, at in regions.items() if ours else ():
-                own[name][at].copy_(file[published])
+        with deepspeed_engine.gathered(parameters[name]) as writes:
+            for published, at in regions.items() if writes else ():
+                parameters[name][at].copy_(file[published])
     return ""
 
 
@@ -150,9 +151,9 @@ def resized(pos_1ND: Tensor, encoder: VisionTransformer, path: str) -> Tensor:
 
 
 def misfit(state: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> str:
-    """Describe how names and shapes of weights differ from those wanted; empty if they fit.
+    """Describe how names and shapes of weights differ from those of `want`; empty if they fit.
 
-    Of each kind of difference the first is named.
+    The first difference of each kind is named.
     """
     shapes = [
         f"{printable(k)} is {tuple(v.shape)}, not {tuple(deepspeed_engine.shape(want[k]))}"
@@ -164,7 +165,7 @@ def misfit(state: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> str:
         [f"{printable(name)} is unknown" for name in sorted(state.keys() - want.keys())],
         shapes,
     )
-    said = [
+    clauses = [
         f"{rows[0]}{f' and {len(rows) - 1} more' if rows[1:] else ''}" for rows in kinds if rows
     ]
-    return "; ".join(said)
+    return "; ".join(clauses)
