@@ -1,6 +1,5 @@
-"""kNN time beside faiss's flat index: `python tests/support/knn_speed.py [--rows N] [--threads T]`.
+"""Time of a kNN beside faiss's flat index: `python tests/support/knn_speed.py [--rows N]`.
 
-    python tests/support/knn_speed.py [--rows N] [--threads T]
 Both find the same neighbours, in one process, in turns; the figure is the median of the ratios of
 wall time, or of CPU time with --cpu true (one thread, on a machine that others use as well). Exit
 code 1 above LIMIT. Without faiss (`pip install faiss-cpu`) it says so, and ends with 0.
