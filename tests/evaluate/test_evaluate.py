@@ -369,7 +369,7 @@ def test_any_number_of_ranks_finds_the_same_table(tmp_path: Path) -> None:
 def test_an_evaluator_from_outside_is_in_the_results_of_a_run(tmp_path: Path) -> None:
     for side in ("train", "val"):
         folder(tmp_path / side, 17)  # not a multiple of the ranks
-    script = str(Path(__file__).with_name("outside_evaluator.py"))
+    script = str(SUPPORT / "outside_evaluator.py")
     printed = run(Forked(2, [script, *tiny(tmp_path, "run", {"optim.steps": 1})]))
     rows = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(rows) == ["pixels", "narrow", "wide", "student before", "student after"]

@@ -20,7 +20,7 @@ from first_hour_attempt import Attempt, Found, Session, Skip
 from first_hour_checks import Check
 from first_hour_commands import ROOT, Clock, reason_in, stat_of
 
-from unic_ds.cli import plan
+from unic_ds.planning.gpus import Efficiency
 
 SCRIPT = str(ROOT / "tests" / "first_hour" / "first_hour.py")
 GPU = torch.cuda.is_available()
@@ -206,7 +206,7 @@ def test_the_planner_takes_what_is_suggested(session: Session) -> None:
     session.shares = {"ladder": 0.41, "teachers": 0.523, "student": None, "no such": 0.5}
     text = first_hour_checks.efficiency(session)
     assert text == "ladder=0.41,teachers=0.52"
-    assert plan.parse_efficiency(text).ladder == 0.41
+    assert Efficiency.parse(text).ladder == 0.41
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def test_constant_and_non_finite_features_are_refused():
     [
         ({"kind": "phi_s"}, "fit_steps must be positive for --standardise.kind phi_s"),
         ({"fit_steps": -1}, "fit_steps must be >= 0"),
-        ({"fit_steps": 3, "freeze_after": 5}, "freeze_after must be 0 where"),
+        ({"fit_steps": 3, "freeze_after": 5}, "freeze_after must be 0 if"),
     ],
 )
 def test_what_cannot_be_together_is_one_sentence(knobs, sentence):

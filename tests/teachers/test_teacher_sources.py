@@ -161,7 +161,7 @@ def test_missing_file_names_the_fetch_command(tmp_path):
         row_of(tmp_path / "no.pth", "test_vit"),
         "'t'",
         "no.pth",
-        "put them there or set its source (`unic-ds teachers fetch` has those of hubs)",
+        "put them there or give --teachers.t.source (`unic-ds teachers fetch` has those of hubs)",
     )
 
 

@@ -32,6 +32,8 @@ HEAD = 65536
 """Bytes of a shard that are compared if its modification time has changed."""
 SLACK = 4 << 20
 """Bytes by which an index may exceed its shards and classes.txt: a row is below a tar header."""
+MANY = 64
+"""Shards whose headers take more than a moment to read."""
 NOTES = 20
 """Notes that an index keeps."""
 REMEDY = "delete it to have it built again"
@@ -48,7 +50,8 @@ class Stamp(NamedTuple):
 def build(tars: Sequence[Path], known: Sequence[str]) -> Tables:
     """Build the index of shards from their headers; `known` has the names of classes 0, 1, ..."""
     with ThreadPoolExecutor(8, thread_name_prefix="unic_ds-index") as pool:
-        console.say(f"building the index of {len(tars)} shards, once")
+        if len(tars) > MANY:
+            console.say(f"building the index of {len(tars)} shards, once")
         parts = console.track(pool.map(members_of, tars), len(tars), "index of the shards")
         members, skipped = merged(parts)
     stamps = [stamp_of(tar) for tar in tars]
