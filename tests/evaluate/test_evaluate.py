@@ -366,24 +366,6 @@ def test_any_number_of_ranks_finds_the_same_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
-def test_an_evaluator_from_outside_is_in_the_results_of_a_run(tmp_path: Path) -> None:
-    for side in ("train", "val"):
-        folder(tmp_path / side, 17)  # not a multiple of the ranks
-    script = str(SUPPORT / "outside_evaluator.py")
-    printed = run(Forked(2, [script, *tiny(tmp_path, "run", {"optim.steps": 1})]))
-    rows = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert list(rows) == ["pixels", "narrow", "wide", "student before", "student after"]
-    for name, row in rows.items():
-        assert list(row) == ["knn", "linear", *(["patch_rank"] if name != "pixels" else [])]
-        assert name == "pixels" or row["patch_rank"] >= 1
-    assert "patch_rank" in printed and "patch_rank of 17 validation images" in printed
-    protocols = json.loads((tmp_path / "run" / "protocols.json").read_text())
-    assert {name: list(row) for name, row in protocols.items()} == {
-        name: list(row) for name, row in rows.items()
-    }
-
-
-@pytest.mark.dist
 def test_a_probe_that_fails_on_one_rank_ends_the_run_by_one_sentence(tmp_path: Path) -> None:
     for side in ("train", "val"):
         folder(tmp_path / side, 16)

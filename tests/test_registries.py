@@ -1,10 +1,11 @@
-"""A module outside the package adds a teacher source, a loss term and a balancer."""
+"""A module outside the package adds one entry to each registry."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from runs import TRAIN, curve, run, tiny
 
 from unic_ds import config
 from unic_ds.config import plugins
+from unic_ds.config.recipes import RECIPES
+from unic_ds.evaluate.registry import EVALUATORS
 from unic_ds.losses import balance
 from unic_ds.losses.balance import BALANCERS, Balancer
 from unic_ds.losses.distill import distill_loss
@@ -33,11 +36,21 @@ ROWS = tuple(
 )
 
 
+ENTRIES: tuple[tuple[dict[str, Any], str], ...] = (
+    (SOURCES, "small"),
+    (TERMS, "charbonnier"),
+    (BALANCERS, "hardest"),
+    (EVALUATORS, "patch_rank"),
+    (RECIPES, "example"),
+)
+"""Entries of the plugin."""
+
+
 @pytest.fixture
 def plugin():
     """The plugin, whose entries are taken out of the registries afterwards."""
     yield importlib.import_module("example_plugin")
-    for registry, name in ((SOURCES, "small"), (TERMS, "charbonnier"), (BALANCERS, "hardest")):
+    for registry, name in ENTRIES:
         del registry[name]
     del sys.modules["example_plugin"]
 
@@ -116,15 +129,18 @@ RUN = {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder with images to train on and to evaluate on."""
+    """A folder with images to train on and to evaluate on, not a multiple of two ranks."""
     made = tmp_path_factory.mktemp("registries")
-    folder(made / "train", 16)
-    folder(made / "val", 8)
+    for side in ("train", "val"):
+        folder(made / side, 17)
     return made
 
 
-def test_a_run_takes_all_three(images):
-    run(Forked(1, [TRAIN, *tiny(images, "run", RUN)]))
+@pytest.mark.dist
+def test_a_run_takes_one_of_each(images):
+    words = tiny(images, "run", {"plugins": "example_plugin", "recipe": "example"})
+    at = words.index("--teachers")
+    printed = run(Forked(2, [TRAIN, *words[:at], *words[at + 2 :]]))
     rows = curve(images / "run")
     assert list(rows) == [1, 2, 3]
     for row in rows.values():
@@ -134,6 +150,16 @@ def test_a_run_takes_all_three(images):
     assert (facts["mine"]["source"], facts["mine"]["licence"]) == ("small:24", "MIT")
     cfg = yaml.safe_load((images / "run" / "config.yaml").read_text())
     assert (cfg["plugins"], cfg["balance"]["kind"]) == (["example_plugin"], "hardest")
+    results = json.loads((images / "run" / "results.json").read_text())
+    assert list(results) == ["pixels", "mine", "theirs", "student before", "student after"]
+    for name, row in results.items():
+        assert list(row) == ["knn", "linear", *(["patch_rank"] if name != "pixels" else [])]
+        assert name == "pixels" or row["patch_rank"] >= 1
+    assert "patch_rank" in printed and "patch_rank of 17 validation images" in printed
+    protocols = json.loads((images / "run" / "protocols.json").read_text())
+    assert {name: list(row) for name, row in protocols.items()} == {
+        name: list(row) for name, row in results.items()
+    }
 
 
 @pytest.mark.parametrize(
