@@ -76,7 +76,7 @@ def test_hidden_names_are_no_images_and_other_files_are_counted(tmp_path, capsys
 
 def test_a_verb_that_prints_json_prints_nothing_else(tmp_path, capsys):
     (touch(tmp_path, "notes.md") / "1.jpg").write_bytes(encode(photo()).tobytes())
-    teacher_check.sample_images(Config(data=Data(train=str(tmp_path), backend="torch")))
+    teacher_check.images_to_compare(Config(data=Data(train=str(tmp_path), backend="torch")))
     said = capsys.readouterr()
     assert said.out == "" and "1 file was skipped: 1 .md" in said.err
 

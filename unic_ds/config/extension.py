@@ -76,7 +76,12 @@ def find(out: Path, resume: str) -> PreviousRun | None:
 
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first."""
-    return sorted((out / "checkpoints").glob(f"step_{'[0-9]' * 7}"))
+    return steps_in(out / "checkpoints")
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """The checkpoints under `folder`, oldest first."""
+    return sorted(p for p in folder.glob(f"step_{'[0-9]' * 7}") if p.is_dir())
 
 
 def step_of(saved: list[Path]) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from unic_ds.config import job, recipes
+from unic_ds.config import extension, job, recipes
 from unic_ds.files import open_regular
 from unic_ds.files.documents import json_lines, parse_line
 from unic_ds.files.printable import printable
@@ -80,7 +80,7 @@ def examine(out: Path, *, hashes: bool) -> Finding:
     number = done.index(False) if False in done else len(done)
     cfg, folder = stages[number]
     position = f"Stage {number + 1} of {len(stages)}: " if len(stages) > 1 else ""
-    step, saved = last_step(folder), checkpoint.steps_in(folder / "checkpoints")
+    step, saved = last_step(folder), extension.steps_in(folder / "checkpoints")
     problems = {p.name: problem(p, hashes) for p in saved}
     history = read_events(folder)
     state, sentence = state_of(folder, int(cfg.optim.steps), history)
@@ -268,7 +268,7 @@ def notes(out: Path, stops: list[Path], history: History) -> list[str]:
     ]
     if any((out / "checkpoints").glob(".saving_*")):
         found.append("a save was interrupted; the next one removes its leftovers")
-    steps = checkpoint.steps_in(out / "checkpoints")
+    steps = extension.steps_in(out / "checkpoints")
     if steps:
         size = sum(file.stat().st_size for file in steps[-1].rglob("*") if file.is_file())
         free = shutil.disk_usage(out).free

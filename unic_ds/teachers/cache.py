@@ -259,7 +259,7 @@ class FeatureCache:
             facts[row.name] = cast(TeacherFacts, {**theirs, **hashes})
         if path := self.layout.broken(facts):
             raise ValueError(
-                f"the feature cache is not whole: {str(path)!r} is missing, no regular file or of"
+                f"the feature cache is incomplete: {str(path)!r} is missing, no regular file or of"
                 " another size; make it again"
             )
         return facts

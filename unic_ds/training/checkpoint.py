@@ -23,6 +23,7 @@ from typing import Any, TypedDict, cast
 from torch import Tensor, nn
 
 from unic_ds import config, dist
+from unic_ds.config.extension import steps_in
 from unic_ds.engine.deepspeed_engine import param_order, state_copies
 from unic_ds.engine.protocol import Engine
 from unic_ds.engine.reshard import load_resharded
@@ -200,11 +201,6 @@ def newest_name(folder: Path) -> str:
         if steps
         else "no checkpoint was saved before"
     )
-
-
-def steps_in(folder: Path) -> list[Path]:
-    """Checkpoints under `folder`, oldest first."""
-    return sorted(p for p in folder.glob(f"step_{'[0-9]' * 7}") if p.is_dir())
 
 
 def hash_files(folder: Path, *, sync: bool = False) -> dict[str, FileHash]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unic_ds import dist
+from unic_ds.config import extension
 from unic_ds.data import order
 from unic_ds.files import remove_folder, write_atomic
 from unic_ds.process import console
@@ -39,7 +40,7 @@ def prune_abandoned(out: Path) -> list[RollbackRow]:
     """Remove checkpoints that roll-backs abandoned; the run's roll-backs, equal on all ranks."""
     rows = dist.on_rank_0(lambda: read(out / FILE))
     if rows and dist.rank() == 0:
-        saved = checkpoint.steps_in(out / "checkpoints")
+        saved = extension.steps_in(out / "checkpoints")
         abandoned = [folder for folder in saved if is_abandoned(folder, rows)]
         if kept := [folder for folder in saved if folder not in abandoned]:
             write_atomic(out / "checkpoints" / "latest", kept[-1].name)
@@ -94,7 +95,7 @@ def plan_rollback(run: RunContext, state: TrainState, needed: RollbackNeeded) ->
     run.max_rollbacks.
     """
     rows = state.rollbacks
-    steps = [step_of(path) for path in checkpoint.steps_in(run.out / "checkpoints")]
+    steps = [step_of(path) for path in extension.steps_in(run.out / "checkpoints")]
     to = dist.broadcast_object(max((step for step in steps if step < needed.first), default=None))
     if to is None or len(rows) >= run.cfg.run.max_rollbacks:
         reason = reason_to_stop(run.out, needed, rollbacks=None if to is None else len(rows))

@@ -9,7 +9,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +20,9 @@ from unic_ds.files import tensor_files
 from unic_ds.models.ladder import Ladder, heads_of
 from unic_ds.models.student import build_encoder, ladder_on
 from unic_ds.training import checkpoint
+from unic_ds.training.setup import sample_images
 from unic_ds.weights.export import export
 from unic_ds.weights.warm_start import LADDER, STATISTICS
-
-PROVEN_ON = 8
-"""Training images on which an export is compared with the encoder."""
 
 
 def write(
@@ -45,22 +42,8 @@ def write(
     `source` its training images. Errors as `weights.export.export`.
     """
     extras = {LADDER: ladder.export_state_dict(ladder_state), STATISTICS: statistics}
-    images = sample_images(source, cfg, PROVEN_ON)
+    images = sample_images(cfg, source)(cfg.student.size)  # the export is compared on them
     return export(encoder_state, cfg, images, out, teachers=teachers, extras=extras)
-
-
-def sample_images(source: Source, cfg: config.Config, count: int) -> Tensor:
-    """The first images at the student's size, uint8 B3HW."""
-    size = cfg.student.size
-    batches = data.passes(
-        source,
-        cfg.data,
-        sizes=(size,),
-        batch=count,
-        indices=np.arange(min(count, len(source))),
-        device=torch.device("cpu"),
-    )
-    return next(iter(batches)).images[size]
 
 
 def from_checkpoint(run: Path, *, out: str = "") -> Path:

@@ -24,7 +24,7 @@ def describe(cfg: config.Config) -> list[dict[str, Any]]:
 def agreement(cfg: config.Config, precision: EightBits) -> list[dict[str, Any]]:
     """Measure the cosine of each teacher's tokens in eight bits to those in bf16; a row each."""
     rows = tuple(replace(row, precision=precision, placement="replicate") for row in cfg.teachers)
-    sample, images = sample_images(cfg)
+    sample, images = images_to_compare(cfg)
     found = teacher_set.fidelities(
         rows, grid=grid_of(cfg.student), device=dist.device(), sample=sample
     )
@@ -40,7 +40,7 @@ def refuse(rows: Sequence[dict[str, Any]]) -> None:
             quantisation.check_agreement(row["name"], row["precision"], row)
 
 
-def sample_images(cfg: config.Config) -> tuple[quantisation.Sample, str]:
+def images_to_compare(cfg: config.Config) -> tuple[quantisation.Sample, str]:
     """(function from a side in pixels to images for the check, name of the images)."""
     source = cfg.data.train
     if not source and demo.ready():
