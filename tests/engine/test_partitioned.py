@@ -1,4 +1,4 @@
-"""Students that no rank could hold: born in parts, bitwise those born whole; gradients in fp32."""
+"""Students that no rank could hold: partitioned, bitwise as unpartitioned; gradients in fp32."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def measured(script: str, folder: Path, plan: list[Any], timeout: int = 900) -> 
 
 
 def row(model: str, size: int, *, bf16: bool = True, **ladder: Any) -> dict[str, Any]:
-    """A student of a plan that is compared with one made whole."""
+    """A student of a plan that is compared with an unpartitioned one."""
     return {
         "student": {"model": model, "size": size},
         "ladder": {"width": 48} | ladder,
@@ -69,7 +69,7 @@ def model_folder(folder: Path) -> str:
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_student_born_in_parts_is_bitwise_the_one_born_whole(tmp_path: Path) -> None:
+def test_a_partitioned_student_is_bitwise_the_unpartitioned_one(tmp_path: Path) -> None:
     """Registers, rotary positions, an attention pool, every form of ladder, a start resized."""
     resized = row("vit_tiny_patch16_224", 48, bf16=False, rungs="5,11")
     plan = [
@@ -93,7 +93,7 @@ def test_a_student_born_in_parts_is_bitwise_the_one_born_whole(tmp_path: Path) -
     ],
     ids=["large", "giant", "gigantic"],
 )
-def test_no_rank_ever_holds_the_whole_of_it(
+def test_no_rank_ever_holds_all_weights(
     model: str, last: str, bf16: bool, parameters: float, tmp_path: Path
 ) -> None:
     """Of two ranks each has half, and at most a parameter or two more: measured 0.55."""

@@ -1,7 +1,7 @@
 """Students born in parts under ZeRO-3, for test_partitioned.py: `sharded_students.py PLAN.json`.
 
 For each row of the plan (settings of a student, of a ladder, and what else): what each rank held at
-most while the student was made, and whether its weights are bitwise those of one made whole.
+most while the student was made, and whether its weights are bitwise those of an unpartitioned one.
 """
 
 import gc
@@ -85,8 +85,8 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
     ladder, heads = config.Ladder(**row["ladder"]), {n: Head(w) for n, w in row["heads"].items()}
     found: dict[str, Any] = {}
 
-    def make(whole: Any = None) -> Student:
-        more = {} if whole is None else {"whole": whole}
+    def make(gathered: Any = None) -> Student:
+        more = {} if gathered is None else {"gathered": gathered}
         return Student(cfg, ladder, heads, seed=3, **more)
 
     def begin(student: Student) -> None:

@@ -195,7 +195,9 @@ def assert_ended_as_unharmed(folder, name):
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.fault("a file of the newest checkpoint cut short", "named; the one before is resumed")
+@pytest.mark.fault(
+    "a file of the newest checkpoint cut short", "named; the previous one is resumed"
+)
 def test_a_truncated_file(ended):
     folder, printed, _ = ended
     assert f"checkpoint {NEWEST} is damaged (zero/" in printed
@@ -206,7 +208,7 @@ def test_a_truncated_file(ended):
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.fault(
-    "a file of the newest checkpoint gives I/O errors", "named; the one before is read"
+    "a file of the newest checkpoint gives I/O errors", "named; the previous one is read"
 )
 def test_a_file_that_cannot_be_read(ended):
     folder, printed, _ = ended
@@ -217,7 +219,7 @@ def test_a_file_that_cannot_be_read(ended):
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.fault("the newest checkpoint's manifest lost", "named; the one before is resumed")
+@pytest.mark.fault("the newest checkpoint's manifest lost", "named; the previous one is resumed")
 def test_no_manifest(ended):
     folder, printed, _ = ended
     assert f"checkpoint {NEWEST} is damaged (no readable manifest.json)" in printed
@@ -237,7 +239,7 @@ def test_leftovers(ended):
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.fault("a rank killed while it saves", "the job ends; resumed from the one before")
+@pytest.mark.fault("a rank killed while it saves", "the job ends; resumed from the previous one")
 def test_a_rank_killed_while_saving(ended):
     folder, printed, _ = ended
     assert f"resumed after step 4 from {after(folder, 'killed', 4)}" in printed

@@ -128,11 +128,11 @@ def names_of(step: int) -> list[str]:
     return [f"{i:03d}.png" for i in index_B]
 
 
-def pictures(folder: Path, sick: dict[int, tuple[int, tuple[int, int, int]]]) -> Path:
+def pictures(folder: Path, faulty: dict[int, tuple[int, tuple[int, int, int]]]) -> Path:
     """Noise, but for step -> (position, colour)."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    coloured = {names_of(step)[at]: colour for step, (at, colour) in sick.items()}
+    coloured = {names_of(step)[at]: colour for step, (at, colour) in faulty.items()}
     for i in range(IMAGES):
         noise_HWC = rng.integers(60, 200, (32, 32, 3), dtype=np.uint8)
         if colour := coloured.get(f"{i:03d}.png"):
@@ -142,8 +142,8 @@ def pictures(folder: Path, sick: dict[int, tuple[int, tuple[int, int, int]]]) ->
 
 
 TINY = {
-    "teachers": "sick=python:sick_teacher:build",
-    "teachers__sick__precision": "fp32",
+    "teachers": "faulty=python:faulty_teacher:build",
+    "teachers__faulty__precision": "fp32",
     **{f"teachers__{n}__{k}": None for n in ("dinov2", "effnet") for k in ("size", "precision")},
     "student__model": "test_vit",
     "ladder__rungs": "5",
@@ -176,7 +176,7 @@ ALL = [*STAGES, "unchecked", "offload"]
 
 @pytest.fixture(scope="module", autouse=True)
 def teacher_on_the_path():
-    """The sick teacher's folder for every process that is started here."""
+    """The faulty teacher's folder for every process that is started here."""
     with pytest.MonkeyPatch.context() as patch:
         path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(SUPPORT))))
         patch.setenv("PYTHONPATH", path)
@@ -199,7 +199,7 @@ def folders(demonstration, tmp_path_factory):
     out = tmp_path_factory.mktemp("guard")
     images = pictures(out / "images", {SPIKE: (3, BLUE), LOST: (0, GREEN)})
     steep = pictures(out / "steep", {3: (1, WHITE)})
-    sick = pictures(out / "sick", {FIRST + i: (i, RED) for i in range(ROW)})
+    faulty = pictures(out / "faulty", {FIRST + i: (i, RED) for i in range(ROW)})
     plan = []
     for name in STAGES:
         precision, stage = name.split("_zero")
@@ -212,7 +212,7 @@ def folders(demonstration, tmp_path_factory):
     plan.append(options(out / "offload", zero="zero3_offload", data__train=images, **more))
     more = {"loss__cls": STEEP, "loss__patch": STEEP, "optim__steps": 4, "run__save_every": 9}
     plan.append(options(out / "gradient", data__train=steep, **TINY | more))
-    plan.append(options(out / "back", data__train=sick, **TINY | BACK))
+    plan.append(options(out / "back", data__train=faulty, **TINY | BACK))
     (out / "plan.json").write_text(json.dumps(plan))
     run(together(out / "plan.json"), timeout=590)
     return out
@@ -257,13 +257,13 @@ def skipped(step: int, why: str, rank: int) -> dict:
     return told | {"ranks": [rank], "samples": names}
 
 
-def sick_image(name: str) -> pytest.MarkDecorator:
+def faulty_image(name: str) -> pytest.MarkDecorator:
     return pytest.mark.fault(f"features of an image NaN, or 1000 x ({name})", "the step is skipped")
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("name", [pytest.param(name, marks=sick_image(name)) for name in ALL])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=faulty_image(name)) for name in ALL])
 def test_a_skipped_step_changes_not_a_bit_and_the_next_is_taken(folders, name):
     folder = folders / name
     before, spike, lost, after = (remembered(folder, step) for step in range(SPIKE - 1, LOST + 2))
@@ -271,7 +271,7 @@ def test_a_skipped_step_changes_not_a_bit_and_the_next_is_taken(folders, name):
     changed = [at for at in lost if lost[at] != after[at]]
     assert any(at.endswith("exp_avg") for at in changed)
     assert any("module" in at or "fp32" in at for at in changed)
-    assert {"sick.mean_2C", "sick.std_2C", "guard/window_W"} <= set(changed)
+    assert {"faulty.mean_2C", "faulty.std_2C", "guard/window_W"} <= set(changed)
     assert events(folder) == [skipped(SPIKE, "spike", 1), skipped(LOST, "loss", 0)]
     rows = curve(folder)
     assert [step for step, row in rows.items() if row["skipped"]] == [SPIKE, LOST]
@@ -295,7 +295,7 @@ def test_a_gradient_that_is_not_finite_is_told_with_all_samples(folders):
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.fault("three steps in a row not finite", "it goes back, and on past their images")
-def test_a_run_goes_back_and_on_past_what_made_it_sick(folders):
+def test_a_run_goes_back_and_on_past_the_faulty_samples(folders):
     folder = folders / "back"
     told = events(folder)
     back = {"at": 7, "to": 4, "left_out": [5, 7]}
@@ -315,7 +315,7 @@ def test_a_run_goes_back_and_on_past_what_made_it_sick(folders):
 @pytest.mark.fault("kill -9 just after a roll-back", "the same command gives the same curve")
 def test_a_kill_after_a_roll_back_forgets_nothing(folders, tmp_path):
     out = tmp_path / "run"
-    command = {"data__train": folders / "sick"} | TINY | BACK
+    command = {"data__train": folders / "faulty"} | TINY | BACK
     process = start(two(out, **command))
     while not (out / "rollbacks.json").exists():
         assert process.poll() is None, process.communicate()[0][-3000:]
@@ -330,7 +330,9 @@ def test_a_kill_after_a_roll_back_forgets_nothing(folders, tmp_path):
 
 @DEMONSTRATION
 @pytest.mark.slow
-@pytest.mark.fault("images that stay sick wherever it goes", "it stops: exit 1, steps, samples")
+@pytest.mark.fault(
+    "images that are faulty after each roll-back", "it stops: exit 1, steps, samples"
+)
 def test_a_run_that_went_back_often_enough_stops_and_may_be_allowed_more(tmp_path):
     pictures(tmp_path / "images", dict.fromkeys(range(6, 15), (0, RED)))
     out, more = tmp_path / "run", TINY | BACK | {"data__train": tmp_path / "images"}
@@ -355,7 +357,7 @@ def test_a_run_that_went_back_often_enough_stops_and_may_be_allowed_more(tmp_pat
 @pytest.mark.slow
 @pytest.mark.fault("a learning rate that explodes at once", "it stops: exit 1, with the reason")
 def test_a_run_with_nothing_to_go_back_to_stops(folders, tmp_path):
-    more = TINY | {"data__train": folders / "sick", "optim__lr": 1e36, "run__save_every": 100}
+    more = TINY | {"data__train": folders / "faulty", "optim__lr": 1e36, "run__save_every": 100}
     printed = run(two(tmp_path / "run", **more, optim__steps=20), code=1)
     assert "steps 2 to 6 were all skipped, and there is no checkpoint from before" in printed
     assert "--optim.lr" in printed

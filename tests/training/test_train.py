@@ -211,7 +211,7 @@ def test_every_zero_stage_trains_and_agrees(tmp_path):
     two ranks.
     """
     plan = []
-    # ZeRO-3 comes first: in a fresh process its student is born before there is an engine.
+    # ZeRO-3 comes first: in a fresh process its student is made before there is an engine.
     for zero in ("zero3", "zero1", "zero2"):
         plan.append(options(tmp_path / zero, zero=zero, optim__steps=3, eval__on="false"))
     plan.append(

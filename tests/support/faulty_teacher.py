@@ -1,5 +1,5 @@
-"""A teacher that some pictures make sick: give its folder as PYTHONPATH, and its source as
-python:sick_teacher:build.
+"""A teacher whose features of some pictures are faulty: give its folder as PYTHONPATH, and its source as
+python:faulty_teacher:build.
 
 Of a red picture its features are infinite, of a green one no numbers, of a blue one far too large,
 of a white one so large that a steep loss is finite but its gradient's norm is not.
@@ -18,7 +18,7 @@ COLOURS = {
 }
 
 
-class Sick(nn.Module):
+class Faulty(nn.Module):
     """Patches' colours through a fixed matrix, by the picture's colour times something."""
 
     image_size, patch_size = 32, 16
@@ -43,4 +43,4 @@ class Sick(nn.Module):
 
 def build() -> Sick:
     """The teacher."""
-    return Sick()
+    return Faulty()
