@@ -1,5 +1,5 @@
-"""A teacher whose features of some pictures are faulty: give its folder as PYTHONPATH, and its source as
-python:faulty_teacher:build.
+"""A teacher whose features of some pictures are faulty: give its folder as PYTHONPATH, and
+its source as python:faulty_teacher:build.
 
 Of a red picture its features are infinite, of a green one no numbers, of a blue one far too large,
 of a white one so large that a steep loss is finite but its gradient's norm is not.
@@ -41,6 +41,6 @@ class Faulty(nn.Module):
         return Tokens(patch_BNC.mean(1), patch_BNC)
 
 
-def build() -> Sick:
+def build() -> Faulty:
     """The teacher."""
     return Faulty()
