@@ -187,7 +187,10 @@ def test_large_and_giant_with_registers_or_none(model, registers, have, width, d
         (config.Student(model="vit_tiny_patch16_224", size=100), "not a multiple of"),
         (config.Student(model="vit_small_patch16_dinov3", registers=8), "registers 8 does not fit"),
         (config.Student(model="beit_base_patch16_224", registers=0), "registers 0 does not fit"),
-        (config.Student(model="deit_tiny_distilled_patch16_224", registers=4), "registers 4 does not"),
+        (
+            config.Student(model="deit_tiny_distilled_patch16_224", registers=4),
+            "registers 4 does not",
+        ),
     ],
 )
 def test_a_student_that_cannot_be_is_refused(cfg, sentence):
