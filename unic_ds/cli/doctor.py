@@ -13,6 +13,7 @@ from unic_ds.cli import tables
 from unic_ds.config import ds_config
 from unic_ds.config.option import option
 from unic_ds.config.verb import Call, Verb
+from unic_ds.process import console
 
 if TYPE_CHECKING:
     from unic_ds.doctor.preflight import CheckResult
@@ -67,7 +68,7 @@ def check_node(call: Call[Options]) -> int:
 
     results = preflight.check(preflight.IntendedRun(cfg=cfg, file=file, out=Path(options.out)))
     fails = any(result.state == preflight.FAILS for result in results)
-    if os.environ.get("RANK", "0") == "0":
+    if console.first_rank():
         show(results, fails=fails, as_json=options.json)
     return 1 if fails else 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -55,13 +56,10 @@ def build_decoder(
 
     `auto` is DALI wherever it can be imported, on CPU and GPU alike, so that the pixels are equal.
     """
-    colour = cfg.augment == "unic"
-    if backend(cfg) == "torch":
-        return torch_decoder.Decoder(
-            sizes, batch=batch, depth=depth, threads=threads, colour=colour, device=device
-        )
-    from unic_ds.data import dali_decoder
+    make: Callable[..., Decoder] = torch_decoder.Decoder
+    if backend(cfg) == "dali":
+        from unic_ds.data import dali_decoder
 
-    return dali_decoder.Decoder(
-        sizes, batch=batch, depth=depth, threads=threads, colour=colour, device=device
-    )
+        make = dali_decoder.Decoder
+    colour = cfg.augment == "unic"
+    return make(sizes, batch=batch, depth=depth, threads=threads, colour=colour, device=device)

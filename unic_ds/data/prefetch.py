@@ -31,7 +31,7 @@ from unic_ds.data.reader import Reader, Sample, Undecodable, decode_error
 from unic_ds.tokens import Tokens
 
 Extras = Mapping[str, Tokens] | None
-"""What else is read for a batch: cached features by teacher; None if nothing is."""
+"""Cached features of a batch by teacher; None if there is no cache."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from unic_ds.process import entry_point
 def raised_on_all_ranks(task: str, remedy: str) -> Iterator[None]:
     """Context manager of local work: RuntimeError on every rank if the body fails on one.
 
-    Every rank enters it, and the body has no collectives. `task` and `remedy` are told if a GPU's
-    memory does not suffice: "out of GPU memory in the linear probe; lower --eval.max_train".
+    Every rank enters it, and the body has no collectives. `task` and `remedy` are reported if a
+    GPU's memory does not suffice: "out of GPU memory in the linear probe; lower --eval.max_train".
     """
     problem = ""
     try:

@@ -8,7 +8,6 @@ that they use; these set the watchdog's phase within a step, so `train_step` doe
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -254,7 +253,7 @@ def manual_garbage_collection() -> Iterator[None]:
 
 def run_stages(job: Job, stages: list[Job]) -> None:
     """Check a run, then train its unfinished stages in turn, until one is stopped."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if dist.local_rank() == 0:
         refuse_early(job, stages)
     for stage in stages:
         announce_stage(stage, job)
