@@ -6,6 +6,7 @@ CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+EXTRAS := quickstart,eval,track,export,cuda13,dev
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
 	"$$p" -c '$(NEW_ENOUGH)' 2>/dev/null && echo "$$p" && break; done)
 
@@ -18,12 +19,13 @@ unexport CUDA_VISIBLE_DEVICES
 endif
 
 # Two files of tests at a time, each process on one core: threads that spin would starve the ranks.
+# In the order of conftest.py: xdist's own begins with the files that have most tests.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-oldest sample-oldest test-long test-faults soak test-gpu test-all \
-	first-hour bench-data lint types clean
+	first-hour bench-data bench-eval lint types clean
 
 help:
 	@echo "make quickstart   install, fetch the demonstration, train it (minutes on two CPU cores)"
@@ -32,6 +34,7 @@ help:
 	@echo "make test-faults  kill, stall and starve real runs; a table says what came of each"
 	@echo "make soak         a run killed fifty times at random moments (20 minutes)"
 	@echo "make first-hour   on a machine with a GPU: ten minutes, then a table of what works how fast"
+	@echo "make bench-eval   times of kNN, probes and feature extraction beside targets"
 	@echo "make bench-data   images per second of the data path beside torchvision's own loader"
 	@echo "make lint types   ruff; mypy"
 	@echo "make clean        remove .venv, .venv-oldest and caches; runs/ stays"
@@ -43,15 +46,16 @@ $(BIN)/python:
 	"$(PYTHON)" -m venv $(VENV)
 
 $(VENV)/.installed: setup.py pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	$(PIP) -e '.[quickstart,cuda13]' -c $(CONSTRAINTS)
+	$(PIP) -e '.[quickstart,eval,cuda13]' -c $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.demo: demo-packages.txt $(VENV)/.installed
 	$(PIP) --no-deps -r demo-packages.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.installed
-	$(PIP) -e '.[quickstart,cuda13,dev]' -c $(CONSTRAINTS)
+$(VENV)/.dev: eval-packages.txt $(VENV)/.installed
+	$(PIP) -e '.[$(EXTRAS)]' -c $(CONSTRAINTS)
+	$(PIP) --no-deps -r eval-packages.txt
 	@touch $@
 
 quickstart: $(VENV)/.demo
@@ -62,14 +66,16 @@ test: $(VENV)/.demo $(VENV)/.dev
 	$(PYTEST) -m "not slow and not soak and not gpu"
 
 test-oldest:
-	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt sample-oldest
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=quickstart,eval,cuda13,dev \
+	sample-oldest
 
-# Kernels in the interpreter, initial weights, every ZeRO stage on two ranks, a killed run's resume.
+# Kernels in the interpreter, initial weights, every ZeRO stage on two ranks, a killed run's resume,
+# products by an op of torch that is not documented.
 sample-oldest: $(VENV)/.demo $(VENV)/.dev
 	$(PYTEST) -m "not slow and not soak and not gpu" tests/kernels/test_ladder_triton.py \
 	tests/kernels/test_losses_triton.py tests/process/test_requirements.py \
-	tests/training/test_train.py tests/models/test_student.py \
-	-k "triton or requirements or main_command or kill_9 or zero_stage or initial_weights"
+	tests/training/test_train.py tests/models/test_student.py tests/evaluate/test_products.py \
+	-k "triton or requirements or products or main_command or kill_9 or zero_stage or initial_weights"
 
 test-long: $(VENV)/.demo $(VENV)/.dev
 	$(PYTEST) -m "slow and not alone and not soak and not gpu"
@@ -92,6 +98,9 @@ first-hour: $(VENV)/.demo $(VENV)/.dev
 
 bench-data: $(VENV)/.installed
 	$(BIN)/python -m unic_ds.data.bench
+
+bench-eval: $(VENV)/.dev
+	$(BIN)/python -m unic_ds.evaluate.bench
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Node script of a training job: srun starts it once on each node, and it executes torchrun.
+# Node script of a job: srun starts it once on each node, and it executes torchrun.
+# UNIC_DS_PROGRAM is train (the default) or eval.
 set -uo pipefail
 source slurm/env.sh || exit
 
@@ -17,11 +18,13 @@ fi
 
 # Otherwise restarted ranks of the same job would use the addresses of the previous ranks' store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+restarts=2 program=(unic_ds/train.py)
+if [ "${UNIC_DS_PROGRAM:-train}" = eval ]; then restarts=0 program=(-m unic_ds.cli eval); fi
 exec "${CONTAINER[@]}" torchrun \
   --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$NPROC" \
   --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
   --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
   --rdzv-conf="is_host=$((SLURM_NODEID == 0))" --local-addr="$SLURMD_NODENAME" \
-  --max-restarts=2 \
+  --max-restarts="$restarts" \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout="$SHUTDOWN" \
-  unic_ds/train.py "$@"
+  "${program[@]}" "$@"

@@ -103,7 +103,7 @@ finished() { [ -f "$OUT/student/model.safetensors" ] && [ -f "$OUT/results.json"
 train() {
   local step code first
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  export MASTER_ADDR=$first MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+  export MASTER_ADDR=$first MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) UNIC_DS_PROGRAM=train
   srun --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" bash slurm/node.sh "${OPTIONS[@]}" &
   step=$!
   wait "$step"

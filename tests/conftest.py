@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+from composed_sets import compose
 from runs import FINISHED, PARTIAL, alone, launched, run
 
 from unic_ds import demo
 
 pytest.register_assert_rewrite("image_losses_accuracy", "moments_accuracy")
+
+# Unbuffered, print writes its arguments one by one, and lines of several ranks would mix.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
+LONG = (
+    "test_long",
+    "test_estimate",
+    "test_same_answer",
+    "test_blocks",
+    "test_partitioned",
+    "test_ema",
+    "test_checkpoints",
+    "test_placement",
+    "test_stop",
+    "test_walkthrough",
+    "test_first_hour",
+    "test_train",
+    "test_step_guard",
+)
+"""Files whose tests take minutes, the longest first."""
 
 FAULT = "fault"
 HEAD = "| fault | what the run does | proven |", "|---|---|---|"
@@ -21,7 +47,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none; let reports carry the fault that is injected."""
+    """Skip what needs a GPU where there is none; let reports carry the fault that is injected.
+
+    Files that take minutes come first, so that no process is left with one of them at the end.
+    """
+    items.sort(key=lambda item: (*LONG, item.path.stem).index(item.path.stem))
     for item in items:
         if mark := item.get_closest_marker("fault"):
             item.user_properties.append((FAULT, mark.args))
@@ -68,10 +98,34 @@ def demonstration():
 
 
 @pytest.fixture(scope="session")
-def finished(demonstration, tmp_path_factory):
-    """A finished run of two ranks under the launcher, and what it printed."""
+def composed(tmp_path_factory):
+    """Small data sets with exact annotations in published layouts, made once."""
+    return compose(tmp_path_factory.mktemp("composed"))
+
+
+@pytest.fixture(scope="session")
+def finished(demonstration, tmp_path_factory, worker_id):
+    """A finished run of two ranks under the launcher, and what it printed.
+
+    The first process of tests makes it; another one gets a copy, which its tests may change.
+    """
     out = tmp_path_factory.mktemp("finished") / "run#1,a"
-    return out, run(launched(out, **FINISHED))
+    if worker_id == "master":
+        return out, run(launched(out, **FINISHED))
+    first = tmp_path_factory.getbasetemp().parent / "finished"
+    with first.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if first.is_dir():
+            shutil.copytree(first / "run", out)
+            made_in, printed = json.loads((first / "printed.json").read_text())
+            return out, printed.replace(made_in, str(out))
+        printed = run(launched(out, **FINISHED))
+        with tempfile.TemporaryDirectory(dir=first.parent) as scratch:
+            made = Path(scratch) / "made"
+            shutil.copytree(out, made / "run")
+            (made / "printed.json").write_text(json.dumps([str(out), printed]))
+            made.rename(first)
+    return out, printed
 
 
 @pytest.fixture(scope="session")

@@ -91,6 +91,7 @@ def test_what_is_too_old_is_refused_once_installed(container, wheel):
     )
     assert done.returncode == 0, done.stderr
     (site,) = container.parents[1].glob("lib/python*/site-packages")
+    assert (site / "unic_ds" / "report" / "templates" / "report.html.jinja").is_file()
     program = [str(container), "-P", "-m", "unic_ds.cli", "nothing"]
     done = subprocess.run(program, cwd=site, env={}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "unknown verb" in done.stderr, done.stderr

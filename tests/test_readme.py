@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from unic_ds import cli
-from unic_ds.config import Teacher, job, overrides
+from unic_ds.config import Eval, Teacher, job, overrides
 from unic_ds.config.methods import METHODS
 from unic_ds.config.recipes import RECIPES
-from unic_ds.evaluate.features import EvalData, FeatureSet, Model
+from unic_ds.evaluate.eval_data import EvalData
+from unic_ds.evaluate.features import FeatureSet, Model
 from unic_ds.evaluate.registry import EVALUATORS
 from unic_ds.losses.balance import BALANCERS
 from unic_ds.losses.terms import TERMS
@@ -46,8 +47,10 @@ def test_every_option_named_is_one(file):
     own = {f.name for module in cli.VERBS.values() for f in fields(module.VERB.options)}
     known = {*job.JOB_OPTIONS, *overrides.option_names(), "run", "logdir"}
     others = {"num_gpus", "json", "help", "seed", "views", "dtype", "hash"}
-    if file in ("docs/slurm.md", "docs/reliability.md"):
+    if file in ("docs/slurm.md", "docs/reliability.md", "docs/evaluation.md"):
         others |= LAUNCHERS
+    if file == "docs/evaluation.md":  # of torchrun and of composed_sets.py
+        others |= {"nproc_per_node", "gpus", "small", "side", "train", "val", "no", "scale"}
     if file == "docs/install.md":
         others |= PIP
     others |= {"shard_mb", "max_side", "images", "rounds", "master_port", *own}
@@ -137,8 +140,8 @@ def test_an_evaluator_of_the_docs_finds_the_nearest_class_mean(extend):
         FeatureSet({"m": feature_RC}, torch.arange(4), torch.tensor(label_N))
         for label_N in ([3, 3, 5, 5], [3, 3, 5, 3])
     ]
-    data = EvalData(None, None, k=1, temperature=1, seed=0, device=torch.device("cpu"))
-    data.extracted["m"] = tuple(sides)
+    data = EvalData({}, options=Eval(), seed=0, device=torch.device("cpu"))
+    data.extracted |= {("train", "m"): sides[0], ("val", "m"): sides[1]}
     model = Model("m", 32, frozenset({"cls"}), encode=None)
     (score,) = EVALUATORS["class_mean"].evaluate([model], data)
     assert (score.model, score.name, score.value) == ("m", "class_mean", 75.0)

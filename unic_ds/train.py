@@ -6,7 +6,6 @@ deepspeed unic_ds/train.py --ds_config ds_configs/zero2.json [--recipe NAME] [--
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ VERB = Verb(
 def main(argv: Sequence[str]) -> int:
     """Check the command line, then train; the exit code."""
     interrupt.install()
+    VERB.stay_offline()  # before plugins are imported
     words, options = args.parse(argv)
     if args.wants_help(options):
         print(VERB.help())
@@ -44,8 +44,6 @@ def main(argv: Sequence[str]) -> int:
     task = job.resolve(options)
     if task.finished:
         return show(task)
-    # Compute nodes download nothing; `unic-ds teachers fetch` does.
-    os.environ["HF_HUB_OFFLINE"] = "1"
     stages = waiting(task)  # before anything runs, so that all ranks find the same
     from unic_ds.training import loop
 
@@ -60,15 +58,17 @@ def waiting(task: job.Job) -> list[job.Job]:
 
 def show(task: job.Job) -> int:
     """Print the table of a finished run, or why it has none; the exit code."""
-    from unic_ds.evaluate import table
+    from unic_ds.evaluate import comparison, table
 
     if console.first_rank():
         again = "--run.extend true trains longer, with more --optim.steps or --optim.epochs"
         console.say(f"{task.out} is finished (choose another --out to train again; {again})\n")
-        rows, file = table.read(task.out / "results.json"), task.out / "config.yaml"
+        found, file = comparison.read(task.out), task.out / "config.yaml"
         cfg = recipes.read(file) if file.is_file() else task.cfg
         none = table.unevaluated(task.out / "student", on=cfg.eval.on)
-        console.say(table.render(rows, table.read_protocols(task.out)) if rows else none)
+        console.say(table.render(found) if found.rows else none)
+        if (report := task.out / "report.html").is_file():
+            console.say(f"report: {report}")
     return 0
 
 

@@ -72,7 +72,8 @@ def test_an_extended_run_learns_by_the_schedule_of_its_new_length(extended):
         f"extended from step 3 of 3 to 6 steps; the learning rate goes from {before[3]['lr']:.4g}"
     )
     assert f"{said} to {rates[4]:.4g}" in printed
-    (event,) = map(json.loads, (made / "place" / "events.jsonl").read_text().splitlines())
+    event, again = map(json.loads, (made / "place" / "events.jsonl").read_text().splitlines())
+    assert (again["event"], again["step"], again["ranks"]) == ("resumed", 4, 1)
     assert (event["event"], event["step"], event["of"], event["to"]) == ("extended", 3, 3, 6)
 
 

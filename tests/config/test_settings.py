@@ -237,7 +237,6 @@ def test_keys_are_text_and_dates_too(tmp_path):
         (Data, "window", 10**9),
         (Data, "blur_max", 1e9),
         (Standardise, "fit_steps", 10**9),
-        (Eval, "k", 10**9),
         (Eval, "max_val", 2**64),
         (Run, "keep_last", 10**12),
         (Run, "save_every", 2**64),

@@ -11,6 +11,7 @@ import pytest
 
 from unic_ds import cli
 from unic_ds.doctor import postmortem
+from unic_ds.files import run_files
 from unic_ds.process import entry_point
 from unic_ds.training import heartbeat
 
@@ -131,7 +132,7 @@ ODD = [
 
 
 def test_a_heartbeat_keeps_the_keys_of_older_runs(tmp_path):
-    (tmp_path / heartbeat.FOLDER).mkdir()
+    (tmp_path / run_files.HEARTBEATS).mkdir()
     heartbeat.write(tmp_path, heartbeat.create("b", 3))
     row = json.loads(heartbeat.file_of(tmp_path, 3).read_text())
     keys = "start rank host realm pid born beat step phase moves idle_s where error time"

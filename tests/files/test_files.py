@@ -15,6 +15,7 @@ from unic_ds.files import (
     open_regular,
     read_limited,
     read_text,
+    remove_folder,
     replace_folder,
     sha256,
     write_atomic,
@@ -114,6 +115,21 @@ def test_a_folder_replaces_an_older_one_and_leaves_nothing_else(tmp_path):
     assert [path.name for path in old.iterdir()] == ["in new"]
     replace_folder(old, tmp_path / "first")
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_a_link_to_a_folder_is_not_replaced_and_is_removed_alone(tmp_path):
+    new, real, link = (tmp_path / name for name in ("new", "real", "link"))
+    for folder in (new, real):
+        (folder / f"in {folder.name}").mkdir(parents=True)
+    for name in ("real", "nothing"):
+        link.symlink_to(name)
+        with pytest.raises(OSError, match="is a link"):
+            replace_folder(new, link)
+        assert {path.name for path in tmp_path.iterdir()} == {"new", "real", "link"}
+        assert (new / "in new").is_dir()
+        remove_folder(link)
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "real"}
+    assert (real / "in real").is_dir()
 
 
 def test_the_nearest_existing_parent_of_a_path(tmp_path):

@@ -79,7 +79,10 @@ def failed(out):
 
 @pytest.mark.dist
 def test_an_error_of_others_is_reported_once_by_ranks_without_a_launcher(images, tmp_path):
-    """As under srun. Both fail at once: one prints the traceback, the other a line."""
+    """As under srun. Both fail at once: one prints the traceback, the other a line.
+
+    Unless its watchdog, which wakes every few seconds, has just found that the first has exited.
+    """
     out = tmp_path / NOT_UTF8
     words = [sys.executable, TRAIN, *options(out, **small(images, "raising_teacher:build"))]
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ranks_and_port(2)[-1], "WORLD_SIZE": "2"}
@@ -92,8 +95,9 @@ def test_an_error_of_others_is_reported_once_by_ranks_without_a_launcher(images,
     assert long.count("Traceback") == 1 and long.splitlines()[-1] == error
     assert 'raising_teacher.py", line' in long and "\x1b" not in long
     other = said.index(short)
-    assert "Traceback" not in short and short.count("KeyError") == 1
-    assert short.splitlines()[-1] == f"unic_ds: rank {other}: {error}"
+    assert "Traceback" not in short
+    lines = [line for line in short.splitlines() if "KeyError" in line or "unic_ds:" in line]
+    assert lines in ([], [f"unic_ds: rank {other}: {error}"])
     at = {"rank": 1 - other, "step": 1, "phase": "teachers", "error": error}
     assert failed(out) == {"event": "failed"} | at
 

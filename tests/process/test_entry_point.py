@@ -246,6 +246,31 @@ def test_unknown_verbs_are_named():
     assert "did you mean teachers check?" in done.stderr
 
 
+def test_verbs_stay_offline_but_for_those_that_need_the_hub():
+    """Whatever HF_HUB_OFFLINE was before; each verb ends at a bad option."""
+    code = """
+import os, sys
+from contextlib import suppress
+from unic_ds import cli, train
+starts = {name: lambda words=name.split(): cli.dispatch([*words, "--bad"]) for name in cli.VERBS}
+starts["train.py"] = lambda: train.main(["--bad"])
+for name, start in starts.items():
+    found = []
+    for said in (None, "0"):
+        os.environ.pop("HF_HUB_OFFLINE", None)
+        os.environ.update({"HF_HUB_OFFLINE": said} if said else {})
+        with suppress(ValueError):
+            sys.exit(start())
+        found.append(os.environ.get("HF_HUB_OFFLINE"))
+    print(name, *found, "huggingface_hub" in sys.modules, sep=",")
+"""
+    done = command("-c", code)
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split(",", 1) for line in done.stdout.splitlines())
+    online = dict.fromkeys(("teachers fetch", "push"), "None,0,False")
+    assert found == dict.fromkeys((*cli.VERBS, "train.py"), "1,1,False") | online
+
+
 def test_a_command_can_be_checked_without_training(tmp_path, capsys):
     """By `unic-ds check`, for another number of ranks than this process has."""
     images = pictures.folder(tmp_path / "images", 2)

@@ -213,6 +213,10 @@ try:
     dist.on_rank_0(wrong)
 except ValueError as error:
     says.append(str(error))
+try:
+    dist.on_rank_0(lambda: {}["key"])
+except (KeyError, RuntimeError) as error:
+    says.append(f"{type(error).__name__} {error}")
 linear = torch.nn.Linear(8, 8)
 settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
 settings |= {"bf16": {"enabled": True}}
@@ -234,7 +238,11 @@ def test_ranks_share_what_rank_0_finds_and_one_timeout(tmp_path):
     script.write_text(TOGETHER)
     lines = [line for line in run(Forked(2, [str(script)])).splitlines() if "found by" in line]
     assert len(lines) == 2
+    assert {line.split("; ")[2] for line in lines} == {
+        "KeyError 'key'",
+        "RuntimeError rank 0 failed: 'key'",
+    }
     for line in lines:
-        found, refused, first, then = line.split("; ")
+        found, refused, _, first, then = line.split("; ")
         assert (found, refused) == ("found by 0", "no such thing")
         assert first.count("2:00:00") == then.count("2:30:00") == len(first.split(", ")) >= 2

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +97,16 @@ class Lab:
     def crash(self, node: str) -> None:
         subprocess.run(["bash", SCRIPT, "crash", str(self.folder), node], check=True)
 
+    @contextmanager
+    def without_gpus(self, node: str) -> Iterator[None]:
+        """A node whose GPUs do not come up, as long as the block takes."""
+        mark = self.folder / "dead" / node
+        mark.touch()
+        try:
+            yield
+        finally:
+            mark.unlink()
+
     def submit(self, *words: str, **more: str) -> "Batch":
         """A job of a template."""
         log = self.folder / f"job-{time.monotonic_ns()}.log"
@@ -112,6 +124,7 @@ class Batch:
 
     def __init__(self, lab: Lab, number: str, log: Path):
         self.lab, self.number, self.log = lab, number, log
+        self.asked = 0.0  # when its state was, on the monotonic clock
 
     def facts(self) -> dict[str, str]:
         said = self.lab.run("scontrol", "--oneliner", "show", "job", self.number)
@@ -120,6 +133,13 @@ class Batch:
     @property
     def state(self) -> str:
         return self.facts()["JobState"]
+
+    def has_ended(self) -> bool:
+        """True if it has a last state; asked once a second, since each question starts programs."""
+        if time.monotonic() < self.asked + 1:
+            return False
+        self.asked = time.monotonic()
+        return self.state in ENDED
 
     @property
     def nodes(self) -> list[str]:
@@ -131,7 +151,7 @@ class Batch:
 
     def ended(self) -> str:
         """Its last state, when it has one."""
-        until(lambda: self.state in ENDED, f"job {self.number} has ended", show=self.printed)
+        until(self.has_ended, f"job {self.number} has ended", show=self.printed)
         return self.state
 
     def change(self, **facts: str) -> None:
@@ -144,7 +164,7 @@ class Batch:
 
     def waits(self, condition, what: str) -> None:
         """Wait for something that only a job which has not ended can bring."""
-        until(lambda: condition() or self.state in ENDED, what, show=self.printed)
+        until(lambda: condition() or self.has_ended(), what, show=self.printed)
         assert condition(), f"{what}: the job has ended\n{self.printed()[-6000:]}"
 
     def started(self, times: int) -> None:
@@ -447,16 +467,16 @@ def test_a_job_goes_on_without_a_node_whose_gpus_do_not_come_up(lab, whole, tmp_
     job = lab.submit(*SIZE, "--exclude=n32", "slurm/unic_l_64gpu.sh", *quick)
     job.waits(lambda: job.state == "RUNNING", "it has nodes")
     dead = job.nodes[1]
-    (lab.folder / "dead" / dead).touch()  # it is still being checked
-    job.waits(lambda: job.restarts == 1 and job.state == "PENDING", "it is requeued")
-    printed = job.printed()
-    says = f"unic_ds: error: node {dead} should have GPUs (SLURM_GPUS_ON_NODE is 2)"
-    assert printed.count(says) == 1
-    assert f"requeued without {dead}" in printed
-    left_out = lab.run("scontrol", "show", "hostnames", job.facts()["ExcNodeList"]).split()
-    assert set(left_out) == {dead, "n32"}
-    job.started(1)
-    assert job.ended() == "COMPLETED" and dead not in job.nodes
+    with lab.without_gpus(dead):  # the job is still being checked
+        job.waits(lambda: job.restarts == 1 and job.state == "PENDING", "it is requeued")
+        printed = job.printed()
+        says = f"unic_ds: error: node {dead} should have GPUs (SLURM_GPUS_ON_NODE is 2)"
+        assert printed.count(says) == 1
+        assert f"requeued without {dead}" in printed
+        left_out = lab.run("scontrol", "show", "hostnames", job.facts()["ExcNodeList"]).split()
+        assert set(left_out) == {dead, "n32"}
+        job.started(1)
+        assert job.ended() == "COMPLETED" and dead not in job.nodes
     assert curve(out) == curve(whole)
 
 
@@ -485,6 +505,20 @@ def test_the_table_or_the_newest_encoder_of_a_run_can_be_had(lab, whole, tmp_pat
     assert job.ended() == "COMPLETED", job.printed()
     newest = out / "encoders" / f"step_{STEPS:07d}" / "model.safetensors"
     assert newest.read_bytes() == (whole / "student" / "model.safetensors").read_bytes()
+
+
+def test_models_are_compared_on_two_nodes(lab, whole, tmp_path):
+    """Both nodes have a part of the images; the table is that of one node."""
+    words = ["knn", "--models", f"{whole},pixels", "--eval.max_train", "60", "--eval.max_val", "30"]
+    tables = []
+    for nodes in (1, 2):
+        size = [f"--nodes={nodes}", "--gpus-per-node=1", "--cpus-per-task=1"]
+        cache = ["--eval.cache", str(tmp_path / f"cache{nodes}")]
+        job = lab.submit(*size, "slurm/eval.sh", *words, *cache)
+        assert job.ended() == "COMPLETED", job.printed()
+        tables.append(job.printed().partition("Frozen features")[2])
+    assert "knn k=10 T=0.07 cosine 60/30 images" in tables[0]
+    assert tables[0] == tables[1]
 
 
 def test_torchrun_and_deepspeed_start_two_nodes_without_slurm(lab, whole, tmp_path):

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from unic_ds import config, dist
 from unic_ds.config.recipes import RECIPES
-from unic_ds.evaluate.features import FILLER, EvalData, Model
+from unic_ds.evaluate.comparison import Score
+from unic_ds.evaluate.eval_data import EvalData
+from unic_ds.evaluate.features import FILLER, Model
 from unic_ds.evaluate.registry import EVALUATORS
-from unic_ds.evaluate.table import Score
 from unic_ds.losses.balance import BALANCERS, Balancer
 from unic_ds.losses.terms import TERMS, Context
 from unic_ds.teachers.adapters import PythonTower, TeacherModel

@@ -23,16 +23,25 @@ SMALL = {
     "teachers.effnet.size": "64",
     "student.drop_path": "0.1",
     "optim.warmup_epochs": "0.1",
+    "eval.tasks": "knn,linear",
     "eval.max_train": "160",
     "eval.max_val": "80",
     "run.log_every": "1",
+    "probe.pictures": "0",
 }
 TEACHERS = ("teachers.effnet.precision", "teachers.dinov2.precision")
 QUICK = dict.fromkeys(("precision", *TEACHERS), "fp32") | {"optim.batch_size": "16"}
 """What runs take here that do not ask otherwise: some CPUs compute bf16 ten times slower."""
 AS_SHIPPED = {key.replace(".", "__"): "bf16" for key in ("precision", *TEACHERS)}
 
-FINISHED = {"optim__steps": 4, "run__save_every": 2}
+FINISHED = {
+    "optim__steps": 4,
+    "run__save_every": 2,
+    "probe__every": 2,
+    "probe__tasks": "knn",
+    "probe__images": 40,
+    "probe__pictures": 4,
+}
 """The run of two ranks that the fixture `finished` makes."""
 PARTIAL = {"optim__steps": 6, "run__save_every": 2, "eval__on": "false"}
 """The run that the fixture `stopped` stops after four steps."""
@@ -55,8 +64,10 @@ TINY = TINY_MODELS | {
     "optim.steps": 3,
     "data.threads": 1,
     "eval.k": 3,
+    "eval.tasks": "knn,linear",
     "run.log_every": 1,
     "run.save_every": 2,
+    "probe.pictures": 0,
 }
 """A run of seconds, evaluated where there are images for it."""
 
@@ -114,7 +125,7 @@ def start(command):
     )
 
 
-def run(command, code=0, timeout=400):
+def run(command, code=0, timeout=900):
     process = start(command)
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -166,7 +177,7 @@ def ranks_and_port(ranks):
 
 def curve(out):
     """Step -> every logged value that time does not touch."""
-    timed = {"images_per_s", "data_wait_share", "mem_gb", "tflops", "mfu"}
+    timed = {"images_per_s", "data_wait_share", "mem_gb", "tflops", "mfu", "probe_s"}
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == sorted({r["step"] for r in rows})
     return {r["step"]: {k: v for k, v in r.items() if k not in timed} for r in rows}

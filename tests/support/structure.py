@@ -23,7 +23,7 @@ GROUND = ("files", "rng", "tokens", "blocks", "process", "demo", "config", "dist
 FLOORS: tuple[Collection[str], ...] = (
     GROUND,
     {"data", "teachers", "models", "losses", "engine", "evaluate"},
-    {"weights", "planning"},
+    {"weights", "planning", "harness", "report"},
     {"training"},
     {"train", "doctor"},
     {"cli"},
@@ -35,7 +35,7 @@ LIMITS = {
     "floors": 6,
     "imports upwards": 0,
     "import circles": 0,
-    "imports inside functions": 35,
+    "imports inside functions": 38,
     "bare Any": 40,
     "lines of train_step": 25,
     "lines of train_loop": 25,

@@ -384,3 +384,10 @@ def test_a_run_fits_first_and_its_rotation_survives_a_stop(tmp_path):
             torch.testing.assert_close(product_CC, torch.eye(width), rtol=0, atol=1e-5)
         assert (state[f"{name}.scale_2"] > 0).all()
         assert (state[f"{name}.scale_2"] != 1).all()
+
+
+def test_undoing_it_gives_the_features() -> None:
+    norm, features = fitted(tokens_of(0)), tokens_of(1)
+    assert norm.basis_2CC[0].diff().abs().max() > 0.1
+    for value, truth in zip(norm.undo(norm(features).standardised()), features, strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-4, atol=1e-4)

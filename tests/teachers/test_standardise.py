@@ -217,3 +217,14 @@ def test_either_running_or_fitted_or_off():
         (False, True),
         (False, False),
     ]
+
+
+@pytest.mark.parametrize("cfg", [PAPER, config.Standardise(), config.Standardise(on=False)])
+def test_undoing_it_gives_the_features(cfg: config.Standardise) -> None:
+    norm = Standardiser(6, cfg)
+    step(norm, [tokens_of(0)], 1.0)
+    features = tokens_of(1)
+    for value, truth in zip(norm.undo(norm(features).standardised()), features, strict=True):
+        assert gap(value, truth) < 1e-5
+    empty = torch.empty(0)
+    assert norm.undo(Tokens(features.cls_BC, empty)).patch_BNC.shape == (0,)

@@ -383,6 +383,18 @@ def make(folder, losses):
         (folder / f"step_{step:07d}" / checkpoint.FACTS).write_text(json.dumps(facts))
 
 
+@pytest.mark.parametrize("better, kept", [("higher", [3, 6]), ("lower", [1, 6])])
+def test_the_best_by_a_probe_are_kept(tmp_path, better, kept):
+    make(tmp_path, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])  # step 2 had no probe, 4 another one
+    for step, value in ((1, 50.0), (3, 70.0), (4, None), (5, float("nan"))):
+        file = tmp_path / f"step_{step:07d}" / checkpoint.FACTS
+        row = {"probe/knn": {"value": value, "better": better}} if value else {"probe/x": {}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"probe": row}))
+    keep = config.Run(keep_last=1, keep_best=1, best_by="probe/knn")
+    checkpoint.remove_old(tmp_path, tmp_path / "step_0000006", keep)
+    assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == kept
+
+
 @pytest.mark.parametrize(
     "keep, expected",
     [

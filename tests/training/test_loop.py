@@ -20,6 +20,10 @@ def test_an_action_is_due_after_every_so_many_steps_and_after_the_last() -> None
     assert due(Cadence(print, every=(5,))) == [5, 10, 12]
     assert due(Cadence(print, every=(4, 6))) == [4, 6, 8, 12]
     assert due(Cadence(print, every=(0, 0))) == [12]
+    assert due(Cadence(print, every=(5,), at_end=False)) == [5, 10]
+    for at_end in (False, True):
+        cadence = Cadence(print, every=(5,), at_end=at_end)
+        assert cadence.due(5, last=True, requested=False, stop=True) == at_end
 
 
 def test_a_request_waits_for_its_own_multiple() -> None:

@@ -4,6 +4,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -20,12 +21,14 @@ from runs import (
     FINISHED,
     LOST,
     PARTIAL,
+    ROOT,
     SUPPORT,
     TRAIN,
     alone,
     curve,
     kill_on_the_way,
     launch,
+    launched,
     options,
     run,
     verb,
@@ -33,6 +36,7 @@ from runs import (
 from safetensors.torch import load_file
 
 from unic_ds import demo
+from unic_ds.training import checkpoint
 
 pytestmark = DEMONSTRATION
 
@@ -61,7 +65,7 @@ def test_the_run_folder_holds_what_it_should(finished):
     assert list((out / "tb").glob("events.*"))
     assert (out / "results.png").stat().st_size > 10_000
     names = {p.name for p in (out / "student").iterdir()}
-    assert names == {"README.md", "config.json", *MODEL}
+    assert names == {"README.md", "config.json", "ladder.json", *MODEL}
     row = curve(out)[4]
     wanted = {"loss", "samples", "lr", "grad_norm", "bad_images"}
     wanted |= {
@@ -95,6 +99,28 @@ def test_the_export_verb_gives_the_same_folder_from_the_shards(finished, tmp_pat
 
 
 @pytest.mark.slow
+def test_the_export_verb_hands_a_run_over_in_int8(finished, tmp_path):
+    out, new = finished[0], tmp_path / "a folder"
+    wishes = ("--to", "onnx", "--quantize", "int8", "--keep_projectors", "dinov2")
+    printed = run(verb("export", out, *wishes, "--out", new))
+    assert printed.splitlines()[-1] == str(new)
+    notes = re.findall(r"^(?:mean cosine of int8|kNN) .*", printed, re.M)
+    assert re.search(r"images of the run: cls (0\.9|1\.0).* dinov2_patch (0\.9|1\.0)", notes[0])
+    assert re.search(r"and \d+ validation images\): [\d.]+ % in fp32, [\d.]+ % in int8", notes[1])
+    card = (new / "README.md").read_text()
+    assert all(f"- {note}\n" in card for note in notes) and "images of its training run" in card
+    assert "| dinov2 | " in card and "| `dinov2_cls` | " in card and "| `dinov2_patch` | " in card
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(out / "config.yaml", bare)
+    assert "holds no checkpoint yet" in run(verb("export", bare, "--to", "hf"), code=2)
+    assert [p.name for p in bare.iterdir()] == ["config.yaml"]
+    refused = run(verb("export", out, "--to", "onnx", "--keep_projectors", "dino"), code=2)
+    assert "'dino' (did you mean dinov2?); the ladder's teachers are effnet, dinov2" in refused
+
+
+@pytest.mark.slow
 def test_a_second_stage_starts_from_the_first_s_student_at_another_resolution(finished, tmp_path):
     first, out = finished[0] / "student", tmp_path / "second"
     more = {"student__size": 48, "teachers__dinov2__size": 42}
@@ -117,6 +143,36 @@ def test_a_second_stage_starts_from_the_first_s_student_at_another_resolution(fi
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - {"pos_embed"}:
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_pruned_student_is_distilled_further(finished, tmp_path):
+    """Its folder is timm's with the architecture beside; the run needs the shape of its blocks."""
+    small, out = tmp_path / "pruned", tmp_path / "further"
+    printed = run(verb("export", finished[0], "--prune", "0.3", "--out", small))
+    assert re.search(r"pruned to 2 of 3 heads and 536 of 768 MLP .* cls 0\.9", printed)
+    for name in ("README.md", "ladder.json"):  # ladder.json tells it to the next export's card
+        assert "pruned by 30 % and not trained since" in (small / name).read_text()
+    shape = f"--student.init {small} --student.heads 2 --student.mlp_width 536"
+    assert shape in printed and printed.splitlines()[-1] == str(small)
+    more = {"optim__steps": 2, "optim__lr": 1e-9, "eval__on": "false", "student__init": small}
+    assert "is a pruned student; give the run" in run(alone(out, **more), code=2)
+    assert not out.exists()
+
+    printed = run(launched(out, zero="zero3", **more, student__heads=2, student__mlp_width=536))
+    assert f"starts from {small}: encoder, ladder, statistics" in printed
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out / "student", small))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-7)
+    card = (out / "student" / "README.md").read_text()
+    assert "`vit_tiny_patch16_224` with 2 attention heads and 536 MLP channels in each" in card
+    student = torch.hub.load(str(ROOT), "student", str(out), source="local")
+    assert student.blocks[3].attn.proj.in_features == 128
+    printed = run(verb("export", out, "--to", "onnx", "--prune", "0.3"))
+    assert "--student.init" not in printed  # onnx starts no run
+    assert "pruned to 1 of 2 heads and 376 of 536 MLP channels" in printed
+    assert printed.splitlines()[-1].endswith("onnx_pruned30")
+    assert "another width than its tokens" in run(verb("export", out, "--to", "hf"), code=2)
 
 
 def test_a_finished_run_prints_its_table_at_once(finished):
@@ -197,12 +253,18 @@ def test_a_checkpoint_of_other_images_is_refused(stopped, tmp_path):
 
 
 def test_a_checkpoint_s_path_starts_another_run_and_is_not_gone_back_to(stopped, tmp_path):
-    older = stopped / "checkpoints" / "step_0000002"
+    older = Path(shutil.copytree(stopped / "checkpoints" / "step_0000002", tmp_path / "older"))
+    facts = json.loads((older / "run.json").read_text())
+    assert facts.pop("--student.heads") == "0"  # a version before had no such option
+    (older / "run.json").write_text(json.dumps(facts))
+    (older / checkpoint.MANIFEST).write_text(json.dumps(checkpoint.hash_files(older)))
     more = PARTIAL | {"resume": older, "run__stop_at": 4}
     assert "resumed after step 2" in run(alone(tmp_path / "branch", **more))
     assert "resumed after step 4" in run(alone(tmp_path / "branch", **more | {"run__stop_at": 5}))
     printed = run(alone(tmp_path / "other", **PARTIAL, resume=older, optim__lr="0.5"), code=2)
     assert "was saved with --optim.lr '0.002', this run has '0.5'" in printed
+    printed = run(alone(tmp_path / "other", **PARTIAL, resume=older, student__heads=2), code=2)
+    assert "was saved with --student.heads '0', this run has '2'" in printed
     assert not (tmp_path / "other" / "config.yaml").exists()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unic_ds import config
-from unic_ds.weights.export import card, export
+from unic_ds.weights.export import export
 
 CFG = config.Config(
     recipe="small",
@@ -95,28 +94,6 @@ def test_preprocessing_travels(out: Path) -> None:
     settings = json.loads((out / "config.json").read_text())
     assert settings["architecture"] == "vit_tiny_patch16_224" and settings["num_classes"] == 0
     assert "augreg" not in json.dumps(settings)  # these are not the weights of timm's registry
-
-
-def test_model_card(out: Path) -> None:
-    text = (out / "README.md").read_text()
-    assert "| effnet | `file:effnet.pth#arch=tf_efficientnet_lite0` | Apache-2.0 |" in text
-    assert "| dinov2 | `timm:vit_small_patch14_dinov2` | unknown |" in text
-    assert "0.4, 0.5, 0.6" in text and "64 x 64 px" in text and "4 x 4 grid" in text
-    assert "/secret" not in text
-
-
-def test_a_card_shows_foreign_text_as_it_is(encoder: torch.nn.Module) -> None:
-    source = "file:/a/x`|<script>\n## Licence.pth#arch=vit_tiny_patch16_224"
-    teacher = config.Teacher(name="t", source=source)
-    cfg = config.Config(recipe="r", teachers=(teacher,), student=CFG.student)
-    licence = "MIT | [x](http://y) <b>\n# All is allowed"
-    origin = "imported from <img src=x>`.pth"
-    text = card(encoder, cfg, {"t": {"licence": licence}}, origin)
-    plain = card(encoder, cfg, {"t": {"licence": "MIT"}}, "imported from x.pth")
-    assert len(text.splitlines()) == len(plain.splitlines())
-    assert "<" not in text and not re.search(r"(?<!\\)\]\(", text)
-    (row,) = (line for line in text.splitlines() if line.startswith("| t |"))
-    assert len(re.findall(r"(?<!\\)\|", row)) == 4 and "MIT \\|" in row
 
 
 def test_files_have_the_mode_of_the_umask(encoder: torch.nn.Module, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from unic_ds import cli
+from unic_ds.models import ladder_description
 from unic_ds.models.encoder import build_encoder
 from unic_ds.process import entry_point
 from unic_ds.weights import import_unic
@@ -83,6 +84,7 @@ def test_the_verb_writes_a_model_folder_that_gives_these_outputs(
         names = {"model", "ladder", "statistics"}
         assert {p.name for p in out.iterdir()} == {
             "config.json",
+            "ladder.json",
             "README.md",
             *(f"{name}.safetensors" for name in names),
         }
@@ -97,7 +99,13 @@ def test_the_verb_writes_a_model_folder_that_gives_these_outputs(
         assert all(torch.equal(value, want[name]) for name, value in ladder.items())
         text = (out / "README.md").read_text()
         assert "imported from published_format.pth (SHA-256 " in text
-        assert "CC BY-NC-SA 4.0" in text
+        assert "license: other\nlicense_name: cc-by-nc-sa-4.0-and-unknown\n" in text
+        assert "not for commercial use.** The licence of these weights (CC BY-NC-SA 4.0)" in text
+        assert "(CC BY-NC-SA 4.0) forbids commercial use." in text
+        assert "\n  licence: CC BY-NC-SA 4.0\n" in text and "name: these weights" not in text
+        kept = ladder_description.read(out / "ladder.json")
+        assert kept.licence == "CC BY-NC-SA 4.0"
+        assert kept.origin.startswith("imported from published_format.pth (SHA-256 ")
         assert "initial affine" not in text  # the specimen's norm is random
         raw = torch.load(file, weights_only=False)["teacher_ft_stats"]
         state = load_file(out / "statistics.safetensors")
@@ -312,7 +320,7 @@ HEAD = "module.lp.heads.deit3.patch.11.layers.2.weight"
         (lambda c: changed(c, HEAD, None), f"{HEAD.removeprefix('module.lp.')} is missing"),
         (
             lambda c: c | {"model": {k: v for k, v in c["model"].items() if ".lp." not in k}},
-            "the ladder (lp) has no projectors",
+            "the ladder has no projectors",
         ),
     ],
 )

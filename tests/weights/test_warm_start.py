@@ -251,13 +251,13 @@ def test_only_safetensors_are_read(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_start_is_refused_at_the_door(folder: Path, tmp_path: Path) -> None:
-    job.check_init("")
-    job.check_init(str(folder))
-    job.check_init(str(folder / "model.safetensors"))
+    job.check_init(config.Student())
+    job.check_init(config.Student(init=str(folder)))
+    job.check_init(config.Student(init=str(folder / "model.safetensors")))
     with pytest.raises(ValueError, match=r"no model folder and no \.safetensors file"):
-        job.check_init(str(tmp_path / "none"))
+        job.check_init(config.Student(init=str(tmp_path / "none")))
     (tmp_path / "vit.pth").write_bytes(b"")
     with pytest.raises(ValueError, match=r"no model folder and no \.safetensors file"):
-        job.check_init(str(tmp_path / "vit.pth"))
+        job.check_init(config.Student(init=str(tmp_path / "vit.pth")))
     with pytest.raises(ValueError, match=r"holds no model\.safetensors; give a run's student/"):
-        job.check_init(str(folder.parent))
+        job.check_init(config.Student(init=str(folder.parent)))

@@ -9,15 +9,20 @@ from unic_ds.cli import (
     cache,
     check,
     doctor,
+    eval,
     export,
+    forms,
     import_unic,
     pack,
     pack_verify,
     plan,
+    push,
     quickstart,
+    report,
     teachers_check,
     teachers_fetch,
     train,
+    watch,
 )
 from unic_ds.config import args, help_text
 from unic_ds.config.overrides import nearest
@@ -29,13 +34,18 @@ MODULES = (
     check,
     plan,
     doctor,
+    watch,
     teachers_check,
     teachers_fetch,
     pack,
     pack_verify,
     cache,
+    eval,
+    report,
     export,
+    forms,
     import_unic,
+    push,
 )
 VERBS = {module.VERB.name: module for module in MODULES}
 
@@ -63,6 +73,7 @@ def dispatch(argv: Sequence[str]) -> int:
     rest = list(argv)
     for word in name.split():
         rest.remove(word)
+    VERBS[name].VERB.stay_offline()
     return VERBS[name].run(rest)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +36,6 @@ def run(argv: Sequence[str]) -> int:
     ranks = call.options.ranks
     task = job.resolve(call.overrides, ranks=ranks)
     if not task.finished:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # as for train: nothing is downloaded
         from unic_ds.training import acceptance
 
         acceptance.accept(train.waiting(task))

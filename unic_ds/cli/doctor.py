@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,7 +62,6 @@ def check_node(call: Call[Options]) -> int:
     """Print the results of the nodes' checks; return 1 if a run would fail."""
     cfg, options = call.config(), call.options
     file = ds_config.read(options.ds_config)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
     from unic_ds.doctor import preflight
 
     results = preflight.check(preflight.IntendedRun(cfg=cfg, file=file, out=Path(options.out)))

@@ -23,6 +23,7 @@ VERB = Verb(
     summary="download the teachers' weights, on a machine that reaches the hub",
     options=Options,
     takes="recipe",
+    needs_hub=True,
 )
 
 

@@ -11,11 +11,12 @@ from typing import Literal
 
 from unic_ds.config import stages as stages_of
 from unic_ds.config.data import Data
+from unic_ds.config.evaluation import PROBES, Eval, Probe
 from unic_ds.config.models import EIGHT_BITS, TEACHER_NAME, Ladder, Student, Teacher
 from unic_ds.config.objective import Balance, Distance, Drop, Loss, Standardise
 from unic_ds.config.option import check, check_most, option
 from unic_ds.config.plugins import check_names
-from unic_ds.config.schedule import Eval, Optim, Run
+from unic_ds.config.schedule import Optim, Run
 from unic_ds.config.stages import Stage
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Ladder",
     "Loss",
     "Optim",
+    "Probe",
     "Run",
     "Standardise",
     "Student",
@@ -91,6 +93,7 @@ class Config:
     standardise: Standardise = Standardise()
     optim: Optim = Optim()
     eval: Eval = Eval()
+    probe: Probe = Probe()
     run: Run = Run()
 
     def __post_init__(self) -> None:
@@ -106,8 +109,11 @@ class Config:
         check(distinct, "teachers' names", "different (write NAME=SOURCE)", ",".join(names))
         both = bool(self.data.val and self.data.val_share)
         check(not both, "data.val and data.val_share", "not both set", self.data.val)
+        self.probe.check_best_by(self.run.best_by)
         if not self.plugins:  # else the registries are checked, once the plugins are loaded
             check_names(self)
+            for task in self.probe.tasks:
+                check(task in PROBES, "probe.tasks", f"of {', '.join(PROBES)}", task)
         for row in self.teachers:
             check(any(self.distance(row)), f"teachers.{row.name}'s losses", "not both none", "none")
             used = row.weight == 1 or self.balance.kind != "none"

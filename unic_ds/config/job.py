@@ -10,9 +10,11 @@ from pathlib import Path
 from unic_ds import demo
 from unic_ds.config import (
     Config,
+    Student,
     Teacher,
     data_spec,
     ds_config,
+    eval_spec,
     extension,
     methods,
     plugins,
@@ -22,6 +24,7 @@ from unic_ds.config.ds_config import DeepSpeedSettings
 from unic_ds.config.option import nearest
 from unic_ds.config.overrides import override_all
 from unic_ds.files import nearest_existing
+from unic_ds.files.documents import read_json
 from unic_ds.files.printable import printable
 
 JOB_OPTIONS = {
@@ -143,7 +146,8 @@ def check_inputs(cfg: Config) -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return  # the node's first rank checks and prepares; the others wait for it
     prepare_demonstration(cfg)
-    check_init(cfg.student.init)
+    check_init(cfg.student)
+    eval_spec.folders(cfg.eval.data, plugins=bool(cfg.plugins))
     for key, given in (("train", cfg.data.train), ("val", cfg.data.val)):
         if given:
             try:
@@ -167,8 +171,9 @@ def weight_file(row: Teacher) -> Path:
     return Path(path).expanduser()
 
 
-def check_init(path: str) -> None:
-    """Raise ValueError if --student.init names no weights."""
+def check_init(student: Student) -> None:
+    """Raise ValueError if --student.init names no weights, or those of other blocks."""
+    path = student.init
     kind = kind_of(path)
     if path and kind == "folder" and kind_of(f"{path}/model.safetensors") != "file":
         raise ValueError(
@@ -176,6 +181,24 @@ def check_init(path: str) -> None:
         )
     if path and kind != "folder" and not (kind == "file" and path.endswith(".safetensors")):
         raise ValueError(f"--student.init {path!r} is no model folder and no .safetensors file")
+    if path and kind == "folder" and kind_of(f"{path}/config.json") == "file":
+        check_blocks(student, Path(path).expanduser() / "config.json")
+
+
+def check_blocks(student: Student, file: Path) -> None:
+    """Raise ValueError unless timm's config of an encoder has the student's heads and MLP width."""
+    try:
+        found = read_json(file)["model_args"]
+        theirs = {name: found.get(name, 0) for name in ("heads", "mlp_width")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # the weights are compared when they are read
+    if theirs != {name: getattr(student, name) for name in theirs}:
+        kind = "a pruned student" if any(theirs.values()) else "no pruned student"
+        options = " ".join(f"--student.{name} {printable(x, 20)}" for name, x in theirs.items())
+        raise ValueError(
+            f"--student.init {str(file.parent)!r} is {kind}; give the run the shape of its blocks:"
+            f" {options}"
+        )
 
 
 def kind_of(path: str) -> str:

@@ -121,6 +121,12 @@ class Student:
     model: str = option("vit_base_patch16_224", "architecture: timm's name of a ViT")
     size: int = option(224, "image size in pixels")
     registers: int = option(-1, "number of register tokens; -1: the model's own")
+    heads: int = option(
+        0, "attention heads of each block, each as wide as the model's; 0: the model's own number"
+    )
+    mlp_width: int = option(
+        0, "hidden channels of each block's MLP, behind its gate if it has one; 0: the model's own"
+    )
     drop_path: float = option(
         0.1, "stochastic depth (drop path) rate of the last block, growing linearly from 0"
     )
@@ -147,6 +153,8 @@ class Student:
         ActivationCheckpointing.parse(self.activation_checkpointing)
         check_range(self.size, "student.size", 1, MOST_PIXELS)
         check_range(self.registers, "student.registers", -1, 4096)
+        check_range(self.heads, "student.heads", 0, 4096)
+        check_range(self.mlp_width, "student.mlp_width", 0, 1_000_000)
         check(0 <= self.drop_path < 1, "student.drop_path", "in [0, 1)", self.drop_path)
         check(len(self.mean) == 3, "student.mean", "three numbers", self.mean)
         check(len(self.std) == 3, "student.std", "three numbers", self.std)

@@ -26,8 +26,9 @@ OPTION_ALIASES = {"cache": "teachers.cache"}
 RENAMED = {
     "student.checkpoint": "student.activation_checkpointing",
     "ladder.recompute": "ladder.activation_checkpointing",
+    "data.eval": "eval.data",  # a name that people try
 }
-"""Old name -> name of options; old names are still read on a command line and in config.yaml."""
+"""Other name -> name of options; old names are still read on a command line and in config.yaml."""
 
 
 def coerce(annotation: Any, text: str, name: str) -> Any:

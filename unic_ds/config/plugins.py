@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from unic_ds.config import loss_terms
+from unic_ds.config.evaluation import TASKS
 from unic_ds.config.objective import BALANCERS
 from unic_ds.config.option import nearest
 from unic_ds.config.teacher_source import GRAMMAR
@@ -36,12 +37,14 @@ class Names:
     sources: Collection[str]
     terms: Collection[str]
     balancers: Collection[str]
+    tasks: Collection[str]
 
 
 BUILT_IN = Names(
     sources=tuple(GRAMMAR),
     terms=loss_terms.TERMS,
     balancers=BALANCERS,
+    tasks=TASKS,
 )
 """Names that are known before torch is imported."""
 
@@ -70,6 +73,8 @@ def check_names(cfg: Config, known: Names = BUILT_IN) -> None:
             for term in terms:
                 check_name(term, known.terms, f"a term of {option.format(kind)}")
     check_name(cfg.balance.kind, known.balancers, "balance.kind")
+    for task in cfg.eval.tasks:
+        check_name(task, known.tasks, "eval.tasks")
 
 
 def check_name(name: str, known: Collection[str], option: str) -> None:

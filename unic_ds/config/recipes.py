@@ -15,6 +15,7 @@ from unic_ds.config import (
     Config,
     Data,
     Drop,
+    Eval,
     Ladder,
     Loss,
     Optim,
@@ -67,6 +68,7 @@ def quickstart_recipe() -> Config:
         ladder=Ladder(rungs="half"),
         drop=Drop(rate=0.25),
         optim=Optim(batch_size=64, lr=2e-3, lr_batch=64, epochs=3.9, warmup_epochs=0.3),
+        eval=Eval(sizes=(64, 112)),
         run=Run(log_every=5, save_every=50),
     )
 

@@ -1,4 +1,4 @@
-"""Options of the optimiser, of the evaluation after training, and of the training loop."""
+"""Options of the optimiser and of the training loop."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unic_ds.config.option import check, check_most, option
+
+SERVICES = ("wandb", "mlflow")
+"""Services that a run may be logged to, besides log.jsonl and TensorBoard."""
 
 STEPS = 9_999_999
 """The most steps of a run: step numbers in checkpoint names have seven digits."""
@@ -82,37 +85,16 @@ class Optim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval:
-    """Evaluation after the last step: kNN and a linear probe on frozen features."""
-
-    on: bool = option(
-        True,
-        "evaluate after training, if the images have at least two class folders",
-        machinery=True,
-    )
-    k: int = option(10, "number of neighbours of kNN", machinery=True, most=1_000_000)
-    temperature: float = option(
-        0.07, "softmax temperature of the neighbours' votes", machinery=True
-    )
-    max_train: int = option(
-        50_000, "most training images that kNN and the linear probe use", machinery=True
-    )
-    max_val: int = option(
-        10_000, "most validation images that kNN and the linear probe use", machinery=True
-    )
-    batch: int = option(64, "images per forward of a rank", machinery=True, most=1_000_000)
-
-    def __post_init__(self) -> None:
-        check_most(self, "eval.")
-        for key in ("k", "temperature", "max_train", "max_val", "batch"):
-            check(getattr(self, key) > 0, f"eval.{key}", "positive", getattr(self, key))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Run:
     """The training loop: logging, checkpoints, compilation, roll-backs and time limits."""
 
     log_every: int = option(10, "steps between log lines", machinery=True)
+    track: tuple[str, ...] = option(
+        (),
+        "services that get the log too, comma-separated: wandb, mlflow (pip install -e '.[track]');"
+        " a run that is resumed goes on in the same record",
+        machinery=True,
+    )
     save_minutes: float = option(
         15.0,
         "minutes between checkpoints, rounded up to a logged step; 0: off; a checkpoint is always"
@@ -133,9 +115,16 @@ class Run:
     )
     keep_best: int = option(
         0,
-        "number of checkpoints with the lowest training loss to keep; 0: off",
+        "number of checkpoints that are best by run.best_by to keep; 0: off",
         machinery=True,
         most=1_000_000,
+    )
+    best_by: str = option(
+        "loss",
+        "value by which run.keep_best goes: loss (of the last log line), or probe/knn and other"
+        " values of the log that --probe.every measures; a checkpoint is then saved after each"
+        " probe",
+        machinery=True,
     )
     compile: Literal["none", "student", "teachers", "all"] = option(
         "none",
@@ -190,13 +179,16 @@ class Run:
     stall_timeout: float = option(
         600.0,
         "abort if no rank makes progress for this many seconds (4x during setup, compilation,"
-        " resume and save; 12x during evaluation); 0: off",
+        " resume and save; 12x during evaluation and probes); 0: off",
         machinery=True,
         most=1e9,
     )
 
     def __post_init__(self) -> None:
         check_most(self, "run.")
+        for name in self.track:
+            check(name in SERVICES, "run.track", f"of {', '.join(SERVICES)}", name)
+        check(len(set(self.track)) == len(self.track), "run.track", "distinct", self.track)
         for key in ("log_every", "keep_last", "rollback_after"):
             check(getattr(self, key) > 0, f"run.{key}", "positive", getattr(self, key))
         optional = ("save_minutes", "save_every", "stop_at", "keep_every", "keep_best", "spike")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
@@ -44,12 +45,25 @@ class Verb(Generic[Options]):
     options: type[Options]
     """A frozen dataclass whose fields are made by `config.option`."""
     arguments: dict[str, str] = field(default_factory=dict)
-    """Positional argument -> its help; one in brackets may be left out."""
+    """Positional argument -> its help; one in brackets may be left out, one with ... repeated."""
+    lists: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Title -> word -> its help: further sections, such as the legal words of an argument."""
     takes: Literal["nothing", "recipe", "job"] = "nothing"
     """Further options: a recipe with overrides, or all options of a training command."""
     exit_codes: dict[int, str] = field(default_factory=dict)
     """Exit codes other than 0 (done), 1 (failed) and 2 (a mistake in the command)."""
     usage: str = ""
+    needs_hub: bool = False
+    """True if the verb downloads from or uploads to a model hub."""
+
+    def stay_offline(self) -> None:
+        """Set HF_HUB_OFFLINE unless the verb needs the hub.
+
+        Compute nodes download nothing; `unic-ds teachers fetch` does. Call this before
+        huggingface_hub is imported, which reads the variable then.
+        """
+        if not self.needs_hub:
+            os.environ["HF_HUB_OFFLINE"] = "1"
 
     def help(self) -> str:
         """Text of `unic-ds VERB --help`."""
@@ -57,16 +71,20 @@ class Verb(Generic[Options]):
         more = {"nothing": [], "recipe": ["recipe"], "job": list(job.JOB_OPTIONS)}[self.takes]
         rows += [help_text.Row(f"--{name}", "TEXT", job.JOB_OPTIONS[name]) for name in more]
         codes = {0: "done", 1: "failed", 2: "mistake in the command"} | self.exit_codes
+        words = {"arguments": self.arguments} | self.lists
         parts = {
-            "arguments": [help_text.Row(name, "", text) for name, text in self.arguments.items()],
+            title: [help_text.Row(name, "", text) for name, text in of.items()]
+            for title, of in words.items()
+        }
+        parts |= {
             "options": rows,
             "exit codes": [help_text.Row(str(code), "", text) for code, text in codes.items()],
         }
         sections = [help_text.Section(title, "", part) for title, part in parts.items() if part]
         if self.takes != "nothing":
             sections += help_text.run_sections([row.name for row in rows])
-        words = " ".join(["unic-ds", self.name, *self.arguments])
-        usage = self.usage or words + (" [--option value ...]" if rows else "")
+        command = " ".join(["unic-ds", self.name, *self.arguments])
+        usage = self.usage or command + (" [--option value ...]" if rows else "")
         summary = f"{self.summary[0].upper()}{self.summary[1:]}."
         return help_text.render(usage, summary, sections)
 
@@ -109,7 +127,8 @@ class Verb(Generic[Options]):
             raise ValueError(
                 f"{self.name} needs {' and '.join(needed)}; unic-ds {self.name} --help explains"
             )
-        if extra := words[len(self.arguments) :]:
+        endless = any("..." in name for name in self.arguments)
+        if (extra := words[len(self.arguments) :]) and not endless:
             raise ValueError(
                 f"{extra[0]!r} belongs to no option of {self.name}; write --name value, and quote"
                 " a value with spaces"

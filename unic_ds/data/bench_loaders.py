@@ -29,11 +29,11 @@ Loader = Callable[[], Batches]
 """Starts an endless iterator over batches."""
 
 
-def make_photographs(folder: Path) -> Path:
+def make_photographs(folder: Path, count: int = PHOTOGRAPHS) -> Path:
     """Write JPEGs of 500 x 375 in ten classes: crops of scikit-learn's two photographs."""
     scenes = [Image.fromarray(image) for image in load_sample_images().images]
     rng = np.random.default_rng(0)
-    for i in console.track(range(PHOTOGRAPHS), PHOTOGRAPHS, "photographs"):
+    for i in console.track(range(count), count, "photographs"):
         scene = scenes[i % len(scenes)]
         width = int(rng.integers(380, scene.height * 4 // 3))
         height = width * 3 // 4

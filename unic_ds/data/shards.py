@@ -23,7 +23,7 @@ from unic_ds.data import shard_index
 from unic_ds.data.image_files import SUFFIXES, is_hidden
 from unic_ds.data.labels import CLASSES, class_names
 from unic_ds.data.order import SampleGroup, SampleGroups
-from unic_ds.data.source import MAX_MB, Source, refuse_large
+from unic_ds.data.source import MAX_MB, Source, refuse_large, versions_of
 from unic_ds.data.string_table import StringTable
 from unic_ds.files import cache_root, open_regular
 from unic_ds.files.printable import printable
@@ -109,6 +109,12 @@ class Shards(Source):
         digest = hashlib.sha256(self.names.joined())
         digest.update(np.bincount(self.shard_N, minlength=len(self.shards)).tobytes())
         return digest.hexdigest()
+
+    def versions(self, index_M: ArrayLike) -> str:
+        """SHA-256 of the sizes and times of change of the shards of some samples."""
+        used = np.unique(self.shard_N[np.asarray(index_M, dtype=np.int64)]).tolist()
+        paths = [self.folder / self.shards[shard] for shard in used]
+        return hashlib.sha256("\n".join(versions_of(paths)).encode()).hexdigest()
 
     def subset(self, index_M: ArrayLike) -> Self:
         """The samples at those ascending indices, with the same classes."""

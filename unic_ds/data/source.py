@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -27,12 +28,28 @@ from unic_ds.process import console
 
 NO_CLASS = -1  # label of a sample without a class
 MAX_MB = Data().max_mb
+STATS = 16
+"""Threads that ask for the sizes of files."""
 
 
 def refuse_large(size: int, max_mb: float) -> None:
     """Raise ValueError for a sample of more than `max_mb` MB."""
     if size > max_mb * 1e6:
         raise ValueError(f"has {size} bytes, more than data.max_mb {max_mb:g}")
+
+
+def versions_of(paths: Sequence[Path]) -> list[str]:
+    """Size and time of change of each file; empty for one that cannot be read."""
+
+    def version(path: Path) -> str:
+        try:
+            found = path.stat()
+        except OSError:
+            return ""
+        return f"{found.st_size} {found.st_mtime_ns}"
+
+    with ThreadPoolExecutor(STATS) as pool:  # a network file system answers many at once
+        return list(pool.map(version, paths))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +91,11 @@ class Source:
         """SHA-256 of the names in order: a run resumes only on the same samples."""
         return hashlib.sha256(self.names.joined()).hexdigest()
 
+    def versions(self, index_M: ArrayLike) -> str:
+        """SHA-256 of the sizes and times of change of the files of some samples."""
+        paths = [self.folder / self.names[int(i)] for i in np.asarray(index_M)]
+        return hashlib.sha256("\n".join(versions_of(paths)).encode()).hexdigest()
+
     def relabelled(self, classes: tuple[str, ...]) -> Self:
         """The same samples with labels into `classes`; ValueError for a class not in them."""
         foreign = sorted(set(self.classes) - set(classes))
@@ -110,6 +132,15 @@ class Mixture(Source):
         start_M = self._start_M
         part = int(np.searchsorted(start_M, index, "right")) - 1
         return self.parts[part].read(index - int(start_M[part]), max_mb)
+
+    def versions(self, index_M: ArrayLike) -> str:
+        """SHA-256 of the sizes and times of change of the files of some samples."""
+        chosen_M, start_M = np.asarray(index_M, dtype=np.int64), self._start_M
+        found = [
+            part.versions(chosen_M[(chosen_M >= start) & (chosen_M < start + len(part))] - start)
+            for part, start in zip(self.parts, start_M[:-1].tolist(), strict=True)
+        ]
+        return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
     def groups(self, window: int) -> SampleGroups:
         """One group per part, with its weight."""

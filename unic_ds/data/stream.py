@@ -179,20 +179,27 @@ def passes(
     batch: int,
     indices: ArrayLike,
     device: torch.device,
+    view: int | None = None,
+    seed: int = 0,
 ) -> Iterator[Batch]:
     """One pass over the samples `indices`, in order, as central squares; no augmentation.
 
-    The last batch may be smaller.
+    With `view`: augmented as `cfg` says, as in that epoch of training. The last batch may be
+    smaller.
     """
     index_N = np.asarray(indices, dtype=np.int64)
     at_N = np.arange(len(index_N), dtype=np.int64)
     plan = (
-        Slots(index_N[at : at + batch], 0 * at_N[at : at + batch], at_N[at : at + batch])
+        Slots(
+            index_N[at : at + batch],
+            0 * at_N[at : at + batch] + (view or 0),
+            at_N[at : at + batch],
+        )
         for at in range(0, len(index_N), batch)
     )
-    reader = Reader(source, replace(cfg, augment="none"))
+    reader = Reader(source, replace(cfg, augment="none") if view is None else cfg)
     prefetcher = Prefetcher(
-        reader, plan, seed=0, sizes=tuple(dict.fromkeys(sizes)), batch=batch, device=device
+        reader, plan, seed=seed, sizes=tuple(dict.fromkeys(sizes)), batch=batch, device=device
     )
     try:
         yield from prefetcher

@@ -93,13 +93,21 @@ def broadcast_object(value: T) -> T:
 
 
 def on_rank_0(find: Callable[[], T]) -> T:
-    """Result of `find` on rank 0, returned on every rank; its ValueError is raised on all."""
-    found, problem = None, ""
+    """Result of `find` on rank 0, returned on every rank.
+
+    Its ValueError is raised on all; any other exception on rank 0, and RuntimeError on the others.
+    """
+    found, failure = None, None
     try:
         found = find() if rank() == 0 else None
-    except ValueError as error:
-        problem = str(error)
-    found, problem = broadcast_object((found, problem))
-    if problem:
-        raise ValueError(problem)
+    except Exception as error:
+        failure = error
+    refused, problem = isinstance(failure, ValueError), f"{failure}"
+    found, failed, refused, problem = broadcast_object((found, bool(failure), refused, problem))
+    if refused:
+        raise ValueError(problem) from failure
+    if failure:
+        raise failure
+    if failed:
+        raise RuntimeError(f"rank 0 failed: {problem}")
     return cast(T, found)

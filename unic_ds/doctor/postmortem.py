@@ -14,17 +14,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from unic_ds.config import extension, job, recipes
-from unic_ds.files import open_regular
+from unic_ds.files import open_regular, run_files
 from unic_ds.files.documents import json_lines, parse_line
 from unic_ds.files.printable import printable
 from unic_ds.process import console
-from unic_ds.training import checkpoint, events, heartbeat, run_log
+from unic_ds.report.event_words import HUNG
+from unic_ds.training import checkpoint, heartbeat, run_log
 from unic_ds.training.heartbeat import Heartbeat
 
 RESTART = "start the same command again"
 BAD = ("failed", "hung", "killed")
 WATCHED_S = 9  # a rank of another machine writes a heartbeat within this time, if it runs
-HUNG = ("rank lost", "rank silent", "no progress")
 TAIL, EVENTS = 1 << 20, 1 << 28
 """Bytes that are read of the log's end, and of the longest file of events."""
 
@@ -98,7 +98,7 @@ def examine(out: Path, *, hashes: bool) -> Finding:
 def last_step(out: Path) -> int:
     """The step of the last log line that has one, among the file's last `TAIL` bytes."""
     try:
-        with open_regular(out / "log.jsonl") as stream:
+        with open_regular(out / run_files.LOG) as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL))
             lines = stream.read(TAIL).splitlines()
     except OSError:
@@ -121,11 +121,11 @@ def state_of(out: Path, steps: int, history: History) -> tuple[str, str]:
         return "finished", f"It trained {step} steps and exported its student."
     ranks = last_start(out)
     if is_locked(out) or any(is_running(out, row) for row in ranks):
-        written = (out / "log.jsonl").stat().st_mtime if step else time.time()
+        written = (out / run_files.LOG).stat().st_mtime if step else time.time()
         return "running", f"Step {progress} was logged {max(0, time.time() - written):.0f} s ago."
     if not ranks:
         return ("stopped", f"It stopped on request after step {progress}.") if step else NOT_BEGUN
-    verdict = out / heartbeat.FOLDER / f"verdict_{ranks[0].start}.json"
+    verdict = out / run_files.HEARTBEATS / f"verdict_{ranks[0].start}.json"
     if verdict.exists() and history.hung:
         return "hung", f"At step {progress}: {history.hung}."
     if failed := [row for row in ranks if row.error]:
@@ -221,13 +221,13 @@ class History:
 
 def read_events(out: Path) -> History:
     """Summary of events.jsonl, read in the memory of one line."""
-    file, history = out / events.FILE, History()
+    file, history = out / run_files.EVENTS, History()
     if not file.exists():
         return history
     size = file.stat().st_size
     if size > EVENTS or not file.is_file():
         fault = f"has {size / 1e6:.0f} MB" if file.is_file() else "is no file"
-        history.unread = f"{events.FILE} {fault} and was not read"
+        history.unread = f"{run_files.EVENTS} {fault} and was not read"
         return history
     for row in json_lines(file):
         history.add(row)
@@ -248,10 +248,10 @@ def notes(out: Path, stops: list[Path], history: History) -> list[str]:
     """Further remarks about a run folder."""
     found = [history.unread] if history.unread else []
     if history.invalid_lines:
-        found.append(f"{history.invalid_lines} lines of {events.FILE} are no events")
+        found.append(f"{history.invalid_lines} lines of {run_files.EVENTS} are no events")
     if invalid := len(heartbeat.files(out)) - len(heartbeat.read_all(out)):
-        found.append(f"{invalid} files of {heartbeat.FOLDER}/ hold no heartbeat")
-    name = printable(out / events.FILE)
+        found.append(f"{invalid} files of {run_files.HEARTBEATS}/ hold no heartbeat")
+    name = printable(out / run_files.EVENTS)
     if history.skipped_steps:
         why = ", ".join(sorted(history.skip_reasons))
         found.append(f"{history.skipped_steps} steps were skipped ({why}): {name} names them")
@@ -259,7 +259,7 @@ def notes(out: Path, stops: list[Path], history: History) -> list[str]:
         found.append(
             f"it rolled back {history.rollbacks} times, last to step {history.rolled_back_to}"
         )
-    if not last_step(out) and (out / "log.jsonl").exists():
+    if not last_step(out) and (out / run_files.LOG).exists():
         found.append("log.jsonl has no line with a step")
     found += [
         f"{printable(file)} exists: a start would stop at once; remove it"
@@ -276,7 +276,7 @@ def notes(out: Path, stops: list[Path], history: History) -> list[str]:
             found.append(
                 f"{free / 1e9:.1f} GB are free, a checkpoint has {size / 1e9:.1f}: free some"
             )
-    if stacks := sorted((out / heartbeat.FOLDER).glob("stacks_*.txt")):
+    if stacks := sorted((out / run_files.HEARTBEATS).glob("stacks_*.txt")):
         folder = printable(stacks[0].parent)
         found.append(f"stacks of each rank's threads: {folder}/stacks_*.txt")
     return found

@@ -25,6 +25,7 @@ from unic_ds.config.data import IMAGENET
 from unic_ds.doctor import all_reduce
 from unic_ds.evaluate import table
 from unic_ds.files import nearest_existing
+from unic_ds.harness import image_sets
 from unic_ds.planning import gpus, search
 from unic_ds.process import node
 from unic_ds.teachers import sources
@@ -231,12 +232,12 @@ def check_images(name: str, run: IntendedRun) -> CheckResult:
     if not cfg.data.train:
         return result_of(name, "not checked", remedy="give --data.train DIR", state=WARNING)
     with redirect_stdout(sys.stderr):  # lines of a scan do not belong in a table or in JSON
-        source, val = setup.scan(cfg)
+        source, val = image_sets.sources_of(cfg)
     text = f"{len(source)} images, {data.backend(cfg.data)} decodes{decoding_speed(cfg, source)}"
     if not cfg.eval.on or val is None:
         return result_of(name, text)
     text += f"; {len(val)} to evaluate on"
-    if not setup.can_evaluate(source, val):
+    if not image_sets.can_evaluate(source, val):
         return result_of(name, text, remedy=f"no evaluation: {table.NEEDS}", state=WARNING)
     if problem := setup.find_unreadable(cfg, val):
         raise ValueError(problem)

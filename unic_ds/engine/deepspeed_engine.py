@@ -234,6 +234,18 @@ def weights(engine: Engine[nn.Module], prefix: str) -> dict[str, Tensor]:
     return found
 
 
+@torch.no_grad()
+def copy_weights(engine: Engine[nn.Module], into: nn.Module) -> None:
+    """Copy the fp32 weights, or their average if the run keeps one, to an equal module.
+
+    It has them on every rank; every rank must call it. The engine stays as it is.
+    """
+    masters = full_masters(engine.optimizer)
+    with swapped_in(engine.basic_optimizer):
+        for name, parameter in engine.module.named_parameters():
+            into.get_parameter(name).copy_(gather(parameter, masters))
+
+
 def gather(parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]) -> Tensor:
     """The full value of a parameter, in fp32 if it is trained."""
     deepspeed, full = load_deepspeed(), masters.get(parameter)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from unic_ds.evaluate.features import Annotation, EvalData, Model, ModelOutput
-from unic_ds.evaluate.table import Score
+from unic_ds.evaluate.comparison import Score
+from unic_ds.evaluate.eval_data import EvalData
+from unic_ds.evaluate.features import Annotation, Model, ModelOutput
 
 
 class Evaluator(Protocol):
@@ -29,6 +30,14 @@ class Evaluator(Protocol):
         stands in `rank_errors.raised_on_all_ranks`. The models come together, so that they may
         share a pass over the images (`EvalData.features`) or a solver.
         """
+
+
+@runtime_checkable
+class ChecksItsData(Protocol):
+    """An evaluator that can tell before any feature is computed that data do not fit."""
+
+    def check(self, data: EvalData) -> None:
+        """Raise ValueError, one sentence with the remedy, for data that do not fit."""
 
 
 def images_used(train: int, val: int, model: Model) -> str:

@@ -1,23 +1,22 @@
-"""CLS features of an image set by several models: every image is encoded once, on one rank."""
+"""Models and image sets as evaluators see them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from unic_ds import dist
-from unic_ds.evaluate.rank_errors import raised_on_all_ranks
+from unic_ds.evaluate.comparison import Role
 from unic_ds.tokens import Tokens
 
 ModelOutput = Literal["cls", "patch", "projection"]
-Annotation = Literal["labels", "masks", "boxes", "depth", "text"]
+Annotation = Literal["labels", "masks", "boxes", "depth", "keypoints"]
 FILLER = -1
 """Place of an image that is encoded but not counted."""
 
@@ -28,7 +27,11 @@ class Outputs(NamedTuple):
     cls_BC: Tensor | None = None
     patch_BNC: Tensor | None = None
     projection: Mapping[str, Tokens] | None = None
-    """Predictions of each teacher's tokens, by the teacher's name."""
+    """Tokens in the feature space of each teacher, by the teacher's name, on the student's grid.
+
+    A student's are predictions of its ladder with the standardisation undone, a teacher's are its
+    own tokens under its own name.
+    """
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,27 @@ class Model:
 
     name: str
     size: int
-    """Side of its images in pixels; `dataclasses.replace` gives the same model at another."""
+    """Side of its images in pixels."""
     outputs: frozenset[ModelOutput]
     encode: Callable[[Tensor, frozenset[ModelOutput]], Outputs]
     """Takes uint8 images (B, 3, size, size) on the device, and what is needed of `outputs`.
 
-    It keeps no graph for gradients.
+    Square images only; patch tokens come in rows from the top left. It keeps no graph for
+    gradients.
+    """
+    role: Role = "teacher"
+    identity: str = ""
+    """Hash of weights, preprocessing and precision; empty: its features are not cached."""
+    at: Callable[[int], Model] | None = None
+    """Builds the same model for another side, a multiple of `patch`; None: it has one side."""
+    patch: int = 0
+    """Pixels that a patch token covers; 0: unknown."""
+    frees: Callable[[], None] | None = None
+    """Frees the memory of a model that `at` or `pruned` has built."""
+    pruned: Callable[[float], Model] | None = None
+    """Builds the same model with this share of its weights set to zero (`utility.pruned_copy`).
+
+    None: it has no weights, or they are not at hand.
     """
 
 
@@ -57,6 +75,7 @@ class EvalBatch(NamedTuple):
     """One entry an image under each name: `labels` are int64 (B), -1 without a class."""
 
 
+@runtime_checkable
 class ImageSet(Protocol):
     """Images that are dealt to the ranks: each place is counted on exactly one."""
 
@@ -64,14 +83,67 @@ class ImageSet(Protocol):
     def annotations(self) -> frozenset[Annotation]:
         """Kinds of annotation that its batches bring."""
 
+    @property
+    def name(self) -> str:
+        """Name of the set in the table, such as its folder's."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that `labels` count; empty if there are none."""
+
+    @property
+    def identity(self) -> str:
+        """Hash of the images and how they are read; empty: features of it are not cached."""
+
     def __len__(self) -> int:
         """Number of images on all ranks together."""
 
-    def batches(self, sizes: Sequence[int]) -> Iterator[EvalBatch]:
-        """This rank's images once, without augmentation.
+    def labels(self) -> NDArray[np.int64]:
+        """The class of each image (N), -1 for none; the same on every rank."""
+
+    def file_name(self, place: int) -> str:
+        """Path of an image below the set's folder."""
+
+    def batches(
+        self, sizes: Sequence[int], only: NDArray[np.int64] | None = None
+    ) -> Iterator[EvalBatch]:
+        """This rank's images once, without augmentation; `only`: those at these places.
 
         Equally many batches on every rank, filled up by fillers: a model may have collectives.
         """
+
+
+@runtime_checkable
+class AugmentedImages(Protocol):
+    """Further method of an image set that also shows augmented views."""
+
+    def augmented(self, sizes: Sequence[int], *, epoch: int, seed: int) -> Iterator[EvalBatch]:
+        """This rank's images once, by a random resized crop and flip of its own in each epoch."""
+
+
+class TextTower(Protocol):
+    """The text side of a CLIP or SigLIP teacher, and its projection of image features."""
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Unit embeddings (M, E) of texts, fp32 on the device."""
+
+    def project(self, cls_BC: Tensor) -> Tensor:
+        """Embeddings (B, E) of the teacher's summary tokens, not normalised."""
+
+
+class Classifier(Protocol):
+    """A teacher's own classifier."""
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Kinds of token that it reads (`tokens.KINDS`)."""
+
+    def logits(self, tokens: Tokens) -> Tensor:
+        """Logits (B, L) of the teacher's tokens."""
 
 
 def deal(count: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -109,94 +181,17 @@ class FeatureSet:
         )
 
 
-@torch.inference_mode()
-def extract(models: Sequence[Model], images: ImageSet) -> FeatureSet:
-    """CLS features of each model; every rank calls it.
-
-    RuntimeError, on every rank, if there are no images, or if a model gives another number of rows
-    than images, or features that are not finite.
-    """
-    rows: dict[str, list[Tensor]] = {model.name: [] for model in models}
-    places: list[Tensor] = []
-    labels: list[Tensor] = []
-    with raised_on_all_ranks("feature extraction", "lower --eval.batch"):
-        for batch in images.batches([model.size for model in models]):
-            place_B = torch.from_numpy(batch.place_B)
-            counted_B = place_B != FILLER
-            for model in models:
-                rows[model.name].append(encode_cls(model, batch)[counted_B])
-            places.append(place_B[counted_B])
-            label_B = batch.annotations.get("labels", np.full(len(place_B), -1))
-            labels.append(torch.as_tensor(label_B, dtype=torch.int64)[counted_B])
-        if not places:
-            raise ValueError(
-                "there are no images to take features of; give data.val or data.val_share"
-            )
-        cls = {name: torch.cat(part) for name, part in rows.items()}
-    place_R = torch.cat(places)
-    return FeatureSet(cls, place_R, labels_of_all(place_R, torch.cat(labels), len(images)))
-
-
-def encode_cls(model: Model, batch: EvalBatch) -> Tensor:
-    """fp32 CLS features (B, C) of a batch on the CPU; ValueError as `extract`."""
-    cls_BC = model.encode(batch.images[model.size], frozenset({"cls"})).cls_BC
-    assert cls_BC is not None, f"{model.name} has no CLS features"
-    cls_BC = cls_BC.float().cpu()
-    if len(cls_BC) != len(batch.place_B):
-        raise ValueError(
-            f"{model.name!r} gave {len(cls_BC)} rows of features for {len(batch.place_B)} images"
-        )
-    if not cls_BC.isfinite().all():
-        raise ValueError(f"features of {model.name!r} are NaN or infinite; set --eval.on false")
-    return cls_BC
-
-
-def labels_of_all(place_R: Tensor, label_R: Tensor, count: int) -> Tensor:
-    """Labels of all ranks' images by place (N), -1 if no rank has the image."""
-    seen_N2 = torch.zeros(count, 2, dtype=torch.int64)
-    ones_R = torch.ones_like(label_R)
-    seen_N2.index_add_(0, place_R, torch.stack([label_R + 1, ones_R], 1))
-    label_N, times_N = dist.all_reduce_sum(seen_N2).unbind(1)
-    assert (times_N <= 1).all(), "an image is counted twice"
-    return label_N - 1
-
-
-@dataclass
-class EvalData:
-    """Images that models are evaluated on, and the settings; the same on every rank."""
-
-    train: ImageSet
-    val: ImageSet
-    k: int
-    temperature: float
-    seed: int
-    device: torch.device
-    extracted: dict[str, tuple[FeatureSet, FeatureSet]] = field(default_factory=dict)
-    """Model -> its features, once an evaluator has asked for them."""
-
-    def features(self, models: Sequence[Model]) -> tuple[FeatureSet, FeatureSet]:
-        """CLS features of the training and the validation images.
-
-        Each model's are extracted once, for all evaluators, and the images decoded once for all
-        models that are asked for together. Every rank calls it.
-        """
-        new = [model for model in models if model.name not in self.extracted]
-        if new:
-            sides = extract(new, self.train), extract(new, self.val)
-            self.extracted |= {model.name: sides for model in new}
-        train, val = (
-            FeatureSet(
-                {model.name: self.extracted[model.name][at].cls[model.name] for model in models},
-                self.extracted[models[0].name][at].place_R,
-                self.extracted[models[0].name][at].label_N,
-            )
-            for at in range(2)
-        )
-        return train, val
-
-
 def pixels(image_B3HW: Tensor, size: int = 16) -> Tensor:
     """The baseline without a model: grey thumbnails scaled to [-1, 1], (B, size * size) fp32."""
     grey_B1HW = image_B3HW.float().mean(1, keepdim=True)
     small_B1HW = F.interpolate(grey_B1HW, (size, size), mode="bilinear", antialias=True)
     return small_B1HW.flatten(1) / 127.5 - 1
+
+
+def pixels_model(size: int) -> Model:
+    """The baseline `pixels` on images of `size` px."""
+
+    def encode(image_B3HW: Tensor, _: frozenset[ModelOutput]) -> Outputs:
+        return Outputs(pixels(image_B3HW))
+
+    return Model("pixels", size, frozenset({"cls"}), encode, "baseline", identity="pixels 16")

@@ -33,6 +33,34 @@ It takes and returns a tensor (a, N) for each group of problems of equally many 
 """
 
 
+class Progress(NamedTuple):
+    """Losses of all P problems, and the sizes of their gradients, in fp64."""
+
+    loss_P: NDArray[np.float64]
+    square_P: NDArray[np.float64]
+    """Squared length of the gradient."""
+    largest_P: NDArray[np.float64]
+    """Largest magnitude of an entry of the gradient."""
+
+
+Enough = Callable[[Progress], NDArray[np.bool_]]
+"""Mask (P) of the problems that have converged."""
+
+
+def small_excess(convexity_P: NDArray[np.float64], tolerance: float) -> Enough:
+    """True where the loss exceeds its minimum by at most `tolerance` times itself.
+
+    The loss of problem p has a curvature of at least `convexity_P[p]`, so it exceeds its minimum by
+    at most |gradient|^2 / (2 convexity).
+    """
+    return lambda at: at.square_P <= 2 * tolerance * convexity_P * at.loss_P
+
+
+def small_gradient(largest: float) -> Enough:
+    """True where no entry of the gradient is larger, as L-BFGS ends in SciPy (its `gtol`)."""
+    return lambda at: at.largest_P <= largest
+
+
 class Group:
     """Problems of equally many weights N, one a row."""
 
@@ -73,6 +101,10 @@ class Group:
         """Products of all rows with each other, (S, 2 * MEMORY + 1, 2 * MEMORY + 1) in fp64."""
         return (self.row_SKN @ self.row_SKN.mT).double()
 
+    def largest(self) -> Tensor:
+        """Largest magnitude (S) of an entry of each gradient, in fp64."""
+        return self.row_SKN[:, 2 * MEMORY].abs().amax(1).double()
+
     def turn(self, factor_SK: NDArray[np.float64]) -> None:
         """Set the directions to these sums of the rows."""
         factor_S1K = self.row_SKN.new_tensor(factor_SK)[:, None]
@@ -112,9 +144,9 @@ class Steps:
         self.count_P[taken_P] += 1
         return taken_P
 
-    def end(self, square_P: NDArray[np.float64], curvature_P: NDArray[np.float64]) -> None:
-        """Leave out problems whose squared gradient bounds their excess, or that are stuck."""
-        self.converged_P |= self.active_P & (square_P <= 2 * curvature_P * self.loss_P)
+    def end(self, enough_P: NDArray[np.bool_]) -> None:
+        """Leave out problems that have converged, or that are stuck."""
+        self.converged_P |= self.active_P & enough_P
         stuck_P = (self.count_P > 1) & (self.length_P < SHORTEST)
         self.active_P &= ~self.converged_P & ~stuck_P
 
@@ -129,20 +161,18 @@ def minimise(
     objective: Objective,
     start: Sequence[Tensor],
     *,
-    convexity_P: NDArray[np.float64],
-    tolerance: float,
+    enough: Enough,
     evaluations: int,
 ) -> Solution:
-    """Minimise strongly convex, positive functions from `start`, groups of problems (S, N).
+    """Minimise convex, positive functions from `start`, groups of problems (S, N).
 
-    The loss of problem p has a curvature of at least `convexity_P[p]`, so it exceeds its minimum by
-    at most |gradient|^2 / (2 convexity): it has converged when that is at most `tolerance` times
-    its loss. Each evaluation of the objective moves every problem that has not, by a step of its
-    own length. Every rank calls it; all take the same decisions.
+    Each evaluation of the objective moves every problem that has not converged (`enough`), by a
+    step of its own length. Every rank calls it; all take the same decisions.
     """
     groups = [Group(weight_SN) for weight_SN in start]
-    ends = np.cumsum([len(weight_SN) for weight_SN in start])[:-1]
-    steps = Steps(len(convexity_P))
+    ends = np.cumsum([len(weight_SN) for weight_SN in start])
+    steps = Steps(int(ends[-1]))
+    ends = ends[:-1]
     for _ in range(evaluations):
         actives = np.split(steps.active_P, ends)
         lengths = np.split(steps.length_P, ends)
@@ -156,8 +186,9 @@ def minimise(
         ):
             group.take(active_S, *moved)
         product_PKK = average(torch.cat([group.products() for group in groups]))
+        largest_P = average(torch.cat([group.largest() for group in groups]))
         square_P = product_PKK[:, -1, -1]
-        steps.end(square_P, tolerance * convexity_P)
+        steps.end(enough(Progress(steps.loss_P, square_P, largest_P)))
         if not steps.active_P.any():
             break
         factor_PK, steps.slope_P = downhill(product_PKK, steps.count_P - 1)
@@ -167,9 +198,9 @@ def minimise(
     return Solution([group.weight_SN for group in groups], steps.converged_P)
 
 
-def average(products: Tensor) -> NDArray[np.float64]:
-    """The mean of the ranks' products, which differ by rounding on unlike devices."""
-    return (dist.all_reduce_sum(products) / dist.world()).cpu().numpy()
+def average(values: Tensor) -> NDArray[np.float64]:
+    """The mean of the ranks' values, which differ by rounding on unlike devices."""
+    return (dist.all_reduce_sum(values) / dist.world()).cpu().numpy()
 
 
 def downhill(

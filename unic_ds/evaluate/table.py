@@ -1,26 +1,26 @@
-"""A run's result: a table for people, results.json for programs, a picture of both."""
+"""The table of a comparison for people, and its picture."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from unic_ds.files import write_atomic
+from unic_ds.evaluate.comparison import Comparison, Row
 from unic_ds.files.printable import printable
 
-Rows = Mapping[str, Mapping[str, float]]
-"""Model -> evaluator -> accuracy in %, in the order of the table."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-Protocols = Mapping[str, Mapping[str, str]]
-"""Model -> evaluator -> how the number was made."""
-
-PROTOCOLS = "protocols.json"
-TITLES = {"knn": "kNN %", "linear": "linear %"}
+TITLE = "Frozen features, unseen images"
+WIDTH = 100
+"""Columns of a table that goes to a file."""
 
 NEEDS = (
     "it needs class folders, two or more and some in common, and --data.val DIR or --data.val_share"
@@ -28,57 +28,96 @@ NEEDS = (
 """Why a run is not evaluated although --eval.on is true."""
 
 
-class Score(NamedTuple):
-    """One number of the table."""
-
-    model: str
-    name: str
-    """Column of the table: the evaluator's name, or that and more if it yields several."""
-    value: float
-    protocol: str
-    """All that another needs to know to get the same number: `knn k=10 T=0.07 cosine 224 px`."""
-
-
-def render(
-    rows: Rows, protocols: Protocols | None = None, title: str = "Frozen features, unseen images"
-) -> str:
-    """The table as plain text, and below it how its numbers were made, as far as it is known."""
-    console = Console(width=100, color_system=None, force_terminal=False, highlight=False)
+def render(comparison: Comparison, *, width: int = WIDTH) -> str:
+    """The table as plain text, and below it the average ranks and each protocol."""
+    console = Console(width=width, color_system=None, force_terminal=False, highlight=False)
     with console.capture() as capture:
-        console.print(table(rows, title))
-    return capture.get() + "".join(f"{line}\n" for line in legend(protocols or {}))
+        show(comparison, console)
+    return capture.get()
 
 
-def legend(protocols: Protocols) -> list[str]:
-    """Each protocol once; with its models if others have another one for the same evaluator."""
+def print_to_terminal(comparison: Comparison) -> None:
+    """Print the table as wide as the terminal, or as `WIDTH` columns if it goes elsewhere."""
+    width = None if sys.stdout.isatty() else WIDTH
+    show(comparison, Console(width=width, highlight=False))
+
+
+def show(comparison: Comparison, console: Console) -> None:
+    """Print the table, the average ranks and the protocols."""
+    console.print(grid(comparison))
+    for line in (*rank_lines(comparison), *legend(comparison)):
+        console.print(Text(line), soft_wrap=True)
+
+
+def grid(comparison: Comparison) -> Table:
+    """Rows of measures and columns of models for a rich console; the best of a row is bold.
+
+    `-`: not measured. Each student has its difference to the best teacher of the row, and that in %
+    of the teacher's value.
+    """
+    models = [name for name in comparison.roles if any(name in r.values for r in comparison.rows)]
+    students = [name for name in comparison.named("student") if name in models]
+    table = Table(title=TITLE, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in models:
+        words = printable(name).split() or [""]
+        table.add_column(Text(printable(name)), justify="right", min_width=max(map(len, words)))
+    gains = students if comparison.named("teacher") else []
+    for name in gains:
+        owner = printable(name) if len(gains) > 1 else "student"
+        table.add_column(Text(f"{owner} -\nbest teacher"), justify="right", no_wrap=True)
+    for row in comparison.rows:
+        best = row.best() if len(row.values) > 1 else []
+        cells = [Text(text_of(row, name), style="bold" if name in best else "") for name in models]
+        cells += [Text(gain_text(row, name, comparison)) for name in gains]
+        table.add_row(Text(label(row)), *cells)
+    return table
+
+
+def label(row: Row) -> str:
+    """Name and unit of a row."""
+    return printable(f"{row.name.replace('knn', 'kNN')} {row.unit}".rstrip())
+
+
+def text_of(row: Row, model: str) -> str:
+    """A value with as many digits as its unit needs; `-` if it was not measured."""
+    if model not in row.values:
+        return "-"
+    value = row.values[model]
+    return f"{value:.1f}" if row.unit == "%" or abs(value) >= 100 else f"{value:.3f}"
+
+
+def gain_text(row: Row, student: str, comparison: Comparison) -> str:
+    """The difference to the best teacher, and that in % of the teacher's value."""
+    gain = row.gain(student, comparison.roles)
+    relative = row.relative_gain(student, comparison.roles)
+    if gain is None or not math.isfinite(gain):
+        return "-"
+    difference = f"{gain:+.1f}" if row.unit == "%" else f"{gain:+.3f}"
+    return difference if relative is None else f"{difference} ({relative:+.1f} %)"
+
+
+def rank_lines(comparison: Comparison) -> list[str]:
+    """The average ranks as a line; none if fewer than two models can be ranked."""
+    ranks, count = comparison.average_ranks()
+    found = ", ".join(f"{printable(name)} {rank:.1f}" for name, rank in ranks.items())
+    rows = "row" if count == 1 else "rows"
+    return [f"average rank over {count} {rows} (1 is best): {found}"] if ranks else []
+
+
+def legend(comparison: Comparison) -> list[str]:
+    """Each protocol once; with its models if others have another one for the same row."""
     models: dict[tuple[str, str], list[str]] = {}
-    for model, values in protocols.items():
-        for name, protocol in values.items():
-            models.setdefault((name, protocol), []).append(model)
+    for row in comparison.rows:
+        for model, protocol in row.protocols.items():
+            if protocol:
+                models.setdefault((row.name, protocol), []).append(model)
     several = [name for name, _ in models]
-    return [
-        printable(f"{protocol}: {', '.join(of)}" if several.count(name) > 1 else protocol)
-        for (name, protocol), of in sorted(
-            models.items(), key=lambda item: several.index(item[0][0])
-        )
+    lines = [
+        f"{protocol}: {', '.join(of)}" if several.count(name) > 1 else protocol
+        for (name, protocol), of in models.items()
     ]
-
-
-def table(rows: Rows, title: str = "Frozen features, unseen images") -> Table:
-    """The table for a rich console: a line per model, a column per evaluator (`-`: did not run)."""
-    grid = Table(title=title, title_justify="left")
-    grid.add_column("model")
-    names = evaluators(rows)
-    for name in names:
-        grid.add_column(TITLES.get(name, name), justify="right")
-    for model, values in rows.items():
-        grid.add_row(model, *(f"{values[name]:.1f}" if name in values else "-" for name in names))
-    return grid
-
-
-def evaluators(rows: Rows) -> list[str]:
-    """Names of the evaluators in the rows, in order of first appearance."""
-    return list(dict.fromkeys(name for values in rows.values() for name in values))
+    return [printable(line) for line in dict.fromkeys(lines)]
 
 
 def unevaluated(student: Path, *, on: bool) -> str:
@@ -87,87 +126,40 @@ def unevaluated(student: Path, *, on: bool) -> str:
     return f"finished; student in {str(student)!r}; it was not evaluated: {why}"
 
 
-def tabulate(scores: Iterable[Score]) -> tuple[dict[str, dict[str, float]], Protocols]:
-    """Scores as rows of the table, and their protocols."""
-    rows: dict[str, dict[str, float]] = {}
-    protocols: dict[str, dict[str, str]] = {}
-    for score in scores:
-        rows.setdefault(score.model, {})[score.name] = score.value
-        protocols.setdefault(score.model, {})[score.name] = score.protocol
-    return rows, protocols
-
-
-def write(
-    rows: Rows,
-    folder: Path,
-    log: Sequence[Mapping[str, Any]],
-    protocols: Protocols | None = None,
-) -> None:
-    """Write `results.png`, `protocols.json`, then `results.json` (whole or not at all).
-
-    `log` are the rows of the run's log.jsonl; those with a step and a loss are drawn.
-    """
-    curve = {row["step"]: row["loss"] for row in log if "step" in row and "loss" in row}
-    plot(rows, sorted(curve.items()), folder / "results.png", title=folder.name)
-    # A file of its own: every key of results.json is a model, also to older versions.
-    if protocols:
-        write_atomic(folder / PROTOCOLS, json.dumps(plain(protocols), indent=1))
-    write_atomic(folder / "results.json", json.dumps(plain(rows), indent=1))
-
-
-def plain(table: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A table as dictionaries."""
-    return {model: dict(values) for model, values in table.items()}
-
-
-def read(file: Path) -> dict[str, dict[str, float]]:
-    """The rows of a `results.json`."""
-    return json.loads(file.read_text())
-
-
-def read_protocols(folder: Path) -> dict[str, dict[str, str]]:
-    """Protocols of the numbers in a run's results.json; {} for a run of an older version."""
-    file = folder / PROTOCOLS
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def plot(rows: Rows, curve: Sequence[tuple[int, float]], file: Path, title: str = "") -> Path:
-    """Draw the loss curve and, right of it, each model's accuracies if there are any; the PNG."""
+def plot(
+    comparison: Comparison, log: Sequence[Mapping[str, Any]], file: Path, title: str = ""
+) -> Path:
+    """Draw the loss curve of log.jsonl's rows and, right of it, the measures in %; the PNG."""
     from matplotlib.figure import (
         Figure,
     )  # heavy, and only drawing needs it; without pyplot it has no display
 
-    figure = Figure(figsize=(12, 0.45 * len(rows) + 3), layout="constrained")
+    steps = {row["step"]: row["loss"] for row in log if "step" in row and "loss" in row}
+    rows = [row for row in comparison.rows if row.unit == "%"]
+    bars = sum(len(row.values) for row in rows)
+    figure = Figure(figsize=(12, 0.22 * bars + 3), layout="constrained")
     left, *more = figure.subplots(1, 2, width_ratios=(2, 3)) if rows else [figure.subplots()]
-    left.plot([step for step, _ in curve], [loss for _, loss in curve], color="C0")
+    left.plot(*zip(*sorted(steps.items()), strict=True) if steps else ([], []), color="C0")
     left.set(title="Distillation loss", xlabel="optimiser step", ylabel="loss")
     left.grid(alpha=0.3)
     for right in more:
-        draw_bars(right, rows)
+        draw_bars(right, rows, list(comparison.roles))
     figure.suptitle(printable(title), parse_math=False)
     figure.savefig(file, dpi=120)
     return file
 
 
-def draw_bars(right: Any, rows: Rows) -> None:
-    """Draw every model's accuracies on matplotlib's axes `right`."""
-    names, models = evaluators(rows), list(rows)
-    height = 0.8 / max(len(names), 1)
-    for place, name in enumerate(names):
-        known = [i for i, model in enumerate(models) if name in rows[model]]
-        at = [i + (place - (len(names) - 1) / 2) * height for i in known]
-        bars = right.barh(
-            at, [rows[models[i]][name] for i in known], height, label=TITLES.get(name, name)
-        )
-        right.bar_label(bars, fmt="%.1f", padding=3)
-    right.set(
-        title="Frozen features, unseen images",
-        xlabel="accuracy in %",
-        ylabel="model",
-        xlim=(0, 110),
-    )
-    right.set_xticks(range(0, 101, 20))
-    right.set_yticks(range(len(models)), models)
-    right.invert_yaxis()  # the first row on top, as in the table
-    if names:
-        right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=len(names))
+def draw_bars(axes: Axes, rows: Sequence[Row], models: Sequence[str]) -> None:
+    """Draw a group of bars for each row, a bar for each model."""
+    height = 0.8 / max(len(models), 1)
+    for place, model in enumerate(models):
+        known = [i for i, row in enumerate(rows) if model in row.values]
+        at = [i + (place - (len(models) - 1) / 2) * height for i in known]
+        values = [rows[i].values[model] for i in known]
+        bars = axes.barh(at, values, height, label=printable(model))
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.set(title=TITLE, xlabel="%", xlim=(0, 110))
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_yticks(range(len(rows)), [label(row).removesuffix(" %") for row in rows])
+    axes.invert_yaxis()  # the first row on top, as in the table
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=min(len(models), 4))

@@ -126,8 +126,12 @@ def open_atomic(file: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
 def replace_folder(new: Path, old: Path) -> None:
     """Rename a complete folder to the name of an older one, if there is one, and delete that.
 
-    The older one is renamed before: a kill never leaves a partial folder under its name.
+    The older one is renamed before: a kill never leaves a partial folder under its name. OSError,
+    with both as they were, for a link: what it names may be on another disk.
     """
+    if old.is_symlink():
+        why = "is a link, which no folder replaces; remove it, or give the folder that it names"
+        raise OSError(errno.ELOOP, why, os.fspath(old))
     if old.exists():
         remove_folder(old)
     new.rename(old)
@@ -136,8 +140,12 @@ def replace_folder(new: Path, old: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Rename a folder to `.NAME.removed`, then delete it: a kill never leaves a part of it as NAME.
 
-    The next call for the same folder deletes the remains of one that was killed.
+    The next call for the same folder deletes the remains of one that was killed. Of a link to a
+    folder, the link alone is removed.
     """
+    if folder.is_symlink():
+        folder.unlink()
+        return
     removed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
     shutil.rmtree(folder.rename(removed))

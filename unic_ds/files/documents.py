@@ -36,8 +36,13 @@ LINE = 16 << 20
 
 def read_yaml(file: Path) -> Any:
     """Plain values of a YAML file, keys as text; ValueError of one clause."""
+    return parse_yaml(_text(file))
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values of YAML, as `read_yaml`."""
     try:
-        return _Loader(_text(file)).get_single_data()
+        return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f" in line {mark.line + 1}" if mark else ""

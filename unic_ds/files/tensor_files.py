@@ -223,6 +223,42 @@ def is_finite(value: Tensor) -> bool:
     return bool(total.isfinite()) or bool(value.isfinite().all())
 
 
+def find_unsound(state: Mapping[str, Tensor]) -> str:
+    """Describe the first tensor that is not floating or not finite; empty if there is none."""
+    for name, value in state.items():
+        if name.endswith(".num_batches_tracked"):
+            continue
+        why = unlike_weights(value)
+        if not why and not value.is_floating_point():
+            why = not_floating(value)
+        if not why and not is_finite(value):
+            why = "is not finite"
+        if why:
+            return f"{printable(name)} {why}"
+    return ""
+
+
+def misfit(state: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> str:
+    """Describe how names and shapes of weights differ from those of `want`; empty if they fit.
+
+    The first difference of each kind is named.
+    """
+    shapes = [
+        f"{printable(k)} is {tuple(v.shape)}, not {tuple(want[k].shape)}"
+        for k, v in state.items()
+        if k in want and v.shape != want[k].shape
+    ]
+    kinds = (
+        [f"{name} is missing" for name in sorted(want.keys() - state.keys())],
+        [f"{printable(name)} is unknown" for name in sorted(state.keys() - want.keys())],
+        shapes,
+    )
+    clauses = [
+        f"{rows[0]}{f' and {len(rows) - 1} more' if rows[1:] else ''}" for rows in kinds if rows
+    ]
+    return "; ".join(clauses)
+
+
 def content(tensors: Mapping[str, Tensor]) -> str:
     """Hex SHA-256 over names, types, shapes and bytes of plain tensors, independent of the file."""
     total = hashlib.sha256()

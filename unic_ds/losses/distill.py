@@ -135,12 +135,19 @@ def distill_loss(
 
 
 def metrics(rows: Mapping[str, Row], found: Distilled, gap_T22: Tensor) -> dict[str, Tensor]:
-    """Logged values of a micro batch, keyed `loss` and `{teacher}/{name}`."""
+    """Logged values of a micro batch, keyed `loss` and `{teacher}/{name}`.
+
+    `loss_share` is a teacher's share of the loss as weighed, so of what is kept after dropping;
+    `image_loss` is the loss of each image [B], before it is weighed.
+    """
     values = {"loss": found.loss.detach()}
     kept_T, weight_T = (found.weight_TB > 0).float().mean(1), found.weight_TB.sum(1)
+    loss_TB = found.loss_TB.detach()
+    share_T = (loss_TB * found.weight_TB).sum(1) / values["loss"]
     for t, (name, row) in enumerate(rows.items()):
         for kind in row.distance.kinds:
             gap_2 = gap_T22[t, KINDS.index(kind)]
             values |= {f"{name}/{kind}_cosine": gap_2[0], f"{name}/{kind}_smooth_l1": gap_2[1]}
         values |= {f"{name}/kept": kept_T[t], f"{name}/weight": weight_T[t]}
+        values |= {f"{name}/loss_share": share_T[t], f"{name}/image_loss": loss_TB[t]}
     return values

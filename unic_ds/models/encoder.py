@@ -4,70 +4,93 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import timm
 import torch
+from timm.layers import Attention
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from unic_ds import config
 from unic_ds.config import overrides
 from unic_ds.files.printable import printable
+from unic_ds.models import narrow_vit
 from unic_ds.models.meta import NoInit
 from unic_ds.tokens import Tokens, split_prefix
 
 T = TypeVar("T")
+States: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""timm's tokens after a block: patches, or (patches, prefix)."""
 
+NARROW = narrow_vit.narrow_vit.__name__
 NO_REGISTERS = "student.registers {} does not fit {!r}; leave it -1, or choose a plain vit_ model"
 NOT_PLAIN = "student.model {!r} is not a plain ViT; choose one of timm's vit_ models"
+
+
+def architecture(cfg: config.Student) -> str:
+    """timm's name of an encoder, in training and in an export's config."""
+    return NARROW if is_narrow(cfg) else cfg.model
+
+
+def is_narrow(cfg: config.Student) -> bool:
+    """True if its blocks have fewer heads or a narrower MLP than the model's."""
+    return bool(cfg.heads or cfg.mlp_width)
 
 
 def arguments(cfg: config.Student) -> dict[str, Any]:
     """Arguments of timm.create_model for an encoder, in training and in an export's config."""
     registers = {"reg_tokens": cfg.registers} if cfg.registers >= 0 else {}
-    return {"img_size": cfg.size, "num_classes": 0} | registers
+    shape = {"base": cfg.model, "heads": cfg.heads, "mlp_width": cfg.mlp_width}
+    return {"img_size": cfg.size, "num_classes": 0} | registers | (shape if is_narrow(cfg) else {})
 
 
 def attention_heads(encoder: VisionTransformer) -> int:
-    """Heads of the first block's attention; StopIteration if it has none."""
-    counts = (getattr(part, "num_heads", None) for part in encoder.blocks[0].modules())
-    return next(count for count in counts if count is not None)
+    """Heads of the first block's attention, before it was narrowed; StopIteration if it has none.
+
+    They fill the encoder's width.
+    """
+    parts = (part for part in encoder.blocks[0].modules() if hasattr(part, "num_heads"))
+    attn: Any = next(parts)
+    narrowed = type(attn) is Attention  # narrow_vit has no other kind with fewer heads
+    return encoder.embed_dim // attn.head_dim if narrowed else attn.num_heads
 
 
 def build_encoder(cfg: config.Student) -> VisionTransformer:
     """A timm ViT without a head at `cfg.size`.
 
-    ValueError for a name that timm does not have, for any model but a plain ViT, and for a size or
-    registers that the model does not take.
+    ValueError for a name that timm does not have, for any model but a plain ViT, and for a size,
+    registers, heads or a width of the MLP that the model does not take.
     """
-    check_plain(cfg.model, cfg.size, cfg.registers)
+    grid_of(cfg)
     return create(cfg)
 
 
 def create(cfg: config.Student) -> VisionTransformer:
     """The encoder as timm builds it; timm's own errors for arguments that it does not take."""
-    encoder = timm.create_model(cfg.model, drop_path_rate=cfg.drop_path, **arguments(cfg))
+    encoder = timm.create_model(architecture(cfg), drop_path_rate=cfg.drop_path, **arguments(cfg))
     return cast(VisionTransformer, encoder)  # or a model with its interface: see assert_plain
 
 
 @cache
 def grid_of(cfg: config.Student) -> int:
     """Side of the patch grid, without building weights; ValueError as `build_encoder`."""
-    return check_plain(cfg.model, cfg.size, cfg.registers)
+    return check_plain(cfg.model, cfg.size, cfg.registers, cfg.heads, cfg.mlp_width)
 
 
 @cache
-def check_plain(model: str, size: int, registers: int) -> int:
+def check_plain(model: str, size: int, registers: int, heads: int, mlp_width: int) -> int:
     """Side of the patch grid of a plain ViT at `size` px; ValueError for any other model.
 
     The model runs once on the meta device, through the functions that train and export it: about
     0.2 s.
     """
-    if not timm.is_model(model):
-        near = overrides.nearest(model, timm.list_models("*vit*"))
+    if model == NARROW or not timm.is_model(model):
+        near = overrides.nearest(model, timm.list_models("*vit*", exclude_filters=NARROW))
         raise ValueError(f"student.model {model!r} is not a timm model{near}")
-    cfg = config.Student(model=model, size=size, registers=registers)
+    cfg = config.Student(
+        model=model, size=size, registers=registers, heads=heads, mlp_width=mlp_width
+    )
     encoder = attempt(lambda: outline(lambda: create(cfg)))
     if isinstance(encoder, Exception):
         raise ValueError(refusal(cfg, encoder, encoder)) from encoder
@@ -86,6 +109,9 @@ def refusal(
         return f"student.model {cfg.model!r}: {printable(usual)}"
     if attempt(lambda: assert_plain(usual, default_size(usual))) is not None:
         return NOT_PLAIN.format(cfg.model)
+    narrowed = attempt(lambda: narrow_vit.narrow(usual, cfg.heads, cfg.mlp_width))
+    if narrowed is not None:
+        return f"student.{narrowed} ({cfg.model})"
     if cfg.size % (patch := usual.patch_embed.patch_size[0]):
         return f"student.size {cfg.size} is not a multiple of {cfg.model}'s patch size {patch}"
     found = -1 if isinstance(encoder, Exception) else registers_of(encoder)
@@ -158,14 +184,30 @@ def residuals(encoder: VisionTransformer, x_B3HW: Tensor, blocks: Sequence[int])
         output_fmt="NLC",
         intermediates_only=True,
     )
+    return block_tokens(encoder, cast(list[States], states))
+
+
+def block_tokens(encoder: VisionTransformer, states: Sequence[States]) -> list[Tokens]:
+    """Tokens of timm's intermediate states, as `residuals` returns them."""
     found = []
-    for state in cast(list[Tensor | tuple[Tensor, Tensor]], states):
+    for state in states:
         patch_BND, prefix_BRD = state if isinstance(state, tuple) else (state, None)
         if prefix_BRD is None or not has_cls(encoder):
             found.append(Tokens(patch_BND.mean(1), patch_BND))
         else:
             found.append(Tokens(prefix_BRD[:, 0], patch_BND))
     return found
+
+
+def features_and_residuals(
+    encoder: VisionTransformer, x_B3HW: Tensor, blocks: Sequence[int]
+) -> tuple[Tokens, list[Tokens]]:
+    """Both `features` and `residuals`, by one pass through the blocks."""
+    x_BND, states = encoder.forward_intermediates(
+        x_B3HW, indices=list(blocks), return_prefix_tokens=True, norm=False, output_fmt="NLC"
+    )
+    tokens = split_prefix(cast(Tensor, x_BND), encoder.num_prefix_tokens, has_cls=has_cls(encoder))
+    return tokens, block_tokens(encoder, cast(list[States], states))
 
 
 def features(encoder: VisionTransformer, x_B3HW: Tensor) -> Tokens:

@@ -140,7 +140,13 @@ def read(file: Path) -> Gpu:
     return Gpu(**values)
 
 
+def of_device(device: str) -> Gpu | None:
+    """The GPU that CUDA gives a name, of two of a kind the smaller; None if it is not known."""
+    names = sorted(GPUS, key=len, reverse=True)
+    return next((GPUS[n] for n in names if n.partition("-")[0].upper() in device), None)
+
+
 def peak_tflops(device: str) -> float | None:
     """Dense bf16 peak of a device by its CUDA name, in TFLOP/s; None if it is not known."""
-    names = sorted(GPUS, key=len, reverse=True)
-    return next((GPUS[n].tflops for n in names if n.partition("-")[0].upper() in device), None)
+    gpu = of_device(device)
+    return gpu.tflops if gpu else None

@@ -23,10 +23,22 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+LINE_S = 30.0
+"""Seconds between lines of progress if stdout is no terminal."""
+
+
 def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:
-    """Yield the items; rank 0 shows a progress bar if stdout is a terminal."""
-    if not first_rank() or not sys.stdout.isatty():
+    """Yield the items; rank 0 shows a progress bar, or a line now and then if stdout is a file."""
+    if not first_rank():
         yield from items
+        return
+    if not sys.stdout.isatty():
+        last = time.monotonic()
+        for done, item in enumerate(items):
+            if time.monotonic() - last > LINE_S:
+                say(f"{text}: {done} of {total}")
+                last = time.monotonic()
+            yield item
         return
     from rich.progress import track as rich_track  # 60 ms; --help does not need it
 

@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.version import Version
 
-FLOOR = re.compile(r'([\w.-]+)>=([\w.]+)(?:; extra == "(?!dev").+")?')
-"""A package and its floor; those of the extra `dev` do not match."""
+FLOOR = re.compile(r'([\w.-]+)>=([\w.]+)(?:; extra == "(?!(?:dev|export|track)").+")?')
+"""A package and its floor, except of extras that training does not import."""
 
 
 def check() -> None:

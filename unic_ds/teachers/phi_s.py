@@ -121,6 +121,10 @@ class PhiS(Standardiser):
         """Rotate and scale the last axis of `x_C`, which may have leading axes."""
         return (x_C.float() - self.mean_2C[kind]) @ self.basis_2CC[kind].T / self.scale_2[kind]
 
+    def undo_kind(self, y_C: Tensor, kind: int) -> Tensor:
+        """Features of standardised tokens of one kind (0: cls, 1: patch)."""
+        return y_C * self.scale_2[kind] @ self.basis_2CC[kind] + self.mean_2C[kind]
+
     @torch.no_grad()
     def observe(self, tokens: Tokens) -> None:
         """Add a micro batch of features to this rank's statistics."""

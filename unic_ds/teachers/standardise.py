@@ -69,6 +69,23 @@ class Standardiser(nn.Module):
         return std_2C + EPS
 
     @torch.no_grad()
+    def undo(self, tokens: Tokens) -> Tokens:
+        """fp32 features of standardised tokens, the inverse of `forward` except for its clamp.
+
+        A kind of token that is empty, since it is not learned, stays empty.
+        """
+        if not self.cfg.on:
+            return Tokens(*(y_C.float() for y_C in tokens))
+        kinds = (
+            self.undo_kind(y_C.float(), i) if len(y_C) else y_C for i, y_C in enumerate(tokens)
+        )
+        return Tokens(*kinds)
+
+    def undo_kind(self, y_C: Tensor, kind: int) -> Tensor:
+        """Features of standardised tokens of one kind (0: cls, 1: patch)."""
+        return y_C * self.divisor()[kind] + self.mean_2C[kind]
+
+    @torch.no_grad()
     def observe(self, tokens: Tokens) -> None:
         """Add a micro batch of features to this rank's moments; no host sync."""
         if self.cfg.on:

@@ -15,7 +15,11 @@ import torch
 
 from unic_ds import config, data, dist
 from unic_ds.config import data_spec, job, plugins
+from unic_ds.config.evaluation import TASKS
 from unic_ds.data import shards
+from unic_ds.evaluate.registry import EVALUATORS
+from unic_ds.files.tensor_files import misfit
+from unic_ds.harness import image_sets
 from unic_ds.losses import balance
 from unic_ds.losses.balance import BALANCERS
 from unic_ds.losses.terms import TERMS
@@ -26,10 +30,12 @@ from unic_ds.process import console
 from unic_ds.teachers import quantisation, sources, teacher_set
 from unic_ds.teachers.sources import SOURCES
 from unic_ds.teachers.teacher import Teacher
-from unic_ds.training import setup
+from unic_ds.training import probes, setup, trackers
 from unic_ds.weights import warm_start
 
-REGISTERED = plugins.Names(sources=SOURCES, terms=TERMS, balancers=BALANCERS)
+REGISTERED = plugins.Names(
+    sources=SOURCES, terms=TERMS, balancers=BALANCERS, tasks=EVALUATORS.keys() | TASKS
+)
 """Names in the registries, including those of plugins."""
 
 UNKNOWN = 8
@@ -45,6 +51,7 @@ def accept(stages: Sequence[job.Job], *, starting: bool = False) -> None:
     for number, stage in enumerate(stages, 1):
         with naming_stage(number, len(stages)):
             data.backend(stage.cfg.data)
+            trackers.check(stage.cfg.run.track)
     accept_models([stage.cfg for stage in stages], located=True, starting=starting)
     for number, stage in enumerate([] if starting else stages, 1):
         with naming_stage(number, len(stages)):
@@ -136,7 +143,7 @@ def accept_successor(before: config.Config, after: config.Config) -> None:
         saved, expected = (build_encoder(cfg.student).state_dict() for cfg in (before, after))
     if saved.keys() >= {"pos_embed"} <= expected.keys():  # which is resized
         saved["pos_embed"] = expected["pos_embed"]
-    if wrong := warm_start.misfit(saved, expected):
+    if wrong := misfit(saved, expected):
         raise ValueError(
             f"student.model {after.student.model!r} cannot start from the"
             f" {before.student.model!r} of the stage before it: {wrong}"
@@ -155,8 +162,9 @@ def accept_files(stage: job.Job) -> None:
     if unindexed:
         console.say(f"not checked, since its tar shards have no index yet: {unindexed[0]}")
         return
-    train, val = setup.find_images(cfg)
+    train, val = image_sets.find_images(cfg)
     setup.check_validation(cfg, train, val)
+    probes.check(cfg, train, val)
     setup.open_cache(cfg, train)
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from unic_ds import config, data, dist, files
+from unic_ds.harness.image_sets import find_images
 from unic_ds.models.encoder import grid_of
 from unic_ds.process import console
 from unic_ds.teachers import cache
 from unic_ds.teachers.teacher_set import TeacherSet
 from unic_ds.tokens import Tokens
-from unic_ds.training.setup import augmentation_key, find_images, sample_images
+from unic_ds.training.setup import augmentation_key, sample_images
 
 ASK_OVER = 100e9  # bytes that are not written without --yes
 

@@ -18,12 +18,13 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 from torch import Tensor, nn
 
 from unic_ds import config, dist
 from unic_ds.config.extension import steps_in
+from unic_ds.config.overrides import science
 from unic_ds.engine.deepspeed_engine import param_order, state_copies
 from unic_ds.engine.protocol import Engine
 from unic_ds.engine.reshard import load_resharded
@@ -51,6 +52,13 @@ class RollbackRow(TypedDict):
     left_out: list[int]  # first and last step of the data order that are skipped from then on
 
 
+class ProbedValue(TypedDict):
+    """A value of a probe, in a checkpoint's run.json."""
+
+    value: float
+    better: Literal["higher", "lower", ""]
+
+
 class FileHash(TypedDict, total=False):
     """A row of a checkpoint's manifest, or the error of reading a file."""
 
@@ -68,6 +76,7 @@ class CheckpointFacts(TypedDict, total=False):
     samples: int
     seed: int
     loss: float
+    probe: dict[str, ProbedValue]  # of a probe after this step, by its name in the log
     summaries: dict[str, str]  # kind of each teacher's CLS target
     rollbacks: list[RollbackRow]
     images: str
@@ -298,15 +307,18 @@ def load(
 ) -> tuple[CheckpointFacts, dict[str, Tensor]]:
     """Load a checkpoint's weights and optimiser state; returns its facts and statistics.
 
-    One of another number of ranks or ZeRO stage is resharded. `content_of` maps the hash of a
+    One of another number of ranks or ZeRO stage is resharded. A setting that its version did not
+    have counts as the default. `content_of` maps the hash of a
     weight file, which older versions recorded, to that of its tensors. ValueError if it belongs to
     other images, teachers or settings.
     """
     facts = in_contents(json.loads((folder / FACTS).read_text()), content_of or {})
+    defaults = {f"--{name}": text for name, text in science(config.Config()).items()}
     for key, value in expected.items():
-        if facts.get(key) != value and key not in LAYOUT:
+        saved = facts.get(key, defaults.get(key))
+        if saved != value and key not in LAYOUT:
             raise ValueError(
-                f"checkpoint {str(folder)!r} was saved with {key} {facts.get(key)!r},"
+                f"checkpoint {str(folder)!r} was saved with {key} {saved!r},"
                 f" this run has {value!r}; use the same (with --run.extend true --optim.steps and"
                 " --optim.epochs may be more), or start a new run from its weights: another --out"
                 f" and --student.init {str(folder.absolute().parent.parent / 'student')!r}"
@@ -339,7 +351,7 @@ def remove_old(folder: Path, newest: Path, keep: config.Run) -> None:
     """
     steps = steps_in(folder)
     branch = [step for step in steps if step.name <= newest.name]
-    kept = {*branch[-keep.keep_last :], *lowest_loss(branch, keep.keep_best)}
+    kept = {*branch[-keep.keep_last :], *best_of(branch, keep)}
     if keep.keep_every:
         kept |= {step for step in branch if int(step.name[5:]) % keep.keep_every == 0}
     for rest in (*folder.glob(".saving_*"), *folder.glob(".step_*.removed")):
@@ -349,12 +361,23 @@ def remove_old(folder: Path, newest: Path, keep: config.Run) -> None:
             remove_folder(old)
 
 
-def lowest_loss(steps: list[Path], count: int) -> list[Path]:
-    """The `count` checkpoints saved at the lowest training loss; the newer of equals."""
-    losses = {}
-    for step in reversed(steps) if count else ():
-        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: not among the best
-            loss = json.loads((step / FACTS).read_text())["loss"]
-            if math.isfinite(loss):
-                losses[step] = loss
-    return sorted(losses, key=losses.__getitem__)[:count]
+def best_of(steps: list[Path], keep: config.Run) -> list[Path]:
+    """The `keep.keep_best` checkpoints with the best `keep.best_by`; the newer of equals.
+
+    Those without that value, such as those of steps without a probe, are not among the best.
+    """
+    costs = {}
+    for step in reversed(steps) if keep.keep_best else ():
+        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged
+            cost = cost_of(json.loads((step / FACTS).read_text()), keep.best_by)
+            if math.isfinite(cost):
+                costs[step] = cost
+    return sorted(costs, key=costs.__getitem__)[: keep.keep_best]
+
+
+def cost_of(facts: CheckpointFacts, by: str) -> float:
+    """The training loss or a probed value of a checkpoint, so that less is better."""
+    if by == "loss":
+        return facts["loss"]
+    row = facts["probe"][by]
+    return -row["value"] if row["better"] == "higher" else row["value"]

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from unic_ds import dist
 from unic_ds.data.stream import Stream
+from unic_ds.files import run_files
 from unic_ds.process import console, entry_point, node
 from unic_ds.training import run_log
 from unic_ds.training.step_guard import SkippedStep
 
-FILE = "events.jsonl"
 LAUNCH = "TORCHELASTIC_RUN_ID"
 REASONS = {"loss": "loss not finite", "gradient": "gradient not finite", "spike": "loss spike"}
 
@@ -31,10 +31,16 @@ def write(out: Path, event: str, **facts: object) -> None:
         append(out, event, **facts)
 
 
+def note(out: Path, event: str, **facts: object) -> None:
+    """Append a line from rank 0, if `out` can be written: it is worth less than the run."""
+    with suppress(OSError):
+        write(out, event, **facts)
+
+
 def append(out: Path, event: str, **facts: object) -> None:
     """Append a line with the time, from any rank; in one write, so that lines do not mix."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    file = os.open(out / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    file = os.open(out / run_files.EVENTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(file, (json.dumps({"time": now, "event": event} | facts) + "\n").encode())
         os.fsync(file)
@@ -46,6 +52,16 @@ def record_failure(out: Path, error: str, *, step: int, phase: str, **facts: obj
     """Append a line about the exception that ends the run, if `out` can be written."""
     with suppress(OSError):
         append(out, "failed", rank=dist.rank(), step=step, phase=phase, error=error, **facts)
+
+
+def report_tracker(out: Path, name: str, error: Exception, remedy: str) -> None:
+    """Say and record that a tracker is switched off until the next start."""
+    summary = entry_point.summary(error)
+    console.say(
+        f"{name} failed and is switched off until the next start; training goes on: {summary}"
+        f" (remedy: {remedy})"
+    )
+    note(out, "tracker failed", tracker=name, error=summary, remedy=remedy)
 
 
 @contextmanager
@@ -91,7 +107,7 @@ def record_refusals(out: Path) -> Iterator[None]:
 def raise_last(out: Path) -> None:
     """Raise RecordedFailure if torchrun has restarted ranks whose failure is permanent."""
     job = os.environ.get(LAUNCH, "")
-    failures = [row for row in run_log.read(out / FILE) if row.get("job") == job]
+    failures = [row for row in run_log.read(out / run_files.EVENTS) if row.get("job") == job]
     if restart_count() and failures:
         raise RecordedFailure(f"not tried again: {failures[-1]['says']}")
 
@@ -117,4 +133,5 @@ def write_skipped_steps(out: Path, skipped: Iterable[SkippedStep], stream: Strea
             write(out, "skipped", **facts, ranks=ranks, samples=stream.names(step, ranks))
         on = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
         numbers = ", ".join(map(str, steps))
-        console.say(f"skipped step {numbers}: {REASONS[why]}{on}; the samples are in {out / FILE}")
+        file = out / run_files.EVENTS
+        console.say(f"skipped step {numbers}: {REASONS[why]}{on}; the samples are in {file}")

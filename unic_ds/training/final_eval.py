@@ -6,52 +6,77 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from unic_ds import config, data, dist, rng
-from unic_ds.data import Source
+from unic_ds import dist
 from unic_ds.engine import deepspeed_engine
-from unic_ds.evaluate import features, registry, table
-from unic_ds.evaluate.features import Annotation, EvalBatch, Model, ModelOutput, Outputs
-from unic_ds.evaluate.table import Score
+from unic_ds.evaluate import features, table
+from unic_ds.evaluate.comparison import Comparison
+from unic_ds.evaluate.eval_data import EvalData
+from unic_ds.evaluate.features import Model
+from unic_ds.files import run_files
+from unic_ds.harness import session
+from unic_ds.harness.models import teacher_model
+from unic_ds.harness.students import read_student, student_model
+from unic_ds.models.encoder import grid_of
+from unic_ds.models.model_folder import ModelFolder
 from unic_ds.models.student import Student
 from unic_ds.process import console, entry_point
-from unic_ds.tokens import Tokens
-from unic_ds.training import run_log, student_folder
-from unic_ds.training.setup import can_evaluate
+from unic_ds.teachers.teacher import load
+from unic_ds.training import pictures, run_log, student_folder
+from unic_ds.training.attempts import Attempts
+from unic_ds.training.run_log import RunLog
+from unic_ds.training.run_report import RunReport
 from unic_ds.training.state import RunContext, TrainState
-from unic_ds.weights import warm_start
+from unic_ds.weights import card, warm_start
 
 
-def export_and_evaluate(run: RunContext, state: TrainState) -> None:
-    """Write `student/`, then `results.json`, `results.png` and the table; every rank calls it.
+@dataclass(frozen=True)
+class Evaluation:
+    """The comparison, with the models of its pictures and the data of its sets."""
 
-    RuntimeError, on every rank, if the evaluation fails: `student/` exists then, `results.json`
-    does not.
+    found: Comparison
+    models: list[Model] = field(default_factory=list)
+    """The teachers and the student after training; none if nothing was compared."""
+    data: dict[int, EvalData] = field(default_factory=dict)
+
+
+def export_and_evaluate(
+    run: RunContext, state: TrainState, *, open_log: Callable[[], RunLog]
+) -> None:
+    """Write `student/`, the results, also to its card, `pictures/` and the report; print them.
+
+    Every rank calls it. `open_log` opens the run's log after the last step, which gets the
+    pictures. RuntimeError, on every rank, if the evaluation fails: `student/` exists then,
+    `results.json` does not. With `results.json` the run is finished: what follows may fail, which
+    is a line, and is not made up for.
     """
     export_student(run, state)
     dist.barrier()
     free_training_memory(state)
     student, on = run.out / "student", run.cfg.eval.on
-    scores: list[Score] = []
-    if on and can_evaluate(run.train, run.val):
-        scores = evaluate(run, state, student)
+    evaluation = evaluate(run, state, student)
+    found = evaluation.found
     if dist.rank() == 0:
-        rows, protocols = table.tabulate(scores)
-        table.write(rows, run.out, run_log.read(run.out / "log.jsonl"), protocols)
-        text = f"\n{table.render(rows, protocols)}"
-        end = text if rows else table.unevaluated(student, on=on)
-        console.say(end)
+        text = f"\n{table.render(found)}"
+        console.say(text if found.rows else table.unevaluated(student, on=on))
+    attempts = Attempts("a part of the finished run is missing")
+    attempts.here(lambda: plot(run, found))
+    if found.rows:
+        attempts.here(lambda: card.rewrite(student, run.cfg, run.manifest, found))
+    attempts.on_all_ranks(lambda: draw_pictures(run, state, evaluation, open_log=open_log))
+    if dist.rank() == 0:
+        RunReport(run.out).write(last=True)
 
 
-def evaluate(run: RunContext, state: TrainState, student: Path) -> list[Score]:
-    """The scores of `measure`; RuntimeError with the remedy if it cannot read what it needs."""
+def evaluate(run: RunContext, state: TrainState, student: Path) -> Evaluation:
+    """The result of `measure`, written; RuntimeError with the remedy if that cannot be done."""
     try:
-        return measure(run, state)
+        evaluation = measure(run, state)
+        dist.on_rank_0(lambda: write_results(run, evaluation.found))
     except (OSError, RuntimeError, ValueError) as error:
         if not entry_point.is_expected(error):
             raise
@@ -59,6 +84,44 @@ def evaluate(run: RunContext, state: TrainState, student: Path) -> list[Score]:
             f"the student is in {str(student)!r}, but it could not be evaluated; mend this and"
             f" start the same command again, which evaluates without training: {error}"
         ) from error
+    return evaluation
+
+
+def write_results(run: RunContext, found: Comparison) -> None:
+    """Write the results; print them if they cannot be written."""
+    try:
+        found.write(run.out)
+    except OSError:
+        console.say(f"\n{table.render(found)}")
+        raise
+
+
+def plot(run: RunContext, found: Comparison) -> None:
+    """Draw the loss curve and the results to `results.png`."""
+    log = run_log.read(run.out / run_files.LOG)
+    table.plot(found, log, run.out / "results.png", title=run.out.name)
+
+
+def draw_pictures(
+    run: RunContext, state: TrainState, evaluation: Evaluation, *, open_log: Callable[[], RunLog]
+) -> None:
+    """Draw the pictures of the teachers and the student after; every rank calls it.
+
+    Teachers of a feature cache are in them if they were evaluated.
+    """
+    if not run.cfg.probe.pictures:
+        return
+    opened: list[RunLog] = []
+    attempts = Attempts("a picture is missing, which ends no run")
+    if not attempts.on_all_ranks(lambda: opened.append(open_log())):
+        return
+    models = evaluation.models or [*live_teachers(state), student_after(run)]
+    with opened[0] as log:
+        drawn = pictures.Pictures(run, state, log)
+        for data in evaluation.data.values():
+            if drawn.bank is None:
+                drawn.find_neighbours(data, models)
+        drawn.draw(models)
 
 
 def export_student(run: RunContext, state: TrainState) -> None:
@@ -89,90 +152,49 @@ def free_training_memory(state: TrainState) -> None:
     torch.cuda.empty_cache()  # for DALI, which allocates outside torch; a no-op without a GPU
 
 
-def measure(run: RunContext, state: TrainState) -> list[Score]:
-    """Scores of pixels, each teacher that is run, the student before and after."""
+def measure(run: RunContext, state: TrainState) -> Evaluation:
+    """Compare pixels, each teacher, the student before and after by the tasks of the settings."""
     cfg = run.cfg
-    assert run.val is not None
-    if state.teachers.cached:
-        console.say(f"cached teachers are not evaluated: {', '.join(state.teachers.cached)}")
-    train, val = (
-        SampledImages(source, cfg, limit)
-        for source, limit in ((run.train, cfg.eval.max_train), (run.val, cfg.eval.max_val))
-    )
-    return registry.evaluate_models(
-        models_of(run, state),
-        train,
-        val,
-        options=cfg.eval,
-        seed=cfg.seed,
-        device=dist.device(),
-    )
+    sets = session.open_sets_of_run(cfg, run.train, run.val) if cfg.eval.on else {}
+    if not sets:
+        return Evaluation(Comparison({}, []))
+    models = [*live_teachers(state), *cached_teachers(run, state), student_after(run)]
+    data = session.data_of(sets, cfg, rows=cfg.teachers, store=None)
+    found = session.compare_on(table_models(run, models), sets, data)
+    return Evaluation(found, models, data)
 
 
-def models_of(run: RunContext, state: TrainState) -> list[Model]:
-    """The models of the table, in its order."""
-    cfg, size = run.cfg, run.cfg.student.size
-    before, after = (
-        Student(cfg.student, cfg.ladder, {}, seed=cfg.seed).to(dist.device()).eval()
-        for _ in range(2)
-    )
+def live_teachers(state: TrainState) -> list[Model]:
+    """The teachers that training ran."""
+    return list(map(teacher_model, state.teachers.teachers.values()))
+
+
+def student_after(run: RunContext) -> Model:
+    """The student after training, as it was exported."""
+    return read_student("student after", ModelFolder(run.out / "student"), dist.device())
+
+
+def table_models(run: RunContext, models: Sequence[Model]) -> list[Model]:
+    """The models of the table, in its order: `models` and the baselines."""
+    cfg = run.cfg
+    before = Student(cfg.student, cfg.ladder, {}, seed=cfg.seed).to(dist.device()).eval()
     if run.job.init:
         warm_start.start_encoder(run.job.init, before.encoder)
-    warm_start.start_encoder(str(run.out / "student"), after.encoder)
+    *teachers, after = models
     return [
-        Model("pixels", size, frozenset({"cls"}), lambda image, _: Outputs(features.pixels(image))),
-        *(encoder(name, t.size, t) for name, t in state.teachers.teachers.items()),
-        encoder("student before", size, before.encode),
-        encoder("student after", size, after.encode),
+        features.pixels_model(cfg.student.size),
+        *teachers,
+        student_model("student before", before, cfg.student, role="baseline"),
+        after,
     ]
 
 
-def encoder(name: str, size: int, encode: Callable[[Tensor], Tokens]) -> Model:
-    """A model with CLS and patch tokens, such as a teacher or a `Student`'s `encode`."""
-
-    @torch.no_grad()
-    def outputs(image_B3HW: Tensor, _: frozenset[ModelOutput]) -> Outputs:
-        return Outputs(*encode(image_B3HW))
-
-    return Model(name, size, frozenset({"cls", "patch"}), outputs)
-
-
-class SampledImages:
-    """A seeded sample of a source's labelled images, divided among the ranks (`features.ImageSet`).
-
-    An image that cannot be read is left out; ValueError for too many of them.
-    """
-
-    annotations: frozenset[Annotation] = frozenset({"labels"})
-
-    def __init__(self, source: Source, cfg: config.Config, limit: int):
-        """Choose at most `limit` images."""
-        bits_N = rng.random_bits(cfg.seed, "probe", 1, np.arange(len(source)))[:, 0]
-        order_N = np.argsort(bits_N, kind="stable")
-        self.source, self.cfg = source, cfg
-        self.chosen_N = np.sort(order_N[source.label_N[order_N] >= 0][:limit])
-
-    def __len__(self) -> int:
-        return len(self.chosen_N)
-
-    def batches(self, sizes: Sequence[int]) -> Iterator[EvalBatch]:
-        """This rank's images once, as central squares."""
-        place_R, counted_R = features.deal(len(self))
-        size = self.cfg.eval.batch
-        shown = data.passes(
-            self.source,
-            self.cfg.data,
-            sizes=tuple(dict.fromkeys(sizes)),
-            batch=size,
-            indices=self.chosen_N[place_R],
-            device=dist.device(),
-        )
-        total = -(-len(place_R) // size)
-        for at, batch in enumerate(console.track(shown, total, "encoding images")):
-            here = slice(at * size, (at + 1) * size)
-            place_B = place_R[here]
-            # A broken image is replaced by its neighbour, which must not count twice.
-            read_B = batch.index_B == self.chosen_N[place_B]
-            place_B = np.where(counted_R[here] & read_B, place_B, features.FILLER)
-            labels = self.source.label_N[batch.index_B]
-            yield EvalBatch(batch.images, place_B, {"labels": labels})
+def cached_teachers(run: RunContext, state: TrainState) -> Iterator[Model]:
+    """The teachers of a feature cache, as far as their weights are on this machine."""
+    for row in run.cfg.teachers:
+        if row.name not in state.teachers.cached:
+            continue
+        try:
+            yield teacher_model(load(row, grid=grid_of(run.cfg.student), device=dist.device()))
+        except ValueError as error:
+            console.say(f"the cached teacher {row.name} is not evaluated: {error}")

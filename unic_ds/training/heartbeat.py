@@ -16,9 +16,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from unic_ds.files import read_limited
+from unic_ds.files import read_limited, run_files
 
-FOLDER = "heartbeats"
 SIZE = 2048  # bytes of a record, whatever it holds
 KEYS = {
     "pid_namespace": "realm",
@@ -96,7 +95,7 @@ def has_exited(heartbeat: Heartbeat) -> bool:
 
 def file_of(out: Path, rank: int) -> Path:
     """Path of a rank's heartbeat."""
-    return out / FOLDER / f"rank_{rank:05d}.json"
+    return out / run_files.HEARTBEATS / f"rank_{rank:05d}.json"
 
 
 def write(out: Path, heartbeat: Heartbeat) -> None:
@@ -154,7 +153,7 @@ def read(file: Path) -> Heartbeat | None:
 
 def files(out: Path) -> list[Path]:
     """Heartbeat files of a run folder, in rank order."""
-    return sorted((out / FOLDER).glob("rank_*.json"))
+    return sorted((out / run_files.HEARTBEATS).glob("rank_*.json"))
 
 
 def read_all(out: Path) -> list[Heartbeat]:

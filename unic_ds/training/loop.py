@@ -24,19 +24,31 @@ from unic_ds.engine import deepspeed_engine, determinism, optim
 from unic_ds.losses.distill import distill_loss
 from unic_ds.process import console, entry_point
 from unic_ds.tokens import Target, Tokens
-from unic_ds.training import acceptance, events, final_eval, rollback, watchdog
+from unic_ds.training import (
+    acceptance,
+    events,
+    final_eval,
+    health_events,
+    pictures,
+    probes,
+    rollback,
+    watchdog,
+)
+from unic_ds.training.health_events import HealthEvents
 from unic_ds.training.phases import SetPhase
 from unic_ds.training.run_dir import resume, save, write_run_files
 from unic_ds.training.run_log import RunLog
+from unic_ds.training.run_report import RunReport
 from unic_ds.training.setup import build
 from unic_ds.training.state import RunContext, TrainState
+from unic_ds.training.unreadable_images import UnreadableImages
 from unic_kernels.ops import KERNELS
 
 COLLECT_EVERY = 50
 """Steps after which Python's garbage is collected, if no log line came before."""
 
 Metrics = dict[str, Tensor]
-"""Scalars of a micro batch, on the device."""
+"""Scalars of a micro batch, and values per image [B], on the device."""
 
 
 def train_step(run: RunContext, state: TrainState) -> list[Metrics]:
@@ -60,14 +72,23 @@ def train_step(run: RunContext, state: TrainState) -> list[Metrics]:
     return metrics
 
 
-def train_loop(run: RunContext, state: TrainState, votes: dist.StepVotes) -> None:
+def train_loop(
+    run: RunContext,
+    state: TrainState,
+    votes: dist.StepVotes,
+    *,
+    unreadable: UnreadableImages | None = None,
+) -> None:
     """Train from the step after `state.step` until the last, or until `votes` stop it.
+
+    `unreadable` are the images that this start has named before a roll-back.
 
     rollback.RollbackNeeded if too many steps in a row were skipped.
     """
     first = state.step + 1
     with open_log(run, first) as log, manual_garbage_collection():
-        periodic = cadences(run, state, log, votes)
+        images = unreadable or UnreadableImages(run.out, run.stream)
+        periodic = cadences(run, state, log, votes=votes, unreadable=images)
         for state.step in range(first, run.last_step + 1):
             for metrics in train_step(run, state):
                 log.add(metrics)
@@ -77,7 +98,7 @@ def train_loop(run: RunContext, state: TrainState, votes: dist.StepVotes) -> Non
             agreed = votes.agreed()
             last = agreed.stop or state.step == run.last_step
             for cadence in periodic:
-                if cadence.due(state.step, last=last, requested=agreed.save):
+                if cadence.due(state.step, last=last, requested=agreed.save, stop=agreed.stop):
                     cadence.action()
             if last:
                 break
@@ -96,6 +117,8 @@ def run_stage(job: Job, set_phase: SetPhase, *, parent_job: Job) -> bool:
         set_phase("resuming", 0)
         extended = resume(run, state)
         lock = write_run_files(run, extended, parent_job=parent_job)
+    if state.step and not extended:
+        events.write(run.out, "resumed", step=state.step, ranks=dist.world())
     stops = stop_files(parent_job.out, parent_job.cfg.run.stop_file)
     votes = dist.StepVotes(*stops, save_s=60 * job.cfg.run.save_minutes)
     train_with_rollbacks(run, state, votes)
@@ -104,7 +127,9 @@ def run_stage(job: Job, set_phase: SetPhase, *, parent_job: Job) -> bool:
         votes.close()
         set_phase("evaluating", state.step)
         with blocks.uncompiled(job.cfg.run.compile != "none"):
-            final_eval.export_and_evaluate(run, state)
+            final_eval.export_and_evaluate(
+                run, state, open_log=partial(open_log, run, run.steps + 1)
+            )
     else:
         console.say(
             f"stopped after step {state.step} of {run.steps}; the same command goes on from there"
@@ -117,9 +142,10 @@ def run_stage(job: Job, set_phase: SetPhase, *, parent_job: Job) -> bool:
 
 def train_with_rollbacks(run: RunContext, state: TrainState, votes: dist.StepVotes) -> None:
     """Run `train_loop`, again from a checkpoint after each roll-back."""
+    unreadable = UnreadableImages(run.out, run.stream)
     while True:
         try:
-            return train_loop(run, state, votes)
+            return train_loop(run, state, votes, unreadable=unreadable)
         except rollback.RollbackNeeded as needed:
             run.phases.set_phase("resuming", needed.last)
             rollback.plan_rollback(run, state, needed)
@@ -173,40 +199,60 @@ class Cadence:
     """An action, and the steps after which it is due.
 
     It is due after every multiple of a number in `every` (0: never), after the last step of a
-    start, and, while it is requested, after every multiple of `on_request` (0: never).
+    start if `at_end`, and, while it is requested, after every multiple of `on_request` (0: never).
+    Without `at_end` it is not due once the run is asked to stop: little time may be left.
     """
 
     action: Callable[[], object]
     every: Sequence[int]
     on_request: int = 0
+    at_end: bool = True
 
-    def due(self, step: int, *, last: bool, requested: bool) -> bool:
-        """True if the action is due after `step`, which may be the last."""
+    def due(self, step: int, *, last: bool, requested: bool, stop: bool = False) -> bool:
+        """True if the action is due after `step`, which may be the last, or by request (`stop`)."""
+        if stop and not self.at_end:
+            return False
         periods = (*self.every, self.on_request if requested else 0)
-        return last or any(period and step % period == 0 for period in periods)
+        return (last and self.at_end) or any(period and step % period == 0 for period in periods)
 
 
 def cadences(
-    run: RunContext, state: TrainState, log: RunLog, votes: dist.StepVotes
+    run: RunContext,
+    state: TrainState,
+    log: RunLog,
+    *,
+    votes: dist.StepVotes,
+    unreadable: UnreadableImages,
 ) -> list[Cadence]:
     """Everything that happens every so many steps, in this order; every rank does it."""
-    cfg = run.cfg.run
-    saves = (cfg.save_every, cfg.keep_every)
+    cfg, probe_every = run.cfg.run, run.cfg.probe.every
+    by_probe = probe_every if cfg.keep_best and cfg.best_by != "loss" else 0
+    saves = (cfg.save_every, cfg.keep_every, by_probe)
+    drawn, watched = pictures.Pictures(run, state, log), HealthEvents(run, state)
+    measured = probes.Probes(run, state, log, drawn)
+    line_action = partial(write_log, run, state, log, watched=watched)
+    logged = (cfg.log_every, *saves, probe_every)
+    save_action = partial(save_checkpoint, run, state, log, votes=votes, measured=measured)
     return [
         # On all ranks at once, and while a GPU still computes.
         Cadence(gc.collect, every=(cfg.log_every, COLLECT_EVERY)),
+        # Before the log line, which has its values.
+        Cadence(measured.measure, every=(probe_every,), at_end=False),
         # Before the save: a checkpoint has the loss of a log line, and a roll-back skips the save.
-        Cadence(partial(write_log, run, state, log), every=(cfg.log_every, *saves)),
-        Cadence(
-            partial(save_checkpoint, run, state, log, votes), every=saves, on_request=cfg.log_every
-        ),
+        Cadence(line_action, every=logged),
+        Cadence(watched.check, every=(health_events.LINES * cfg.log_every, *saves)),
+        # After the log line, which has their number, and has waited for the device.
+        Cadence(partial(unreadable.record, log), every=logged),
+        Cadence(drawn.draw_augmented, every=logged),
+        Cadence(save_action, every=saves, on_request=cfg.log_every),
+        Cadence(RunReport(run.out).write, every=saves, on_request=cfg.log_every),
     ]
 
 
-def write_log(run: RunContext, state: TrainState, log: RunLog) -> None:
+def write_log(run: RunContext, state: TrainState, log: RunLog, *, watched: HealthEvents) -> None:
     """Write a log line; rollback.RollbackNeeded if too many steps in a row were skipped."""
     rate = optim.learning_rate(state.step, run.cfg.optim, run.train.per_epoch)
-    _, reason_PK = log.write(
+    row, reason_PK = log.write(
         state.step,
         waited_s=run.stream.waited_s,
         bad=len(run.stream.bad),
@@ -214,13 +260,21 @@ def write_log(run: RunContext, state: TrainState, log: RunLog) -> None:
         lr=rate,
         grad_norm=deepspeed_engine.grad_norm(state.engine),
     )
+    watched.add(row)
     rollback.check_skipped_steps(run, state, reason_PK)
 
 
-def save_checkpoint(run: RunContext, state: TrainState, log: RunLog, votes: dist.StepVotes) -> None:
-    """Save a checkpoint with the loss of the last log line."""
+def save_checkpoint(
+    run: RunContext,
+    state: TrainState,
+    log: RunLog,
+    *,
+    votes: dist.StepVotes,
+    measured: probes.Probes,
+) -> None:
+    """Save a checkpoint with the loss of the last log line, and the values of a probe."""
     run.phases.set_phase("saving", state.step)
-    save(run, state, loss=log.last["loss"])
+    save(run, state, loss=log.last["loss"], probe=measured.facts(state.step))
     votes.saved()
 
 
@@ -232,6 +286,9 @@ def open_log(run: RunContext, first: int) -> RunLog:
         first=first,
         batch_size=run.cfg.optim.batch_size,
         flops_per_image=run.flops_per_image,
+        cfg=run.cfg,
+        report=partial(events.report_tracker, run.out),
+        stops=(rollback.RollbackNeeded,),
     )
 
 

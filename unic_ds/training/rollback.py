@@ -14,7 +14,7 @@ from pathlib import Path
 from unic_ds import dist
 from unic_ds.config import extension
 from unic_ds.data import order
-from unic_ds.files import remove_folder, write_atomic
+from unic_ds.files import remove_folder, run_files, write_atomic
 from unic_ds.process import console
 from unic_ds.training import checkpoint, events
 from unic_ds.training.checkpoint import RollbackRow
@@ -124,6 +124,6 @@ def reason_to_stop(out: Path, needed: RollbackNeeded, *, rollbacks: int | None) 
     )
     return (
         f"steps {needed.first} to {needed.last} were all skipped, and {obstacle};"
-        f" {str(out / events.FILE)!r} has reasons and samples: repair or remove them, or lower"
+        f" {str(out / run_files.EVENTS)!r} has reasons and samples: repair or remove them, or lower"
         " --optim.lr or set --optim.clip in a fresh --out"
     )

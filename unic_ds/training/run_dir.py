@@ -17,10 +17,11 @@ from unic_ds import dist, files
 from unic_ds.config import extension, overrides, recipes
 from unic_ds.config.job import Job
 from unic_ds.engine import optim
+from unic_ds.files import run_files
 from unic_ds.process import console
 from unic_ds.teachers.teacher import TeacherFacts
 from unic_ds.teachers.weight_files import known_by
-from unic_ds.training import checkpoint, events, rollback
+from unic_ds.training import checkpoint, events, rollback, start_facts
 from unic_ds.training.setup import decoder_of, fit_statistics
 from unic_ds.training.state import RunContext, TrainState
 
@@ -48,7 +49,7 @@ class Extension(TypedDict):
 
 
 def write_run_files(run: RunContext, extended: Extension | None, *, parent_job: Job) -> IO[str]:
-    """Lock the folder of a stage; write config.yaml, teachers.json and ds_config.json to it.
+    """Lock the folder of a stage; write its settings, teachers and start facts to it.
 
     Returns the lock. `parent_job` is the run of the stage, or the same job. The results of a
     shorter run are renamed first. ValueError if another job holds the lock; if torchrun restarts
@@ -64,8 +65,9 @@ def write_run_files(run: RunContext, extended: Extension | None, *, parent_job: 
     set_aside(run)
     contents = {
         out / "config.yaml": settings_of(run.job),
-        out / "teachers.json": json.dumps(run.manifest, indent=1) + "\n",
+        out / run_files.TEACHERS: json.dumps(run.manifest, indent=1) + "\n",
         out / "ds_config.json": json.dumps(run.job.settings.raw, indent=1) + "\n",
+        out / run_files.START: json.dumps(start_facts.collect(run), indent=1) + "\n",
     }
     if not extension.pending(parent_job.cfg, parent_job.out):
         contents |= {parent_job.out / "config.yaml": settings_of(parent_job)}
@@ -111,7 +113,7 @@ def set_aside(run: RunContext) -> None:
     for name, aside in (
         ("results.json", f"results_{step}.json"),
         ("results.png", f"results_{step}.png"),
-        ("protocols.json", f"protocols_{step}.json"),
+        ("evaluation.json", f"evaluation_{step}.json"),
         ("student", f"encoders/{step}"),
     ):
         if (run.out / name).exists():
@@ -163,10 +165,17 @@ def checkpoint_contents(run: RunContext) -> dict[str, str]:
     return {row["sha256"]: row["content"] for row in rows if row.get("content")}
 
 
-def save(run: RunContext, state: TrainState, *, loss: float) -> None:
-    """Save a checkpoint of the state; `loss` is the training loss, by which the best are kept."""
+def save(
+    run: RunContext, state: TrainState, *, loss: float, probe: Mapping[str, checkpoint.ProbedValue]
+) -> None:
+    """Save a checkpoint of the state.
+
+    `loss` is the training loss, and `probe` the values of a probe after this step, if there was
+    one: by these the best are kept.
+    """
     cfg = run.cfg
-    progress = {"samples": state.step * cfg.optim.batch_size, "seed": cfg.seed, "loss": loss}
+    progress: dict[str, Any] = {"samples": state.step * cfg.optim.batch_size}
+    progress |= {"seed": cfg.seed, "loss": loss} | ({"probe": dict(probe)} if probe else {})
     summaries = {name: row["cls"] for name, row in run.manifest.items()}
     checkpoint.save(
         state.engine,

@@ -21,6 +21,8 @@ from unic_ds.data import Batch, Source, Stream
 from unic_ds.engine import deepspeed_engine
 from unic_ds.evaluate import table
 from unic_ds.files.printable import printable
+from unic_ds.harness import session
+from unic_ds.harness.image_sets import can_evaluate, find_images
 from unic_ds.losses import balance
 from unic_ds.models.encoder import grid_of
 from unic_ds.models.ladder import heads_of
@@ -32,6 +34,8 @@ from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.teacher import TeacherFacts
 from unic_ds.teachers.teacher_set import TeacherSet
 from unic_ds.tokens import Target
+from unic_ds.training import pictures, probes
+from unic_ds.training.first_images import FirstImages
 from unic_ds.training.phases import Phases, SetPhase
 from unic_ds.training.state import RunContext, TrainState
 from unic_ds.training.step_guard import StepGuard
@@ -57,6 +61,7 @@ def build(job: Job, set_phase: SetPhase) -> tuple[RunContext, TrainState]:
     held_out = f", {len(val)} held out" if val else ""
     console.say(f"{len(train)} training images in {cfg.data.train}{held_out}")
     check_validation(cfg, train, val)
+    probes.check(cfg, train, val)
     cache = open_cache(cfg, train)
     teachers, manifest = find_teachers(cfg, train, cache)
     student, init = start_student(job, teachers)
@@ -68,12 +73,15 @@ def build(job: Job, set_phase: SetPhase) -> tuple[RunContext, TrainState]:
     state = build_state(job, student, teachers, device)
     stream = open_stream(job, train, teachers.sizes, device, cache)
     phases = announce_phases(state, set_phase, compiles=cfg.run.compile != "none")
+    kept = pictures.AUGMENTED if cfg.probe.pictures else 0
+    first_images = FirstImages(stream, size=cfg.student.size, count=kept)
     run = RunContext(
         job=job,
         train=train,
         val=val,
         stream=stream,
-        batches=phases.announced_items("reading data", stream),
+        batches=phases.announced_items("reading data", first_images),
+        first_images=first_images,
         targets_of=phases.announced("teachers", partial(targets_of, teachers)),
         cache=cache,
         manifest=manifest,
@@ -158,37 +166,15 @@ def start_student(job: Job, teachers: TeacherSet) -> tuple[Student, Init]:
     return student, warm_start.start(job.init, student, teachers) if job.init else None
 
 
-def find_images(cfg: config.Config) -> tuple[Source, Source | None]:
-    """Training and validation images (None if there are none), the same on every rank."""
-    with dist.local_main_first():  # the first builds an index where there is none
-        train, val = scan(cfg)
-    if cfg.data.val_share:
-        train, val = data.split(train, cfg.data.val_share, cfg.seed)
-    assert_same_on_all_ranks(train.fingerprint())
-    return train, val
-
-
-def scan(cfg: config.Config) -> tuple[Source, Source | None]:
-    """Sources of --data.train and --data.val (None if not given), on this rank."""
-    train = data.scan(cfg.data.train)
-    return train, data.scan(cfg.data.val).relabelled(train.classes) if cfg.data.val else None
-
-
-def can_evaluate(train: Source, val: Source | None) -> bool:
-    """True if both splits have images of two classes or more, and a class in common."""
-    if val is None:
-        return False
-    classes, held_out = (set(s.label_N[s.label_N >= 0].tolist()) for s in (train, val))
-    return min(len(classes), len(held_out)) > 1 and bool(classes & held_out)
-
-
 def check_validation(cfg: config.Config, train: Source, val: Source | None) -> None:
     """Read a few images that the evaluation will read, or print that there is no evaluation.
 
-    ValueError, on every rank, if too many of them cannot be read.
+    ValueError, on every rank, if too many of them cannot be read, or for data of further tasks that
+    is not in their layout.
     """
     if not cfg.eval.on:
         return
+    session.open_sets_of_run(cfg, train, val)
     if val is None or not can_evaluate(train, val):
         console.say(f"no evaluation: {table.NEEDS}")
         return
@@ -238,16 +224,21 @@ def exceeds_bad_limit(bad: int, tried: int, *, limit: float, total: int) -> bool
     return bad == tried or bad > allowed or (total > tried and bad > 1 and probability < RARE)
 
 
-def sample_images(cfg: config.Config, source: Source) -> Callable[[int], Tensor]:
-    """Function of a side in pixels: images spread over a source, uint8 B3HW on the CPU."""
-    indices = np.unique(np.linspace(0, len(source) - 1, NUM_SAMPLES).astype(int))
+def sample_images(
+    cfg: config.Config, source: Source, count: int = NUM_SAMPLES
+) -> Callable[[int], Tensor]:
+    """Function of a side in pixels: `count` images spread over a source, uint8 B3HW on the CPU.
+
+    A source of fewer images gives all of them.
+    """
+    indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
 
     def sample(size: int) -> Tensor:
         batches = data.passes(
             source,
             cfg.data,
             sizes=(size,),
-            batch=NUM_SAMPLES,
+            batch=count,
             indices=indices,
             device=torch.device("cpu"),
         )
@@ -307,12 +298,6 @@ def open_stream(
         device=device,
         views=views,
     )
-
-
-def assert_same_on_all_ranks(fingerprint: str) -> None:
-    """RuntimeError unless every rank found the same images, which determine the data order."""
-    if len(set(dist.all_gather_objects(fingerprint))) > 1:
-        raise RuntimeError("the ranks found different images; wait until the folder is complete")
 
 
 def count_flops(cfg: config.Config, teachers: TeacherSet, device: torch.device) -> float:

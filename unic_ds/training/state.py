@@ -18,6 +18,7 @@ from unic_ds.teachers.teacher import TeacherFacts
 from unic_ds.teachers.teacher_set import TeacherSet
 from unic_ds.tokens import Target
 from unic_ds.training.checkpoint import RollbackRow
+from unic_ds.training.first_images import FirstImages
 from unic_ds.training.phases import Phases
 from unic_ds.training.step_guard import StepGuard
 
@@ -42,7 +43,8 @@ class RunContext:
     train: Source
     val: Source | None
     stream: Stream
-    batches: Iterator[Batch]  # of `stream`
+    batches: Iterator[Batch]  # of `first_images`
+    first_images: FirstImages  # of `stream`, with a copy of the first batch
     targets_of: Callable[[Batch], dict[str, Target]]  # by the frozen teachers, standardised
     cache: FeatureCache | None  # features of teachers that are not run
     manifest: dict[str, TeacherFacts]  # the teachers' sources, hashes and preprocessing

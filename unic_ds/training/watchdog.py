@@ -24,11 +24,14 @@ from types import TracebackType
 from typing import Self
 
 from unic_ds.config import Run
+from unic_ds.files import run_files
 from unic_ds.process import entry_point, interrupt
 from unic_ds.training import events, heartbeat
 from unic_ds.training.heartbeat import Heartbeat
 
-STALL_FACTORS = {"building": 4, "resuming": 4, "compiling": 4, "saving": 4, "evaluating": 12}
+STALL_FACTORS = dict.fromkeys(("building", "resuming", "compiling", "saving"), 4) | dict.fromkeys(
+    ("evaluating", "probing"), 12
+)
 """Multiples of run.stall_timeout in phases that contain no other phase."""
 BEATS_PER_TIMEOUT = 30  # heartbeats in run.hang_timeout
 LOST_RANK_WORDS = ("gloo", "nccl", "connection", "peer")  # in errors of collectives
@@ -62,8 +65,8 @@ class Watchdog:
         self.phase_changes = 0
         self.neighbour: Heartbeat | None = None
         self.silent_s = 0.0  # since the neighbour's heartbeat changed
-        self.verdict_file = out / heartbeat.FOLDER / f"verdict_{start}.json"
-        self.failed_file = out / heartbeat.FOLDER / f"failed_{start}"  # rank that reports
+        self.verdict_file = out / run_files.HEARTBEATS / f"verdict_{start}.json"
+        self.failed_file = out / run_files.HEARTBEATS / f"failed_{start}"  # rank that reports
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self.watch, name="heartbeat", daemon=True)
 
@@ -73,7 +76,7 @@ class Watchdog:
         self.phase_changes += 1
 
     def __enter__(self) -> Self:
-        (self.out / heartbeat.FOLDER).mkdir(parents=True, exist_ok=True)
+        (self.out / run_files.HEARTBEATS).mkdir(parents=True, exist_ok=True)
         self.write_heartbeat(0.0)
         self.thread.start()
         return self
@@ -146,7 +149,7 @@ class Watchdog:
 
     def remove_files(self) -> None:
         """Remove what this rank wrote; on rank 0 also what earlier starts left."""
-        folder = self.out / heartbeat.FOLDER
+        folder = self.out / run_files.HEARTBEATS
         files = [heartbeat.file_of(self.out, self.rank)]
         if self.rank == 0:
             others = (heartbeat.file_of(self.out, row.rank) for row in self.other_heartbeats())
@@ -264,7 +267,7 @@ class Watchdog:
 
     def exit_process(self, culprits: list[Heartbeat]) -> None:
         """Write this process's stacks, end the culprits on this machine, and exit."""
-        stacks = self.out / heartbeat.FOLDER / f"stacks_{self.rank:05d}.txt"
+        stacks = self.out / run_files.HEARTBEATS / f"stacks_{self.rank:05d}.txt"
         with suppress(OSError), stacks.open("w") as file:
             faulthandler.dump_traceback(file)
         others = [row for row in culprits if row.pid != os.getpid() and heartbeat.is_local(row)]

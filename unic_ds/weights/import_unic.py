@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +23,13 @@ from torch import Tensor
 from unic_ds import config
 from unic_ds.files import sha256, tensor_files
 from unic_ds.files.printable import printable
-from unic_ds.files.tensor_files import is_finite, not_floating, unlike_weights
+from unic_ds.files.tensor_files import is_finite, misfit, not_floating, unlike_weights
 from unic_ds.models.encoder import build_encoder
-from unic_ds.models.ladder import Head, Ladder
+from unic_ds.models.ladder import Head
+from unic_ds.models.ladder_description import PUBLISHED, Description, ladder_of
+from unic_ds.models.model_folder import LADDER, STATISTICS
 from unic_ds.tokens import KINDS
 from unic_ds.weights import export
-from unic_ds.weights.warm_start import LADDER, STATISTICS, misfit
 
 ADMITTED = (
     "argparse.Namespace",
@@ -44,8 +46,7 @@ FAMILIES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1536: "giant"
 ODD = (RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 """Errors of timm and torch that are given tensors of odd shapes."""
 
-CLS_HEAD = re.compile(rf"heads\.({config.TEACHER_NAME.pattern})\.cls\.(\d+)\.layers\.\d+\.weight")
-LICENCE = "the published weights are CC BY-NC-SA 4.0"
+LICENCE = "CC BY-NC-SA 4.0"
 
 
 class Discarded:
@@ -68,11 +69,19 @@ class Published(NamedTuple):
     ladder_state: dict[str, Tensor]
     statistics: dict[str, Tensor]
 
+    @property
+    def description(self) -> Description:
+        """The description of its ladder."""
+        return Description(ladder=self.ladder, heads=self.heads, standardise=PUBLISHED, teachers={})
+
 
 def import_unic(path: Path, out: Path) -> Path:
     """Write the published checkpoint `path` as the model folder `out`; return `out`."""
     export.refuse_foreign(out)
     found = read(path)
+    origin = (
+        f"imported from {path.name} (SHA-256 {sha256(path)}; the published weights are {LICENCE})"
+    )
     size = found.student.size
     images = torch.randint(
         0, 256, (4, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
@@ -84,7 +93,9 @@ def import_unic(path: Path, out: Path) -> Path:
         out,
         teachers={name: {} for name in found.heads},
         extras={LADDER: found.ladder_state, STATISTICS: found.statistics},
-        origin=f"imported from {path.name} (SHA-256 {sha256(path)}; {LICENCE})",
+        description=replace(found.description, origin=origin, licence=LICENCE),
+        origin=origin,
+        licence=LICENCE,
     )
 
 
@@ -179,35 +190,6 @@ def student_of(state: dict[str, Tensor]) -> tuple[config.Student, dict[str, Tens
     raise ValueError(
         f"no ViT of timm has these encoder weights ({width} wide, patches of {patch}{wrong})"
     )
-
-
-def ladder_of(
-    state: dict[str, Tensor], width: int, depth: int
-) -> tuple[config.Ladder, dict[str, Head]]:
-    """Find the settings and heads of the ladder that these weights belong to."""
-    layers: dict[tuple[str, int], list[Tensor]] = {}
-    for name, value in state.items():
-        if found := CLS_HEAD.fullmatch(name):
-            layers.setdefault((found[1], int(found[2])), []).append(value)
-    linears = {at: [w for w in weights if w.ndim == 2] for at, weights in layers.items()}
-    if not linears or any(len(pair) != 2 for pair in linears.values()):
-        raise ValueError("the ladder (lp) has no projectors heads.TEACHER.cls.BLOCK of two Linears")
-    teacher = next(iter(layers))[0]
-    blocks = sorted(block for name, block in layers if name == teacher)
-    norms = [w.ndim == 1 for w in layers[teacher, blocks[-1]]]
-    cfg = config.Ladder(
-        rungs=",".join(map(str, blocks)),
-        width=linears[teacher, blocks[0]][0].shape[0],
-        last_width=linears[teacher, blocks[-1]][0].shape[0],
-        prenorm=norms[0],
-        midnorm=any(norms[1:]),
-    )
-    heads = {name: Head(pair[1].shape[0]) for (name, _), pair in linears.items()}
-    with torch.device("meta"):
-        ladder = Ladder(width, depth, heads, cfg)
-    if wrong := misfit(state, ladder.export_state_dict()):
-        raise ValueError(f"the ladder (lp) is none of ours: {wrong}")
-    return cfg, heads
 
 
 def statistics_of(found: object, heads: dict[str, Head]) -> dict[str, Tensor]:

@@ -125,6 +125,24 @@ def locate(row: config.Teacher) -> Path | None:
     return find(row) if find else None
 
 
+def own_size(row: config.Teacher) -> int:
+    """Side in pixels of the images that a source's weights were trained on, 0 if unknown.
+
+    ValueError for an unknown name.
+    """
+    find = source_of(row).own_size
+    return find(row) if find else 0
+
+
+def hub_repository(row: config.Teacher) -> str:
+    """The hub repository that publishes a teacher's weights, empty if there is none or unknown."""
+    find = SOURCES[row.parsed_source.kind].published if row.parsed_source.kind in SOURCES else None
+    try:
+        return find(row).repo if find else ""
+    except ValueError:  # a library of another version does not know the name
+        return ""
+
+
 def check_weights(row: config.Teacher, grid: int) -> None:
     """ValueError if the names or shapes in a weight file do not fit the architecture."""
     check = source_of(row).check_weights

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from unic_ds import config
 from unic_ds.teachers.adapters import TeacherModel
+from unic_ds.teachers.sources.hub import Published
 
 Build = Callable[[config.Teacher, int], TeacherModel]
 """A recipe's row and the side of the student's patch grid -> the teacher's model."""
@@ -29,5 +30,9 @@ class Source:
     """The weight file on this machine, without network; None: the tensors are hashed instead."""
     fetch: Callable[[config.Teacher], None] | None = None
     """Download the weight file; RuntimeError if the network fails. None: nothing to download."""
+    own_size: Callable[[config.Teacher], int] | None = None
+    """Side in pixels of the images that the weights were trained on, 0 if unknown."""
     check_weights: Callable[[config.Teacher, int], None] | None = None
     """Compare the weight file with the outline, without reading all of it."""
+    published: Callable[[config.Teacher], Published] | None = None
+    """Repository and file names of published weights; None: its weights are the user's own."""

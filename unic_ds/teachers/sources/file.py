@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 from unic_ds import config
 from unic_ds.config.job import weight_file
@@ -16,7 +17,13 @@ from unic_ds.files.tensor_files import Safetensors
 from unic_ds.teachers import weight_files
 from unic_ds.teachers.adapters import TeacherModel
 from unic_ds.teachers.sources.contract import Source
-from unic_ds.teachers.sources.timm import check_arch, with_weights, without_weights
+from unic_ds.teachers.sources.timm import (
+    beheaded,
+    check_arch,
+    own_size,
+    with_weights,
+    without_weights,
+)
 
 MOST_CLASSES = 1_000_000
 """Outputs of the largest classifier in a weight file: it is built before the weights are read."""
@@ -24,9 +31,14 @@ MOST_CLASSES = 1_000_000
 
 def read(row: config.Teacher, grid: int) -> TeacherModel:
     """Local safetensors or weights-only .pth, through timm's own filters."""
+    model = beheaded(row, *whole(row, grid))
+    return model._replace(licence=licence_of(weight_file(row)))
+
+
+def whole(row: config.Teacher, grid: int) -> tuple[int, nn.Module]:
+    """(image side, the model with the classifier of its file, if there is one)."""
     path = weight_file(row)
-    model = with_weights_of(row, grid, path, {"file": str(encodable(path))})
-    return model._replace(licence=licence_of(path))
+    return with_weights_of(row, grid, path, {"file": str(encodable(path))})
 
 
 def outline(row: config.Teacher, grid: int) -> TeacherModel:
@@ -38,8 +50,8 @@ def outline(row: config.Teacher, grid: int) -> TeacherModel:
 
 def with_weights_of(
     row: config.Teacher, grid: int, path: Path, overlay: dict[str, Any]
-) -> TeacherModel:
-    """A timm model with weights that `overlay` names to timm: those of the file at `path`."""
+) -> tuple[int, nn.Module]:
+    """(image side, a timm model) with weights that `overlay` names: those of the file at `path`."""
     arch = row.parsed_source.model
     check_arch(row, arch)
     classes = classes_of(row, path, arch)
@@ -61,7 +73,7 @@ def check_weights(row: config.Teacher, grid: int) -> None:
         state = {}
     try:
         with torch.device("meta"):
-            with_weights_of(row, grid, path, {"state_dict": state})
+            beheaded(row, *with_weights_of(row, grid, path, {"state_dict": state}))
     except ValueError as error:
         cause = error.__cause__
         if not isinstance(cause, NotImplementedError) and "meta tensor" not in str(cause):
@@ -101,4 +113,10 @@ def licence_of(path: Path) -> str:
     return printable(Safetensors(path).metadata.get("licence", ""))
 
 
-SOURCE = Source(read=read, outline=outline, locate=weight_file, check_weights=check_weights)
+SOURCE = Source(
+    read=read,
+    outline=outline,
+    locate=weight_file,
+    own_size=own_size,
+    check_weights=check_weights,
+)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import open_clip
 import timm
 import torch
+from open_clip import CLIP
 
 from unic_ds import config
 from unic_ds.config.overrides import nearest
@@ -18,27 +20,28 @@ from unic_ds.teachers.sources.build import block_of, build, check_patch, vit_siz
 from unic_ds.teachers.sources.contract import Source
 from unic_ds.teachers.sources.timm import stride_of, tower_of
 
-if TYPE_CHECKING:
-    from open_clip import CLIP
-
 
 def read(row: config.Teacher, grid: int) -> TeacherModel:
     """Published weights of the visual tower."""
-    import open_clip
-
-    weight_files.check(row, locate(row), "")
-    arch, tag = row.parsed_source.model, row.parsed_source.tag
+    locate(row)
     with torch.device("meta"):
         outlined = build_outline(row, grid)  # what fails below is then the weights' fault
+    return visual_tower(row, outlined.size, whole(row, outlined.size))
+
+
+def whole(row: config.Teacher, size: int) -> CLIP:
+    """The model with both towers and its weights, for images of `size` px."""
+    weight_files.check(row, locate(row), "")
+    arch, tag = row.parsed_source.model, row.parsed_source.tag
     try:
-        model = open_clip.create_model(arch, pretrained=tag, force_image_size=outlined.size)
+        model = open_clip.create_model(arch, pretrained=tag, force_image_size=size)
     except torch.OutOfMemoryError:
         raise
     except Exception as exc:
         raise ValueError(
             f"teacher {row.name!r}: its weights do not fit {arch} ({first_line(exc)})"
         ) from exc
-    return visual_tower(row, outlined.size, model)
+    return model
 
 
 def outline(row: config.Teacher, grid: int) -> TeacherModel:
@@ -60,8 +63,6 @@ def fetch(row: config.Teacher) -> None:
 
 def published(row: config.Teacher) -> hub.Published:
     """The weight file that open_clip publishes for a tag; ValueError for unknown names."""
-    import open_clip
-
     arch, tag = row.parsed_source.model, row.parsed_source.tag
     if arch not in open_clip.list_models():
         near = nearest(arch, open_clip.list_models())
@@ -77,20 +78,31 @@ def published(row: config.Teacher) -> hub.Published:
     return hub.Published(repo, None, names, cfg.get("url", ""), Path("~/.cache/clip").expanduser())
 
 
+def own_size(row: config.Teacher) -> int:
+    """Side in pixels of the images that the tower's weights were trained on."""
+    published(row)
+    return int(open_clip.get_model_config(row.parsed_source.model)["vision_cfg"]["image_size"])
+
+
 def build_outline(row: config.Teacher, grid: int) -> TeacherModel:
     """The visual tower without its weights."""
-    import open_clip
-
     arch = row.parsed_source.model
-    size = image_size(row, grid, open_clip.get_model_config(arch)["vision_cfg"])
-    model = build(row, open_clip.create_model, arch, force_image_size=size, device="meta")
+    cfg = open_clip.get_model_config(arch)
+    size, text = image_size(row, grid, cfg["vision_cfg"]), cfg["text_cfg"].get("hf_model_name")
+    try:
+        model = build(row, open_clip.create_model, arch, force_image_size=size, device="meta")
+    except ValueError as error:
+        if not text:
+            raise
+        raise ValueError(
+            f"{error}; its text tower is {text} of transformers: pip install transformers, then hf"
+            f" download {text}"
+        ) from error
     return visual_tower(row, size, model)
 
 
 def visual_tower(row: config.Teacher, size: int, model: CLIP) -> TeacherModel:
     """The visual tower of an open_clip model: its own ViT or ResNet, or a timm trunk."""
-    import open_clip
-
     visual = model.visual
     wants = open_clip.get_model_preprocess_cfg(model)
     tower: adapters.Tower
@@ -124,4 +136,11 @@ def image_size(row: config.Teacher, grid: int, vision: dict[str, Any]) -> int:
     return vit_size(row, grid, patch) if patch else row.size or vision["image_size"]
 
 
-SOURCE = Source(read=read, outline=outline, locate=locate, fetch=fetch)
+SOURCE = Source(
+    read=read,
+    outline=outline,
+    locate=locate,
+    fetch=fetch,
+    own_size=own_size,
+    published=published,
+)

@@ -22,6 +22,11 @@ from unic_ds.teachers.sources.contract import Source
 
 def read(row: config.Teacher, grid: int) -> TeacherModel:
     """Published weights, loaded strictly, without their classifier."""
+    return beheaded(row, *whole(row, grid))
+
+
+def whole(row: config.Teacher, grid: int) -> tuple[int, nn.Module]:
+    """(image side, the model with its classifier) of published weights, loaded strictly."""
     name = row.parsed_source.model
     weight_files.check(row, locate(row), name)
     return with_weights(row, grid, name, {})
@@ -65,6 +70,13 @@ def published(row: config.Teacher) -> hub.Published:
     )
 
 
+def own_size(row: config.Teacher) -> int:
+    """Side in pixels of the images that timm has a model's weights for."""
+    check_arch(row, row.parsed_source.model)
+    cfg = timm.get_pretrained_cfg(row.parsed_source.model)
+    return cfg.input_size[-1] if cfg else 0
+
+
 def check_arch(row: config.Teacher, arch: str) -> None:
     """ValueError unless timm has an architecture."""
     if not timm.is_model(arch.split(".")[0]):
@@ -81,8 +93,8 @@ def without_weights(row: config.Teacher, grid: int, name: str) -> TeacherModel:
 
 def with_weights(
     row: config.Teacher, grid: int, name: str, overlay: dict[str, Any], **options: Any
-) -> TeacherModel:
-    """A timm model with weights, built for the side that row, grid or its config asks for."""
+) -> tuple[int, nn.Module]:
+    """(image side, a timm model with weights for it); row, grid or its config ask for the side."""
     with torch.device("meta"):  # what fails after this is the weights' fault
         size, shape, _ = outline_for_size(row, grid, name)
     try:
@@ -95,7 +107,7 @@ def with_weights(
         raise ValueError(
             f"teacher {row.name!r}: its weights do not fit {name} ({first_line(exc)})"
         ) from exc
-    return beheaded(row, size, model)
+    return size, model
 
 
 def beheaded(row: config.Teacher, size: int, model: nn.Module) -> TeacherModel:
@@ -181,4 +193,11 @@ def timm_shape(row: config.Teacher, grid: int, outline: nn.Module) -> tuple[int,
     return size, {"img_size": size} | ({"patch_size": patch} if patch != stride else {})
 
 
-SOURCE = Source(read=read, outline=outline, locate=locate, fetch=fetch)
+SOURCE = Source(
+    read=read,
+    outline=outline,
+    locate=locate,
+    fetch=fetch,
+    own_size=own_size,
+    published=published,
+)

@@ -1,0 +1,12 @@
+"""Names of what a run folder has and several packages read or write."""
+
+from __future__ import annotations
+
+LOG = "log.jsonl"
+EVENTS = "events.jsonl"
+TEACHERS = "teachers.json"
+START = "start.json"
+HEARTBEATS = "heartbeats"
+"""Folder."""
+PICTURES, PICTURE_LIST = "pictures", "pictures.json"
+"""Folder, and the file in it."""
