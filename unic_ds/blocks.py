@@ -12,10 +12,13 @@ VARIANTS = 8
 """Compiled variants of one code object: torch's default, which an import of timm.optim raises."""
 
 
-def compile_each(blocks: nn.Module | list[nn.Module]) -> None:
-    """Compile each block's forward at its first call; hooks and later wrappers stay outside."""
+def compile_each(blocks: nn.Module | list[nn.Module], *, varying: bool = False) -> None:
+    """Compile each block's forward at its first call; hooks and later wrappers stay outside.
+
+    `varying`: the first dimension varies; from the second size on one variant serves all.
+    """
     for block in blocks.children() if isinstance(blocks, nn.Module) else blocks:
-        block.forward = torch.compile(block.forward, dynamic=False)
+        block.forward = torch.compile(block.forward, dynamic=None if varying else False)
 
 
 @contextmanager

@@ -31,12 +31,14 @@ class Target(NamedTuple):
     """A teacher's features of an image batch and the map from features to targets.
 
     target = clip((features - mean) / divisor, -clamp, clamp) per kind and channel; clamp 0 is off.
+    Features of images that were not computed are 0.
     """
 
     features: Tokens
     mean_2C: Tensor
     divisor_2C: Tensor
     clamp: float
+    computed_B: Tensor | None = None  # True for images whose features are computed; None: all
 
     @classmethod
     def of(cls, tokens: Tokens, clamp: float = 0.0) -> Target:

@@ -103,6 +103,7 @@ def test_training_on_stored_features_is_training_with_the_teachers(images, store
 
 @pytest.mark.slow
 def test_some_stored_and_some_online(images, stored, tmp_path):
+    """Under lazy dropping, which reads all that is stored and computes a part of the rest."""
     folder, _ = stored
     part = tmp_path / "part"
     part.mkdir()
@@ -110,8 +111,9 @@ def test_some_stored_and_some_online(images, stored, tmp_path):
     del manifest["teachers"]["effnet"]
     (part / cache.MANIFEST).write_text(json.dumps(manifest))
     (part / "dinov2").symlink_to(folder / "dinov2")
-    run(train(images, tmp_path / "all", teachers__cache=folder, run__stop_at=6))
-    run(train(images, tmp_path / "some", teachers__cache=part, run__stop_at=6))
+    lazy = {"drop__lazy": "true", "drop__full_every": 4, "run__stop_at": 6}
+    run(train(images, tmp_path / "all", teachers__cache=folder, **lazy))
+    run(train(images, tmp_path / "some", teachers__cache=part, **lazy))
     whole, mixed = curve(tmp_path / "all"), curve(tmp_path / "some")
     for step in range(1, 7):
         assert mixed[step]["loss"] == pytest.approx(whole[step]["loss"], rel=5e-3)

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from unic_ds.config import loss_terms
 from unic_ds.config import stages as stages_of
 from unic_ds.config.data import Data
 from unic_ds.config.evaluation import PROBES, Eval, Probe
@@ -114,15 +115,44 @@ class Config:
             check_names(self)
             for task in self.probe.tasks:
                 check(task in PROBES, "probe.tasks", f"of {', '.join(PROBES)}", task)
+        if self.drop.lazy:
+            self.check_lazy()
         for row in self.teachers:
             check(any(self.distance(row)), f"teachers.{row.name}'s losses", "not both none", "none")
             used = row.weight == 1 or self.balance.kind != "none"
             check(used, f"teachers.{row.name}.weight", "1 if balance.kind is none", row.weight)
 
+    def check_lazy(self) -> None:
+        """Raise ValueError if lazy dropping leaves out pairs that another setting needs."""
+        name, kind = "drop.lazy", self.balance.kind
+        check(
+            kind == "dropping", name, f"false for balance.kind {kind}, which needs all losses", True
+        )
+        for row in self.teachers:
+            for term in self.distance(row).cls:
+                known = term not in loss_terms.OF_ALL_IMAGES
+                check(
+                    known,
+                    name,
+                    f"false for the term {term}, which needs the targets of all images",
+                    True,
+                )
+
     def distance(self, row: Teacher) -> Distance:
         """Loss terms of one teacher."""
         cls, patch = row.cls_loss or self.loss.cls, row.patch_loss or self.loss.patch
         return replace(self.loss, cls=cls, patch=patch).distance
+
+    @property
+    def kept_share(self) -> float:
+        """Expected fraction of (teacher, image) pairs that have a coefficient above 0."""
+        dropping = self.balance.kind == "dropping"
+        return self.drop.kept_share(len(self.teachers)) if dropping else 1.0
+
+    @property
+    def computed_share(self) -> float:
+        """Expected fraction of (teacher, image) pairs whose features are computed."""
+        return self.drop.computed_share(len(self.teachers))
 
     @property
     def earlier_stages(self) -> tuple[Stage, ...]:

@@ -12,6 +12,9 @@ TERMS = ("cosine", "smooth_l1", "mse", "contrastive")
 CLS_ONLY = ("contrastive",)
 """Terms for CLS tokens only."""
 
+OF_ALL_IMAGES = ("contrastive",)
+"""Terms that compare an image with the targets of the others."""
+
 TERM = re.compile(r"(?:(\d+(?:\.\d*)?|\.\d+)\s*\*?\s*)?([a-z][a-z_0-9]*)")
 
 

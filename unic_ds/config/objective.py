@@ -89,8 +89,19 @@ class Drop:
         "draw a mask per image, or one per step (which keeps the largest loss of a micro batch)",
     )
     keep_hardest: bool = option(True, "never drop the teacher with the largest loss")
+    lazy: bool = option(
+        False,
+        "draw the kept pairs before the teachers run, and run each teacher on its images alone;"
+        " the hardest is then the teacher with the largest running loss",
+    )
+    full_every: int = option(
+        20,
+        "lazy: run all teachers on all images every so many steps, and choose the hardest anew",
+        most=1_000_000,
+    )
 
     def __post_init__(self) -> None:
+        check_most(self, "drop.")
         check(0 <= self.rate <= 1, "drop.rate", "in [0, 1]", self.rate)
         check(
             self.keep_hardest or self.rate < 1,
@@ -98,6 +109,19 @@ class Drop:
             "< 1 if drop.keep_hardest is false",
             self.rate,
         )
+        check(self.full_every > 0, "drop.full_every", "positive", self.full_every)
+
+    def kept_share(self, teachers: int) -> float:
+        """Expected fraction of (teacher, image) pairs that are kept."""
+        certain = 1 if self.keep_hardest else 0
+        return (certain + (teachers - certain) * (1 - self.rate)) / teachers
+
+    def computed_share(self, teachers: int) -> float:
+        """Expected fraction of (teacher, image) pairs whose features are computed."""
+        if not self.lazy:
+            return 1.0
+        kept = self.kept_share(teachers)
+        return kept + (1 - kept) / self.full_every
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ Coefficients carry no gradient. With B images, T teachers and their weights w (m
     fixed     w_t / (B T)
     dropping  w_t keep_tb / (B (1 + (T - 1)(1 - p))): an image's hardest teacher is kept, others are
               dropped with probability p (Sariyildiz et al., UNIC, arXiv 2408.05088, section 3.3)
+              drop.lazy: the hardest is the teacher with the largest running loss, so that the pairs
+              are drawn before the teachers run (after DiverseDistill, arXiv 2402.14035)
     adaloss   w_t a_t / (B T), a_t ~ 1 / running loss, mean 1 (Hu et al., arXiv 1708.06832; tried
               on several teachers by AM-RADIO, arXiv 2312.06709)
 
@@ -17,10 +19,13 @@ from __future__ import annotations
 
 from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unic_ds import config, dist
+from unic_kernels.drop_coefficients.arguments import expected_pairs
 from unic_kernels.ops import FUSED, KERNELS, Divisor, Ops
 
 
@@ -50,6 +55,17 @@ class Balancer(nn.Module):
     def share(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
         """Coefficients before the teachers' weights."""
         return torch.full_like(loss_TB, 1 / loss_TB.numel())
+
+    def choose_pairs(self, step: int, uniform_TB: NDArray[np.float64]) -> NDArray[np.bool_] | None:
+        """Pairs of a micro batch that `step` computes, chosen before the teachers run; None: all.
+
+        `forward` then gets them, as 1 and 0, in place of the uniforms.
+        """
+        return None
+
+    def metrics(self, loss_TB: Tensor) -> dict[str, Tensor]:
+        """Logged values of a micro batch's losses [T, B], in each step under the same names."""
+        return {}
 
     def track(self, taken: Tensor | None = None) -> None:
         """Update running state at the end of an optimiser step, unless `taken` is false.
@@ -87,8 +103,8 @@ class Dropping(Balancer):
         )
 
 
-class AdaLoss(Balancer):
-    """Weights by the inverse of each teacher's running loss over the global batch."""
+class RunningLosses(Balancer):
+    """Base class of balancers by each teacher's running loss over the global batch."""
 
     running_T: Tensor
     sums_2T: Tensor
@@ -101,16 +117,10 @@ class AdaLoss(Balancer):
         sums_2T = torch.zeros(2, len(weight_T), dtype=torch.float64)
         self.register_buffer("sums_2T", sums_2T, persistent=False)
 
-    @classmethod
-    def from_config(cls, cfg: config.Config) -> Self:
-        return cls(teacher_weights(cfg), cfg.balance.momentum)
-
-    def share(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
-        sums_2TB = torch.stack([loss_TB, torch.ones_like(loss_TB)]).double()
-        self.sums_2T += sums_2TB.sum(2)
-        inverse_T = torch.where(self.running_T > 0, 1 / self.running_T, 1.0)
-        share_T = inverse_T / inverse_T.mean()
-        return (share_T / loss_TB.numel())[:, None].expand_as(loss_TB)
+    def observe(self, loss_TB: Tensor, counted_TB: Tensor) -> None:
+        """Add a micro batch's losses, except those whose `counted_TB` is 0 instead of 1."""
+        loss_TB = torch.where(counted_TB > 0, loss_TB, 0.0)
+        self.sums_2T += torch.stack([loss_TB, counted_TB]).double().sum(2)
 
     @torch.no_grad()
     def track(self, taken: Tensor | None = None) -> None:
@@ -118,11 +128,98 @@ class AdaLoss(Balancer):
         mean_T = (loss_T / images_T.clamp(min=1)).float()
         moved_T = self.momentum * self.running_T + (1 - self.momentum) * mean_T
         moved_T = torch.where(self.running_T > 0, moved_T, mean_T)
+        moved_T = torch.where(images_T > 0, moved_T, self.running_T)
         # A skipped step whose loss is not finite must not change the weights either.
         usable = moved_T.isfinite().all()
         usable = usable if taken is None else usable & taken
         self.running_T.copy_(torch.where(usable, moved_T, self.running_T))
         self.sums_2T.zero_()
+
+
+class AdaLoss(RunningLosses):
+    """Weights by the inverse of each teacher's running loss."""
+
+    @classmethod
+    def from_config(cls, cfg: config.Config) -> Self:
+        return cls(teacher_weights(cfg), cfg.balance.momentum)
+
+    def share(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
+        self.observe(loss_TB, torch.ones_like(loss_TB))
+        inverse_T = torch.where(self.running_T > 0, 1 / self.running_T, 1.0)
+        share_T = inverse_T / inverse_T.mean()
+        return (share_T / loss_TB.numel())[:, None].expand_as(loss_TB)
+
+
+class LazyDropping(RunningLosses):
+    """Teacher dropping whose pairs are chosen before the teachers run.
+
+    The teacher with the largest running loss is kept on all images, the others as in `Dropping`.
+    The first step, and one of every `drop.full_every`, is full: all pairs are computed, dropping is
+    that of `Dropping`, and at its end the hardest teacher is chosen anew, which is the only host
+    read. A running loss moves by the mean over a teacher's computed images, which is unbiased: the
+    choice does not depend on their losses.
+    """
+
+    hardest: Tensor
+
+    def __init__(self, weight_T: Tensor, full: Dropping, momentum: float):
+        """`full` is the dropping of full steps."""
+        super().__init__(weight_T, momentum)
+        self.full = full
+        self.register_buffer("hardest", torch.tensor(-1))  # -1: before the first step
+        self.is_full = True  # the step that is being taken
+        self.hardest_on_host: int | None = None  # None: not read yet
+        self.register_load_state_dict_post_hook(lambda *_: self.forget())
+
+    @classmethod
+    def from_config(cls, cfg: config.Config) -> Self:
+        return cls(teacher_weights(cfg), Dropping.from_config(cfg), cfg.balance.momentum)
+
+    def forget(self) -> None:
+        """Read the hardest teacher from the device when it is needed next."""
+        self.hardest_on_host = None
+
+    def choose_pairs(self, step: int, uniform_TB: NDArray[np.float64]) -> NDArray[np.bool_] | None:
+        if self.hardest_on_host is None:
+            self.hardest_on_host = int(self.hardest)
+        drop, hardest = self.full.drop, self.hardest_on_host
+        self.is_full = hardest < 0 or step % drop.full_every == 0
+        if self.is_full:
+            return None
+        kept_TB = uniform_TB >= drop.rate
+        if drop.keep_hardest:
+            kept_TB[hardest] = True
+        return kept_TB
+
+    @torch.no_grad()
+    def forward(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
+        """Coefficients (T, B); in a step that is not full `uniform_TB` is 1 for kept pairs."""
+        if self.is_full:
+            self.observe(loss_TB, torch.ones_like(loss_TB))
+            return self.full(loss_TB, uniform_TB)
+        kept_TB, drop = uniform_TB, self.full.drop
+        self.observe(loss_TB, kept_TB)
+        pairs = expected_pairs(loss_TB, drop.rate, drop.keep_hardest)
+        divisor = kept_TB.sum().clamp(min=1) if self.full.divisor == "kept" else pairs
+        return self.full.weight_T[:, None] * kept_TB / divisor
+
+    def metrics(self, loss_TB: Tensor) -> dict[str, Tensor]:
+        """Share of images whose hardest teacher is another than the running one; else NaN.
+
+        It is known in full steps, from the second on.
+        """
+        if not self.is_full:
+            return {"hardest_other": torch.full_like(loss_TB[0, 0], torch.nan)}
+        other_B = (loss_TB.argmax(0) != self.hardest).float()
+        return {"hardest_other": torch.where(self.hardest >= 0, other_B.mean(), torch.nan)}
+
+    @torch.no_grad()
+    def track(self, taken: Tensor | None = None) -> None:
+        super().track(taken)
+        if self.is_full:
+            known = (self.running_T > 0).any()
+            self.hardest.copy_(torch.where(known, self.running_T.argmax(), -1))
+            self.forget()
 
 
 BALANCERS: dict[str, type[Balancer]] = {
@@ -140,4 +237,5 @@ def teacher_weights(cfg: config.Config) -> Tensor:
 
 def build(cfg: config.Config) -> Balancer:
     """The balancer of a run; its `state_dict` belongs in the checkpoint."""
-    return BALANCERS[cfg.balance.kind].from_config(cfg)
+    kind = LazyDropping if cfg.drop.lazy else BALANCERS[cfg.balance.kind]
+    return kind.from_config(cfg)

@@ -131,23 +131,36 @@ def distill_loss(
         clamp=entries[0].target.clamp,
         eps=0.0,  # the divisor has it
     )
-    return found.loss, metrics(rows, found, mean_of_rungs(found.gap_T22, counts))
+    gap_TB22 = mean_of_rungs(found.gap_TB22, counts)
+    return found.loss, metrics(rows, found, gap_TB22) | balance.metrics(found.loss_TB.detach())
 
 
-def metrics(rows: Mapping[str, Row], found: Distilled, gap_T22: Tensor) -> dict[str, Tensor]:
+def mean_over_images(x_B22: Tensor, counted_B: Tensor | None) -> Tensor:
+    """Mean over the counted images, all by default; NaN if there is none. No host read."""
+    if counted_B is None:
+        return x_B22.mean(0)
+    return torch.where(counted_B[:, None, None], x_B22, 0.0).sum(0) / counted_B.sum()
+
+
+def metrics(rows: Mapping[str, Row], found: Distilled, gap_TB22: Tensor) -> dict[str, Tensor]:
     """Logged values of a micro batch, keyed `loss` and `{teacher}/{name}`.
 
     `loss_share` is a teacher's share of the loss as weighed, so of what is kept after dropping;
-    `image_loss` is the loss of each image [B], before it is weighed.
+    `image_loss` is the loss of each image [B], before it is weighed. Distances are means over the
+    images that a teacher has computed (NaN without one); other images have no `image_loss`: NaN.
     """
     values = {"loss": found.loss.detach()}
     kept_T, weight_T = (found.weight_TB > 0).float().mean(1), found.weight_TB.sum(1)
     loss_TB = found.loss_TB.detach()
     share_T = (loss_TB * found.weight_TB).sum(1) / values["loss"]
     for t, (name, row) in enumerate(rows.items()):
+        computed_B = row.target.computed_B
+        gap_22 = mean_over_images(gap_TB22[t], computed_B)
+        image_B = loss_TB[t]
+        image_B = image_B if computed_B is None else torch.where(computed_B, image_B, torch.nan)
         for kind in row.distance.kinds:
-            gap_2 = gap_T22[t, KINDS.index(kind)]
+            gap_2 = gap_22[KINDS.index(kind)]
             values |= {f"{name}/{kind}_cosine": gap_2[0], f"{name}/{kind}_smooth_l1": gap_2[1]}
         values |= {f"{name}/kept": kept_T[t], f"{name}/weight": weight_T[t]}
-        values |= {f"{name}/loss_share": share_T[t], f"{name}/image_loss": loss_TB[t]}
+        values |= {f"{name}/loss_share": share_T[t], f"{name}/image_loss": image_B}
     return values

@@ -170,7 +170,7 @@ def flops_per_image(cfg: config.Config, traced: Trace, stage: int) -> dict[str, 
     return {
         "teachers": teachers,
         "encoder": 3 * forward,
-        "ladder": 3 * ladder - 2 * skipping * (1 - step_time.kept_share(cfg)),
+        "ladder": 3 * ladder - 2 * skipping * (1 - cfg.kept_share),
         "recomputation": recomputed(traced, stage) / traced.images + again * skipping,
     }
 

@@ -67,12 +67,6 @@ def of_work(
     return Seconds(products, moved / (gpu.memory_gb_s * 1e9 * rate.memory))
 
 
-def kept_share(cfg: config.Config) -> float:
-    """Expected fraction of (teacher, image) pairs that teacher dropping keeps."""
-    count = len(cfg.teachers)
-    return (1 + (count - 1) * (1 - cfg.drop.rate)) / count
-
-
 def kernels(
     cfg: config.Config, traced: Trace, gpu: Gpu, rate: Efficiency, recomputed: float
 ) -> dict[str, Seconds]:
@@ -83,7 +77,7 @@ def kernels(
     teachers = reduce(lambda a, b: a.combine(lambda x, y: x + y, b), each, Work())
     forward, ladder = work["encoder forward"], work["ladder forward"].ladder
     # The fused ladder's backward skips dropped pairs; that of plain torch is counted in full.
-    backward = work["ladder backward"].combine(max, Work(ladder=2 * kept_share(cfg) * ladder))
+    backward = work["ladder backward"].combine(max, Work(ladder=2 * cfg.kept_share * ladder))
     again = forward.times(recomputed / forward.flops)
     if cfg.ladder.activation_checkpointing == "all":
         again = again.combine(max, Work(ladder=3 * RECOMPUTE_ALL * ladder))

@@ -39,6 +39,10 @@ TITLES = {
     "weight": ("Weight in the loss", "Sum of the coefficients of its images"),
     "weight_share": ("Share of the weight", "A teacher's weight over that of all teachers"),
     "loss_share": ("Share of the loss", "A teacher's part of the weighted loss"),
+    "hardest_other": (
+        "Images whose hardest teacher was another",
+        "Lazy dropping: than the one of the largest running loss, in steps that run all teachers",
+    ),
     "lr": ("Learning rate", ""),
     "grad_norm": ("Gradient norm", "Before clipping"),
     "skipped": ("Skipped steps", "Steps of a log line that the guard skipped"),
@@ -56,7 +60,9 @@ GROUPS = {
     "Loss": (
         *("loss", "cls_cosine", "patch_cosine", "cls_smooth_l1", "patch_smooth_l1", "image_loss"),
     ),
-    "Balance of the teachers": ("loss_share", "weight_share", "kept", "weight"),
+    "Balance of the teachers": (
+        *("loss_share", "weight_share", "kept", "weight", "hardest_other"),
+    ),
     "Probes": (),
     "Probes of the agreement with each teacher": (),
     "Optimisation": ("lr", "grad_norm", "skipped"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NotRequired, TypedDict, cast
 
 import torch
@@ -92,11 +93,34 @@ class Teacher(nn.Module):
 
     # Not inference_mode: its tensors cannot be saved for the loss's backward.
     @torch.no_grad()
-    def forward(self, image_B3HW: Tensor) -> Tokens:
-        """Tokens of uint8 images [B, 3, size, size] in its precision, on the student's grid."""
+    def forward(self, image_B3HW: Tensor, row_R: Tensor | None = None) -> Tokens:
+        """Tokens of uint8 images [B, 3, size, size] in its precision, on the student's grid.
+
+        Of the images `row_R` alone, if given: those of no image are empty.
+        """
         assert image_B3HW.shape[1:] == (3, self.size, self.size), (self.name, image_B3HW.shape)
-        parts = [self.encode(part) for part in image_B3HW.split(self.row.micro or len(image_B3HW))]
-        return parts[0] if len(parts) == 1 else Tokens(*map(torch.cat, zip(*parts, strict=True)))
+        micro = self.row.micro or len(image_B3HW)
+        if row_R is None:
+            return self.encode_each(image_B3HW.split(micro))
+        if self.row.placement == "replicate":
+            chosen = image_B3HW[row_R]
+            return self.encode_each(chosen.split(micro)) if len(row_R) else self.no_tokens()
+        # All ranks gather the weights together, so all run it as often, if on fewer images each.
+        calls = -(-len(image_B3HW) // micro)
+        filler_F = row_R.new_zeros(max(calls - len(row_R), 0))
+        chosen = image_B3HW[torch.cat([row_R, filler_F])]
+        tokens = self.encode_each(chosen.tensor_split(calls))
+        return Tokens(*(x[: len(row_R)] for x in tokens))
+
+    def encode_each(self, parts: Sequence[Tensor]) -> Tokens:
+        """Tokens of all parts of the images, which are encoded one after another."""
+        found = [self.encode(part) for part in parts]
+        return found[0] if len(found) == 1 else Tokens(*map(torch.cat, zip(*found, strict=True)))
+
+    def no_tokens(self) -> Tokens:
+        """Tokens of no image."""
+        like = self.normalise.mean_311.new_empty(0, dtype=self.dtype)
+        return Tokens(like.new_empty(0, self.width), like.new_empty(0, self.grid**2, self.width))
 
     def encode(self, image_B3HW: Tensor) -> Tokens:
         """Tokens of at most `row.micro` images, on the student's grid."""

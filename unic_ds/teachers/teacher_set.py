@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unic_ds import config, dist
@@ -83,34 +85,71 @@ class TeacherSet:
         return tuple(sorted({teacher.size for teacher in self.teachers.values()}))
 
     def __call__(
-        self, images: dict[int, Tensor], cached: CachedTokens = None, *, observe: bool = True
+        self,
+        images: dict[int, Tensor],
+        cached: CachedTokens = None,
+        *,
+        pairs_TB: NDArray[np.bool_] | None = None,
+        observe: bool = True,
     ) -> dict[str, Target]:
         """Targets of uint8 images [B, 3, H, H], keyed by side H in pixels.
 
-        `cached` holds the tokens of the cached teachers. `observe` adds the batch to running
+        `cached` holds the tokens of the cached teachers. Each teacher runs on its images in
+        `pairs_TB` alone, if given, in config order. `observe` adds what is computed to running
         statistics: off in validation. No host sync.
         """
+        rows = self.rows_of(pairs_TB)
         targets = {}
-        for name, tokens in self.features(images, cached).items():
-            targets[name] = self.norms[name](tokens)
-            if observe and self.standardise.running:
-                self.norms[name].observe(tokens)
+        for name, tokens in self.features(images, cached, rows).items():
+            norm = self.norms[name]
+            if observe and self.standardise.running and len(tokens.cls_BC):
+                norm.observe(tokens)
+            if pairs_TB is None:
+                targets[name] = norm(tokens)
+            else:
+                targets[name] = norm(spread(tokens, rows[name], pairs_TB.shape[1]))
+                computed_B = torch.zeros(pairs_TB.shape[1], dtype=torch.bool, device=self.device)
+                computed_B = computed_B.index_fill(0, rows[name], True)
+                targets[name] = targets[name]._replace(computed_B=computed_B)
         return targets
 
-    def features(self, images: dict[int, Tensor], cached: CachedTokens = None) -> dict[str, Tokens]:
-        """Tokens of each teacher on the student's grid, not standardised, in its precision."""
-        found = {
-            name: Tokens(*(x.to(self.device, non_blocking=True) for x in tokens))
-            for name, tokens in (cached or {}).items()
-        }
-        found |= {name: teacher(images[teacher.size]) for name, teacher in self.teachers.items()}
+    def rows_of(self, pairs_TB: NDArray[np.bool_] | None) -> dict[str, Tensor]:
+        """Indices of each teacher's images on the device, which the host does not wait for."""
+        if pairs_TB is None:
+            return {}
+        rows = {}
+        for name, pair_B in zip(self.widths, pairs_TB, strict=True):
+            row_R = torch.from_numpy(np.flatnonzero(pair_B))
+            row_R = row_R.pin_memory() if self.device.type == "cuda" else row_R
+            rows[name] = row_R.to(self.device, non_blocking=True)
+        return rows
+
+    def features(
+        self,
+        images: dict[int, Tensor],
+        cached: CachedTokens = None,
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tokens]:
+        """Tokens of each teacher on the student's grid, not standardised, in its precision.
+
+        `rows` are the indices of each teacher's images, by name; empty: all images.
+        """
+        found = {}
+        for name, tokens in (cached or {}).items():
+            there = Tokens(*(x.to(self.device, non_blocking=True) for x in tokens))
+            found[name] = Tokens(*(x[rows[name]] for x in there)) if rows else there
+        for name, teacher in self.teachers.items():
+            found[name] = teacher(images[teacher.size], rows[name] if rows else None)
         return {name: found[name] for name in self.widths if name in found}
 
-    def compile(self) -> None:
-        """Compile the teachers' blocks; report teachers that have no equal blocks."""
+    def compile(self, *, varying: bool = False) -> None:
+        """Compile the teachers' blocks; report teachers that have no equal blocks.
+
+        `varying`: the number of images varies from call to call.
+        """
         for name, teacher in self.teachers.items():
             blocks = equal_blocks(teacher.tower.blocks(), of=teacher.tower)
-            compile_each(blocks)
+            compile_each(blocks, varying=varying)
             if not blocks:
                 console.say(f"teacher {name} is not compiled: it has no row of equal blocks")
 
@@ -177,6 +216,12 @@ class TeacherSet:
             name: self.cached[name] if name in self.cached else self.teachers[name].facts()
             for name in self.widths
         }
+
+
+def spread(tokens: Tokens, row_R: Tensor, images: int) -> Tokens:
+    """Tokens of `images` images: those of the images `row_R` as given, 0 elsewhere."""
+    full = (x.new_zeros(images, *x.shape[1:]).index_copy(0, row_R, x) for x in tokens)
+    return Tokens(*full)
 
 
 @contextmanager

@@ -52,14 +52,17 @@ Metrics = dict[str, Tensor]
 
 
 def train_step(run: RunContext, state: TrainState) -> list[Metrics]:
-    """Take optimiser step `state.step`; return its micro batches' metrics. No host read."""
+    """Take optimiser step `state.step`; return its micro batches' metrics.
+
+    No host read, except for one after each full step of lazy dropping.
+    """
     cfg, engine = run.cfg, state.engine
     optim.apply(engine.optimizer, optim.learning_rate(state.step, cfg.optim, run.train.per_epoch))
     metrics = []
     for _ in range(engine.gradient_accumulation_steps()):
         batch = next(run.batches)
-        drop_TB, path_BK = draw_noise(run, state, batch.position_B)  # teacher drop, drop path
-        target = run.targets_of(batch)  # frozen teachers, standardised per channel
+        drop_TB, path_BK, pairs_TB = draw_noise(run, state, batch.position_B)
+        target = run.targets_of(batch, pairs_TB)  # frozen teachers, standardised per channel
         pred = engine(batch.images[cfg.student.size], path_BK)
         loss, micro_metrics = compute_loss(run, state, pred, target, drop_TB)
         state.guard.observe(loss)
@@ -154,17 +157,20 @@ def train_with_rollbacks(run: RunContext, state: TrainState, votes: dist.StepVot
 
 def draw_noise(
     run: RunContext, state: TrainState, position_B: NDArray[np.int64]
-) -> tuple[Tensor, Tensor]:
-    """Uniforms that decide teacher dropping (T, B) and drop path (B, K).
+) -> tuple[Tensor, Tensor, NDArray[np.bool_] | None]:
+    """Uniforms that decide teacher dropping (T, B) and drop path (B, K), and the pairs to compute.
 
-    A function of seed, step and position in the global batch, not of the number of ranks.
+    A function of seed, step and position in the global batch, not of the number of ranks. Pairs are
+    None if all are computed; else they take the place of the uniforms, as 1 and 0.
     """
     cfg, step, paths = run.cfg, state.step, len(state.engine.module.paths)
     drop_position_B = position_B * (0 if cfg.drop.unit == "step" else 1)
     drop_BT = rng.uniform(cfg.seed, "teacher drop", len(cfg.teachers), step, drop_position_B)
     path_BK = rng.uniform(cfg.seed, "drop path", paths, step, position_B)
-    device = state.engine.device
-    return to_device(drop_BT.T.copy(), device), to_device(path_BK, device)
+    drop_TB, device = drop_BT.T.copy(), state.engine.device
+    pairs_TB = state.balancer.choose_pairs(step, drop_TB)
+    drop_TB = drop_TB if pairs_TB is None else pairs_TB.astype(np.float32)
+    return to_device(drop_TB, device), to_device(path_BK, device), pairs_TB
 
 
 def to_device(values: NDArray[np.floating], device: torch.device) -> Tensor:

@@ -85,6 +85,7 @@ class RunLog:
         self.probed: dict[str, float] = {}
         self.shown = ""  # the latest probe's values
         self.logged_step, self.logged_time, self.logged_wait = first - 1, time.monotonic(), 0.0
+        self.sparse = bool(cfg and cfg.drop.lazy)  # not every step has every metric
         self.stops = stops
         self.writer = dist.rank() == 0
         self.bar: progress.Progress | None = None
@@ -186,8 +187,11 @@ class RunLog:
         gathered, value_N = unpacked(packed.tolist(), width=len(local))  # the one host read
         names = [*self.names, *on_device, "data_wait_share"]
         sums, counts, reason_PK = reduced(gathered, len(names) + 1)
-        pairs = zip(names, sums, counts, strict=False)
-        means = {name: total / count if count else math.nan for name, total, count in pairs}
+        means = {
+            name: total / count if count else math.nan
+            for name, total, count in zip(names, sums, counts, strict=False)
+            if count or not self.sparse or name == "loss"
+        }
         images_per_s = (step - self.logged_step) * self.batch_size / max(seconds, 1e-9)
         row: dict[str, Any] = {"step": step, "samples": step * self.batch_size}
         row |= {name: value for name, value in values.items() if name not in on_device}

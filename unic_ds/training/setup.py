@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unic_ds import config, data, dist
@@ -67,7 +68,7 @@ def build(job: Job, set_phase: SetPhase) -> tuple[RunContext, TrainState]:
     student, init = start_student(job, teachers)
     flops = count_flops(cfg, teachers, device)
     if cfg.run.compiles("teachers"):
-        teachers.compile()
+        teachers.compile(varying=cfg.drop.lazy)
     cost = f"{flops / 1e9:.1f} GFLOP an image for the whole step"
     console.say(f"student {cfg.student.model}, {cfg.student.size} px; {cost}")
     state = build_state(job, student, teachers, device)
@@ -112,9 +113,14 @@ def announce_phases(state: TrainState, set_phase: SetPhase, *, compiles: bool) -
     return phases
 
 
-def targets_of(teachers: TeacherSet, batch: Batch) -> dict[str, Target]:
-    """The teachers' standardised targets of a batch, which is added to their statistics."""
-    return teachers(batch.images, batch.extras)
+def targets_of(
+    teachers: TeacherSet, batch: Batch, pairs_TB: NDArray[np.bool_] | None = None
+) -> dict[str, Target]:
+    """The teachers' standardised targets of a batch, which is added to their statistics.
+
+    `pairs_TB` are the pairs of teacher and image to compute, all by default.
+    """
+    return teachers(batch.images, batch.extras, pairs_TB=pairs_TB)
 
 
 def open_cache(cfg: config.Config, train: Source) -> FeatureCache | None:
@@ -303,12 +309,15 @@ def open_stream(
 def count_flops(cfg: config.Config, teachers: TeacherSet, device: torch.device) -> float:
     """FLOPs of one image's step, counted: teachers forward, student forward, (twice) backward.
 
+    Teachers count as often as dropping lets them compute an image.
+
     The student's are counted on the meta device, since ZeRO-3 has partitioned its weights.
     """
     images = {s: torch.zeros(1, 3, s, s, dtype=torch.uint8, device=device) for s in teachers.sizes}
     with torch.no_grad(), flop_counter() as counter:
         teachers.features(images)
-    return counter.get_total_flops() + 3 * forward_flops(cfg, teachers.widths)
+    share = cfg.computed_share
+    return share * counter.get_total_flops() + 3 * forward_flops(cfg, teachers.widths)
 
 
 def fit_statistics(run: RunContext, state: TrainState) -> None:

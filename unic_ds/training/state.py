@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from unic_ds.config import Config
 from unic_ds.config.job import Job
 from unic_ds.data import Batch, Source, Stream
@@ -45,7 +48,8 @@ class RunContext:
     stream: Stream
     batches: Iterator[Batch]  # of `first_images`
     first_images: FirstImages  # of `stream`, with a copy of the first batch
-    targets_of: Callable[[Batch], dict[str, Target]]  # by the frozen teachers, standardised
+    # of (batch, pairs of teacher and image to compute), by the frozen teachers, standardised
+    targets_of: Callable[[Batch, NDArray[np.bool_] | None], dict[str, Target]]
     cache: FeatureCache | None  # features of teachers that are not run
     manifest: dict[str, TeacherFacts]  # the teachers' sources, hashes and preprocessing
     init: dict[str, dict[str, str]] | None  # hashes of the files that the student starts from

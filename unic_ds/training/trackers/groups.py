@@ -4,7 +4,7 @@ from __future__ import annotations
 
 GROUPS = {
     "loss": ("loss",),
-    "optimisation": ("lr", "grad_norm", "skipped"),
+    "optimisation": ("lr", "grad_norm", "skipped", "hardest_other"),
     "throughput": (
         *("images_per_s", "tflops", "mfu", "data_wait_share", "mem_gb"),
         *("samples", "bad_images", "probe_s"),
