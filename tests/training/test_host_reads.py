@@ -103,7 +103,9 @@ RUNS = {  # name: stage, micro batch, images per step
     "zero2": (2, 8, 8),
     "zero3": (3, 8, 8),
     "few": (2, 4, 4),
+    "lazy": (2, 8, 8),
 }
+LAZY = {"drop.lazy": "true", "drop.full_every": 3}
 LOGGED = 3
 """The step with a log line, of the 2, 3 and 4 that are counted."""
 
@@ -119,7 +121,7 @@ def arguments(folder: Path, name: str) -> list[str]:
     more = {"ds_config": folder / f"{name}.json", "out": folder / name}
     more |= {"optim.batch_size": batch, "optim.steps": 6, "run.stop_at": 5}
     more |= {"run.log_every": LOGGED, "ladder.rungs": "5,11", "eval.on": "false", "precision": ""}
-    more = SMALL | QUICK | more
+    more = SMALL | QUICK | more | (LAZY if name == "lazy" else {})
     return [word for key, value in more.items() for word in (f"--{key}", str(value))]
 
 
@@ -133,7 +135,7 @@ def counted(demonstration, tmp_path_factory):
     return {name: dict(zip((2, 3, 4), steps, strict=True)) for name, steps in rows.items()}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "lazy"])
 def test_a_whole_step_reads_nothing_and_a_log_line_once(counted, name):
     for step, row in counted[name].items():
         assert row["operators"]["mm"] > 50  # it did see a step
@@ -141,6 +143,13 @@ def test_a_whole_step_reads_nothing_and_a_log_line_once(counted, name):
             {"training/run_log.py:write: tolist": 1} if step == LOGGED else {}
         ), step
         assert row["backward"] == row["elsewhere"] == {}, step
+
+
+def test_lazy_dropping_reads_once_after_a_full_step(counted):
+    """Steps 1 and 3 are full; the next one reads the teacher that they have found."""
+    read = {"losses/balance.py:choose_pairs: tolist": 1}
+    logged = {"training/run_log.py:write: tolist": 1}
+    assert [counted["lazy"][step]["ours"] for step in (2, 3, 4)] == [read, logged, read]
 
 
 ZERO3 = {

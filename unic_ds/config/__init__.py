@@ -116,27 +116,26 @@ class Config:
             for task in self.probe.tasks:
                 check(task in PROBES, "probe.tasks", f"of {', '.join(PROBES)}", task)
         if self.drop.lazy:
-            self.check_lazy()
+            kind = self.balance.kind
+            want = f"false for balance.kind {kind}, which needs all losses"
+            check(kind == "dropping", "drop.lazy", want, True)
+            self.check_terms("drop.lazy", "false", True)
+        if shown := [row for row in self.teachers if row.domains]:
+            at = f"teachers.{shown[0].name}.data"
+            per_image = self.drop.unit == "image" or self.balance.kind != "dropping"
+            check(per_image, at, "empty for drop.unit step", shown[0].data)
+            self.check_terms(at, "empty", shown[0].data)
         for row in self.teachers:
             check(any(self.distance(row)), f"teachers.{row.name}'s losses", "not both none", "none")
             used = row.weight == 1 or self.balance.kind != "none"
             check(used, f"teachers.{row.name}.weight", "1 if balance.kind is none", row.weight)
 
-    def check_lazy(self) -> None:
-        """Raise ValueError if lazy dropping leaves out pairs that another setting needs."""
-        name, kind = "drop.lazy", self.balance.kind
-        check(
-            kind == "dropping", name, f"false for balance.kind {kind}, which needs all losses", True
-        )
+    def check_terms(self, name: str, want: str, value: object) -> None:
+        """Raise ValueError for an option with which a term lacks the targets of some images."""
         for row in self.teachers:
             for term in self.distance(row).cls:
-                known = term not in loss_terms.OF_ALL_IMAGES
-                check(
-                    known,
-                    name,
-                    f"false for the term {term}, which needs the targets of all images",
-                    True,
-                )
+                why = f"{want} for the term {term}, which needs the targets of all images"
+                check(term not in loss_terms.OF_ALL_IMAGES, name, why, value)
 
     def distance(self, row: Teacher) -> Distance:
         """Loss terms of one teacher."""

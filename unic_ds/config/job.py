@@ -155,9 +155,32 @@ def check_inputs(cfg: Config) -> None:
             except OSError as error:  # a name that is too long, for one
                 name = printable(given)
                 raise ValueError(f"--data.{key} {name!r}: {error.strerror}") from None
+    check_domains(cfg)
     for teacher in () if cfg.cache else cfg.teachers:
         if teacher.parsed_source.kind == "file":
             weight_file(teacher)
+
+
+def check_domains(cfg: Config) -> None:
+    """Raise ValueError unless teachers name sources of the images, and each has a teacher."""
+    if not any(row.domains for row in cfg.teachers):
+        return
+    names = [part.path.name for part in data_spec.parts(cfg.data.train)]
+    known = ", ".join(map(printable, names))
+    for row in cfg.teachers:
+        for name in row.domains:
+            if names.count(name) != 1:
+                several = "several sources" if name in names else "no source"
+                raise ValueError(
+                    f"teachers.{row.name}.data: {printable(name)!r} is the last part of the path of"
+                    f" {several} of --data.train; name some of {known}"
+                )
+    for name in names:
+        if not any(not row.domains or name in row.domains for row in cfg.teachers):
+            raise ValueError(
+                f"no teacher sees the images of {printable(name)!r}; add it to a"
+                " --teachers.NAME.data, or leave it out of --data.train"
+            )
 
 
 def weight_file(row: Teacher) -> Path:

@@ -53,6 +53,11 @@ class Teacher:
     block: str = option(
         "output", "layer whose tokens are distilled: output, middle (block) or a 0-based block"
     )
+    data: str = option(
+        "",
+        "sources of data.train whose images it sees, comma-separated, each by the last part of its"
+        " path; empty: all",
+    )
     weight: float = option(1.0, "weight of its loss, relative to the other teachers'")
     cls_loss: str = option("", "loss of its CLS tokens, or none; empty: as loss.cls")
     patch_loss: str = option("", "loss of its patch tokens, or none; empty: as loss.patch")
@@ -102,6 +107,11 @@ class Teacher:
             value = getattr(self, key)
             check(len(value) in (0, 3), f"{at}.{key}", "three numbers (or empty)", value)
         check_scale(self.mean, self.std, at)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The names in `data`; empty: it sees all images."""
+        return tuple(filter(None, map(str.strip, self.data.split(","))))
 
     @property
     def parsed_source(self) -> TeacherSource:

@@ -17,12 +17,12 @@ def scan(given: str | Path) -> Source:
     ValueError if it has no samples.
     """
     rows = [
-        (source, weight)
+        (source, weight, path.name)
         for path, weight in data_spec.parts(str(given) if given else "")
         for source in _sources(data_spec.expanded(path))
     ]
-    parts, weights = zip(*rows, strict=True) if rows else ((), ())
-    return parts[0] if weights == (1.0,) else mixture(str(given), parts, weights)
+    parts, weights, names = zip(*rows, strict=True) if rows else ((), (), ())
+    return parts[0] if weights == (1.0,) else mixture(str(given), parts, weights, names)
 
 
 def _sources(paths: Sequence[Path]) -> Iterator[Source]:

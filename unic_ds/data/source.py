@@ -83,6 +83,15 @@ class Source:
         """Images of an epoch."""
         return order.per_epoch(self.groups(window=1))
 
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the sources of a mixture, as the specification has them; else its own."""
+        return (self.folder.name,)
+
+    def part_of(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Index into `part_names` of some samples."""
+        return np.zeros_like(index_B)
+
     def groups(self, window: int) -> SampleGroups:
         """Groups of samples that are shuffled together, mixing those of `window` shards."""
         return (SampleGroup(len(self)),)
@@ -122,6 +131,16 @@ class Mixture(Source):
 
     parts: tuple[Source, ...] = ()
     weights: tuple[float, ...] = ()
+    given: tuple[str, ...] = ()  # name of each part: the last one of its path
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the parts, of which some may be equal."""
+        return self.given
+
+    def part_of(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Index into `part_names` of some samples."""
+        return np.searchsorted(self._start_M, index_B, "right") - 1
 
     @property
     def _start_M(self) -> NDArray[np.int64]:
@@ -130,7 +149,7 @@ class Mixture(Source):
     def read(self, index: int, max_mb: float = MAX_MB) -> NDArray[np.uint8]:
         """The encoded bytes of a sample; errors as the part that contains it."""
         start_M = self._start_M
-        part = int(np.searchsorted(start_M, index, "right")) - 1
+        part = int(self.part_of(np.array(index)))
         return self.parts[part].read(index - int(start_M[part]), max_mb)
 
     def versions(self, index_M: ArrayLike) -> str:
@@ -159,15 +178,16 @@ class Mixture(Source):
         chosen_M, start_M = np.asarray(index_M, dtype=np.int64), self._start_M
         cut_M = np.searchsorted(chosen_M, start_M)
         parts = [
-            (part.subset(chosen_M[low:high] - start), weight)
-            for part, weight, start, low, high in zip(
-                self.parts, self.weights, start_M[:-1], cut_M[:-1], cut_M[1:], strict=True
+            (part.subset(chosen_M[low:high] - start), weight, name)
+            for part, weight, name, start, low, high in zip(
+                *(self.parts, self.weights, self.given, start_M[:-1], cut_M[:-1], cut_M[1:]),
+                strict=True,
             )
             if high > low
         ]
-        kept, weights = (tuple(x) for x in zip(*parts, strict=True)) if parts else ((), ())
+        kept, weights, given = (tuple(x) for x in zip(*parts, strict=True)) if parts else ((),) * 3
         names, label_N = self.names.taken(chosen_M), self.label_N[chosen_M]
-        return replace(self, names=names, label_N=label_N, parts=kept, weights=weights)
+        return replace(self, names=names, label_N=label_N, parts=kept, weights=weights, given=given)
 
 
 def say_unlabelled(where: Path, label_N: NDArray[np.int32]) -> None:
@@ -177,8 +197,10 @@ def say_unlabelled(where: Path, label_N: NDArray[np.int32]) -> None:
         console.say(f"{printable(where)}: {count}; training uses them, evaluation skips them")
 
 
-def mixture(where: str, parts: Sequence[Source], weights: Sequence[float]) -> Mixture:
-    """Join several sources into one, and their classes by name."""
+def mixture(
+    where: str, parts: Sequence[Source], weights: Sequence[float], given: Sequence[str]
+) -> Mixture:
+    """Join several sources into one, and their classes by name; `given` are the parts' names."""
     classes = tuple(sorted({name for part in parts for name in part.classes}))
     same = tuple(part.relabelled(classes) for part in parts)
     for part in parts:
@@ -191,6 +213,7 @@ def mixture(where: str, parts: Sequence[Source], weights: Sequence[float]) -> Mi
         np.concatenate([part.label_N for part in same]),
         same,
         tuple(weights),
+        tuple(given),
     )
 
 

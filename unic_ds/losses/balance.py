@@ -1,5 +1,6 @@
 """Balancers weigh the teachers of each image: losses (T, B) in, coefficients (T, B) out.
 
+The loss of a pair that is not computed is -inf; its coefficient is set to 0 afterwards.
 A micro batch's loss is the sum of loss x coefficient; it is averaged over ranks and accumulation.
 Coefficients carry no gradient. With B images, T teachers and their weights w (mean 1):
 
@@ -57,9 +58,10 @@ class Balancer(nn.Module):
         return torch.full_like(loss_TB, 1 / loss_TB.numel())
 
     def choose_pairs(self, step: int, uniform_TB: NDArray[np.float64]) -> NDArray[np.bool_] | None:
-        """Pairs of a micro batch that `step` computes, chosen before the teachers run; None: all.
+        """Pairs of a micro batch that `step` computes, chosen before the teachers run.
 
-        `forward` then gets them, as 1 and 0, in place of the uniforms.
+        `uniform_TB` is negative for pairs that are not seen, which may not be chosen. None: all
+        others. Else `forward` gets the pairs, as 1 and 0, in place of the uniforms.
         """
         return None
 
@@ -117,10 +119,11 @@ class RunningLosses(Balancer):
         sums_2T = torch.zeros(2, len(weight_T), dtype=torch.float64)
         self.register_buffer("sums_2T", sums_2T, persistent=False)
 
-    def observe(self, loss_TB: Tensor, counted_TB: Tensor) -> None:
-        """Add a micro batch's losses, except those whose `counted_TB` is 0 instead of 1."""
-        loss_TB = torch.where(counted_TB > 0, loss_TB, 0.0)
-        self.sums_2T += torch.stack([loss_TB, counted_TB]).double().sum(2)
+    def observe(self, loss_TB: Tensor) -> None:
+        """Add a micro batch's losses, of pairs that are computed."""
+        counted_TB = loss_TB != -torch.inf
+        sums_2TB = torch.stack([torch.where(counted_TB, loss_TB, 0.0), counted_TB.to(loss_TB)])
+        self.sums_2T += sums_2TB.double().sum(2)
 
     @torch.no_grad()
     def track(self, taken: Tensor | None = None) -> None:
@@ -144,7 +147,7 @@ class AdaLoss(RunningLosses):
         return cls(teacher_weights(cfg), cfg.balance.momentum)
 
     def share(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
-        self.observe(loss_TB, torch.ones_like(loss_TB))
+        self.observe(loss_TB)
         inverse_T = torch.where(self.running_T > 0, 1 / self.running_T, 1.0)
         share_T = inverse_T / inverse_T.mean()
         return (share_T / loss_TB.numel())[:, None].expand_as(loss_TB)
@@ -153,22 +156,22 @@ class AdaLoss(RunningLosses):
 class LazyDropping(RunningLosses):
     """Teacher dropping whose pairs are chosen before the teachers run.
 
-    The teacher with the largest running loss is kept on all images, the others as in `Dropping`.
-    The first step, and one of every `drop.full_every`, is full: all pairs are computed, dropping is
-    that of `Dropping`, and at its end the hardest teacher is chosen anew, which is the only host
-    read. A running loss moves by the mean over a teacher's computed images, which is unbiased: the
-    choice does not depend on their losses.
+    Of the teachers that see an image, the one with the largest running loss is kept, others as in
+    `Dropping`. The first step, and one of every `drop.full_every`, is full: all pairs are computed,
+    dropping is that of `Dropping`, and the running losses at its end judge the teachers until the
+    next one, for which the host reads them. They move by the mean over a teacher's computed images,
+    which is unbiased: the choice does not depend on the losses of these.
     """
 
-    hardest: Tensor
+    judged_T: Tensor
 
     def __init__(self, weight_T: Tensor, full: Dropping, momentum: float):
         """`full` is the dropping of full steps."""
         super().__init__(weight_T, momentum)
         self.full = full
-        self.register_buffer("hardest", torch.tensor(-1))  # -1: before the first step
+        self.register_buffer("judged_T", torch.zeros_like(weight_T))  # 0: not known yet
         self.is_full = True  # the step that is being taken
-        self.hardest_on_host: int | None = None  # None: not read yet
+        self.judged_on_host: NDArray[np.float32] | None = None  # None: not read yet
         self.register_load_state_dict_post_hook(lambda *_: self.forget())
 
     @classmethod
@@ -176,49 +179,54 @@ class LazyDropping(RunningLosses):
         return cls(teacher_weights(cfg), Dropping.from_config(cfg), cfg.balance.momentum)
 
     def forget(self) -> None:
-        """Read the hardest teacher from the device when it is needed next."""
-        self.hardest_on_host = None
+        """Read the judged losses from the device when they are needed next."""
+        self.judged_on_host = None
 
     def choose_pairs(self, step: int, uniform_TB: NDArray[np.float64]) -> NDArray[np.bool_] | None:
-        if self.hardest_on_host is None:
-            self.hardest_on_host = int(self.hardest)
-        drop, hardest = self.full.drop, self.hardest_on_host
-        self.is_full = hardest < 0 or step % drop.full_every == 0
+        if self.judged_on_host is None:
+            self.judged_on_host = np.array(self.judged_T.tolist(), dtype=np.float32)
+        drop, judged_T = self.full.drop, self.judged_on_host
+        self.is_full = not judged_T.any() or step % drop.full_every == 0
         if self.is_full:
             return None
-        kept_TB = uniform_TB >= drop.rate
+        seen_TB = uniform_TB >= 0
+        kept_TB = seen_TB & (uniform_TB >= drop.rate)
         if drop.keep_hardest:
-            kept_TB[hardest] = True
-        return kept_TB
+            hardest_B = np.where(seen_TB, judged_T[:, None], -1).argmax(0)
+            kept_TB[hardest_B, np.arange(len(hardest_B))] = True
+        return kept_TB & seen_TB
 
     @torch.no_grad()
     def forward(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
         """Coefficients (T, B); in a step that is not full `uniform_TB` is 1 for kept pairs."""
+        self.observe(loss_TB)
         if self.is_full:
-            self.observe(loss_TB, torch.ones_like(loss_TB))
             return self.full(loss_TB, uniform_TB)
         kept_TB, drop = uniform_TB, self.full.drop
-        self.observe(loss_TB, kept_TB)
         pairs = expected_pairs(loss_TB, drop.rate, drop.keep_hardest)
         divisor = kept_TB.sum().clamp(min=1) if self.full.divisor == "kept" else pairs
         return self.full.weight_T[:, None] * kept_TB / divisor
 
     def metrics(self, loss_TB: Tensor) -> dict[str, Tensor]:
-        """Share of images whose hardest teacher is another than the running one; else NaN.
+        """Share of images whose hardest teacher is another than the judged one; else NaN.
 
         It is known in full steps, from the second on.
         """
         if not self.is_full:
             return {"hardest_other": torch.full_like(loss_TB[0, 0], torch.nan)}
-        other_B = (loss_TB.argmax(0) != self.hardest).float()
-        return {"hardest_other": torch.where(self.hardest >= 0, other_B.mean(), torch.nan)}
+        judged_TB = torch.where(loss_TB == -torch.inf, -torch.inf, self.judged_T[:, None])
+        other_B = (loss_TB.argmax(0) != judged_TB.argmax(0)).float()
+        known = self.judged_T.any()
+        return {"hardest_other": torch.where(known, other_B.mean(), torch.nan)}
 
     @torch.no_grad()
     def track(self, taken: Tensor | None = None) -> None:
         super().track(taken)
         if self.is_full:
-            known = (self.running_T > 0).any()
-            self.hardest.copy_(torch.where(known, self.running_T.argmax(), -1))
+            judged_T = (
+                self.running_T if taken is None else self.running_T.where(taken, self.judged_T)
+            )
+            self.judged_T.copy_(judged_T)
             self.forget()
 
 

@@ -116,6 +116,14 @@ def distill_loss(
     entries = [row for row, n in zip(rows.values(), counts, strict=True) for _ in range(n)]
     context = Context(loss.temperature, all_gather_fn)
 
+    computed_TB = computed_pairs(row.target for row in rows.values())
+
+    def coefficients(loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
+        if computed_TB is None:
+            return balance(loss_TB, uniform_TB)
+        weight_TB = balance(loss_TB.masked_fill(~computed_TB, -torch.inf), uniform_TB)
+        return torch.where(computed_TB, weight_TB, 0.0)
+
     def refine(loss_EB: Tensor) -> Tensor:
         return add_other_terms(mean_of_rungs(loss_EB, counts), rows.values(), context)
 
@@ -126,13 +134,28 @@ def distill_loss(
         [row.target.divisor_2C for row in entries],
         uniform_TB,
         distances=[row.fused_terms() for row in entries],
-        balance=balance,
+        balance=coefficients,
         refine=refine,
         clamp=entries[0].target.clamp,
         eps=0.0,  # the divisor has it
     )
-    gap_TB22 = mean_of_rungs(found.gap_TB22, counts)
-    return found.loss, metrics(rows, found, gap_TB22) | balance.metrics(found.loss_TB.detach())
+    gap_TB22, loss_TB = mean_of_rungs(found.gap_TB22, counts), found.loss_TB.detach()
+    if computed_TB is not None:
+        loss_TB = loss_TB.masked_fill(~computed_TB, -torch.inf)
+    return found.loss, metrics(rows, found, gap_TB22) | balance.metrics(loss_TB)
+
+
+def computed_pairs(targets: Iterable[Target]) -> Tensor | None:
+    """True for the pairs (T, B) whose features are computed; None: all."""
+    masks = [(target.computed_B, target.features.cls_BC) for target in targets]
+    if all(computed_B is None for computed_B, _ in masks):
+        return None
+    return torch.stack(
+        [
+            torch.ones_like(cls_BC[:, 0], dtype=torch.bool) if computed_B is None else computed_B
+            for computed_B, cls_BC in masks
+        ]
+    )
 
 
 def mean_over_images(x_B22: Tensor, counted_B: Tensor | None) -> Tensor:

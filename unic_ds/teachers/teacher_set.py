@@ -158,7 +158,8 @@ class TeacherSet:
         """Fix the statistics by the features of all ranks; a ValueError names the teacher."""
         for batch in batches:
             for name, tokens in batch.items():
-                self.norms[name].observe(tokens)
+                if len(tokens.cls_BC):
+                    self.norms[name].observe(tokens)
         for name, moments_PS2C in self.gather().items():
             with blaming(name):
                 self.norms[name].fit(moments_PS2C, dist.all_reduce_sum)

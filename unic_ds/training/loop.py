@@ -20,6 +20,7 @@ from torch import Tensor
 
 from unic_ds import blocks, config, dist, rng
 from unic_ds.config.job import Job, stop_files
+from unic_ds.data import Batch
 from unic_ds.engine import deepspeed_engine, determinism, optim
 from unic_ds.losses.distill import distill_loss
 from unic_ds.process import console, entry_point
@@ -61,7 +62,7 @@ def train_step(run: RunContext, state: TrainState) -> list[Metrics]:
     metrics = []
     for _ in range(engine.gradient_accumulation_steps()):
         batch = next(run.batches)
-        drop_TB, path_BK, pairs_TB = draw_noise(run, state, batch.position_B)
+        drop_TB, path_BK, pairs_TB = draw_noise(run, state, batch)
         target = run.targets_of(batch, pairs_TB)  # frozen teachers, standardised per channel
         pred = engine(batch.images[cfg.student.size], path_BK)
         loss, micro_metrics = compute_loss(run, state, pred, target, drop_TB)
@@ -156,20 +157,26 @@ def train_with_rollbacks(run: RunContext, state: TrainState, votes: dist.StepVot
 
 
 def draw_noise(
-    run: RunContext, state: TrainState, position_B: NDArray[np.int64]
+    run: RunContext, state: TrainState, batch: Batch
 ) -> tuple[Tensor, Tensor, NDArray[np.bool_] | None]:
     """Uniforms that decide teacher dropping (T, B) and drop path (B, K), and the pairs to compute.
 
     A function of seed, step and position in the global batch, not of the number of ranks. Pairs are
-    None if all are computed; else they take the place of the uniforms, as 1 and 0.
+    None if all are computed. Uniforms are -1 for pairs that are not seen; in lazy steps they are 1
+    and 0, since the pairs are kept.
     """
+    position_B = batch.position_B
     cfg, step, paths = run.cfg, state.step, len(state.engine.module.paths)
     drop_position_B = position_B * (0 if cfg.drop.unit == "step" else 1)
     drop_BT = rng.uniform(cfg.seed, "teacher drop", len(cfg.teachers), step, drop_position_B)
     path_BK = rng.uniform(cfg.seed, "drop path", paths, step, position_B)
     drop_TB, device = drop_BT.T.copy(), state.engine.device
-    pairs_TB = state.balancer.choose_pairs(step, drop_TB)
-    drop_TB = drop_TB if pairs_TB is None else pairs_TB.astype(np.float32)
+    seen_TB = run.seen_pairs(batch)
+    if seen_TB is not None:
+        drop_TB[~seen_TB] = -1
+    kept_TB = state.balancer.choose_pairs(step, drop_TB)
+    drop_TB = drop_TB if kept_TB is None else kept_TB.astype(np.float32)
+    pairs_TB = seen_TB if kept_TB is None else kept_TB
     return to_device(drop_TB, device), to_device(path_BK, device), pairs_TB
 
 

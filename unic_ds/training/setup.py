@@ -34,7 +34,7 @@ from unic_ds.process import console, entry_point
 from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.teacher import TeacherFacts
 from unic_ds.teachers.teacher_set import TeacherSet
-from unic_ds.tokens import Target
+from unic_ds.tokens import Target, Tokens
 from unic_ds.training import pictures, probes
 from unic_ds.training.first_images import FirstImages
 from unic_ds.training.phases import Phases, SetPhase
@@ -89,8 +89,20 @@ def build(job: Job, set_phase: SetPhase) -> tuple[RunContext, TrainState]:
         init=init,
         flops_per_image=flops,
         phases=phases,
+        sees_TM=sees(cfg, train),
     )
     return run, state
+
+
+def sees(cfg: config.Config, train: Source) -> NDArray[np.bool_] | None:
+    """True for each teacher and source of a mixture whose images it sees; None if all see all."""
+    if not any(row.domains for row in cfg.teachers):
+        return None
+    seen = [
+        [not row.domains or name in row.domains for name in train.part_names]
+        for row in cfg.teachers
+    ]
+    return np.array(seen)
 
 
 def build_state(
@@ -328,7 +340,12 @@ def fit_statistics(run: RunContext, state: TrainState) -> None:
     count = steps * state.engine.gradient_accumulation_steps()
     # A separate stream, so that its waits do not count in the log's data_wait_share.
     stream = open_stream(run.job, run.train, teachers.sizes, dist.device(), run.cache)
-    tokens = (teachers.features(batch.images, batch.extras) for batch in islice(stream, count))
+
+    def features(batch: Batch) -> dict[str, Tokens]:
+        rows = teachers.rows_of(run.seen_pairs(batch))
+        return teachers.features(batch.images, batch.extras, rows)
+
+    tokens = (features(batch) for batch in islice(stream, count))
     teachers.fit(console.track(tokens, count, "statistics"))
     stream.close()
     console.say(f"statistics fitted in {time.monotonic() - start:.1f} s")

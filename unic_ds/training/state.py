@@ -55,6 +55,7 @@ class RunContext:
     init: dict[str, dict[str, str]] | None  # hashes of the files that the student starts from
     flops_per_image: float
     phases: Phases
+    sees_TM: NDArray[np.bool_] | None  # for each teacher and source of the images; None: all
 
     @property
     def cfg(self) -> Config:
@@ -75,3 +76,9 @@ class RunContext:
     def last_step(self) -> int:
         """The last step of this start."""
         return min(self.cfg.run.stop_at or self.steps, self.steps)
+
+    def seen_pairs(self, batch: Batch) -> NDArray[np.bool_] | None:
+        """True for the pairs (T, B) of teacher and image that are trained on; None: all."""
+        if self.sees_TM is None:
+            return None
+        return self.sees_TM[:, self.train.part_of(batch.index_B)]

@@ -1,0 +1,159 @@
+"""Teachers that see some sources of a mixture alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ds_settings import ds_settings
+from pictures import folder
+from runs import TINY, curve, run, statistics, tiny, together
+
+from unic_ds.config import job
+from unic_ds.data import scan
+
+STEPS = 6
+DOMAINS = {
+    "teachers.wide.data": "photos",
+    "balance.kind": "none",
+    "standardise.fit_steps": 2,
+    "optim.steps": STEPS,
+    "optim.lr": "1e-2",
+    "eval.on": "false",
+    "run.save_every": STEPS,
+}
+LAZY = {
+    "balance.kind": "dropping",
+    "drop.lazy": "true",
+    "drop.full_every": 3,
+    "loss.divisor": "expected",
+    "standardise.fit_steps": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sources of images, of which an epoch uses the second's half as often."""
+    root = tmp_path_factory.mktemp("domains")
+    folder(root / "photos", 16)
+    folder(root / "drawings", 16)
+    return root
+
+
+def words(images: Path, out: str, *, micro: int, stage: int, **more: Any) -> list[str]:
+    """The command line of a run, its ds_config beside it."""
+    file = images / f"{out}.json"
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    file.write_text(json.dumps(ds_settings(micro, zero)))
+    given = DOMAINS | {"ds_config": file, "data.train": mixture(images), "data.val": ""} | more
+    return tiny(images, out, given)
+
+
+def mixture(images: Path) -> str:
+    """The value of --data.train."""
+    return f"{images}/photos,{images}/drawings=0.5"
+
+
+@pytest.fixture(scope="module")
+def curves(images: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """The curves of all runs: a launch of one rank, and one of two."""
+    shard = {f"teachers.{name}.placement": "shard" for name in ("narrow", "wide")}
+    launches = {
+        1: {
+            "whole": words(images, "whole", micro=8, stage=1),
+            "lazy": words(images, "lazy", micro=8, stage=1, **LAZY),
+        },
+        2: {
+            "split": words(images, "split", micro=2, stage=3, **shard),
+            "lazy split": words(images, "lazy split", micro=2, stage=2, **LAZY),
+        },
+    }
+    for ranks, runs in launches.items():
+        plan = images / f"plan{ranks}.json"
+        plan.write_text(json.dumps(list(runs.values())))
+        run(together(plan, ranks))
+    return {name: curve(images / name) for runs in launches.values() for name in runs}
+
+
+@pytest.mark.dist
+def test_a_teacher_counts_on_its_images_alone(
+    images: Path, curves: dict[str, dict[int, dict[str, Any]]]
+) -> None:
+    whole = curves["whole"]
+    assert all(row["narrow/kept"] == 1 for row in whole.values())
+    photos = [row["wide/kept"] for row in whole.values()]
+    assert 0 < min(photos) < max(photos) <= 1
+    # Two epochs of 16 photographs and 8 drawings.
+    assert np.mean(photos) == pytest.approx(2 / 3)
+    assert all(row["wide/weight"] == pytest.approx(row["wide/kept"] / 2) for row in whole.values())
+
+
+@pytest.mark.dist
+def test_ranks_do_not_change_it(images: Path, curves: dict[str, dict[int, dict[str, Any]]]) -> None:
+    """Neither the losses nor the statistics, which are those of a teacher's own images."""
+    for one, other in (("whole", "split"), ("lazy", "lazy split")):
+        for step, row in curves[one].items():
+            for name in ("loss", "wide/kept", "narrow/kept"):
+                assert curves[other][step][name] == pytest.approx(row[name], rel=1e-5), (one, step)
+        saved = [
+            statistics(images / out / "checkpoints" / f"step_{STEPS:07d}") for out in (one, other)
+        ]
+        for name, value in saved[0].items():
+            assert value.numpy() == pytest.approx(saved[1][name].numpy(), rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.dist
+def test_with_lazy_dropping_a_teacher_is_chosen_for_its_images_alone(
+    curves: dict[str, dict[int, dict[str, Any]]],
+) -> None:
+    for step, row in curves["lazy"].items():
+        assert row["wide/kept"] <= curves["whole"][step]["wide/kept"]
+        assert row["wide/kept"] + row["narrow/kept"] >= 1
+    assert any(row["narrow/kept"] < 1 for row in curves["lazy"].values())
+
+
+def test_parts_of_a_mixture_are_found_by_index(images: Path) -> None:
+    source = scan(mixture(images))
+    assert source.part_names == ("photos", "drawings")
+    assert source.part_of(np.array([0, 15, 16, 31])).tolist() == [0, 0, 1, 1]
+    drawings = source.subset(np.arange(20, 32))
+    assert drawings.part_names == ("drawings",)
+    assert drawings.part_of(np.array([0, 11])).tolist() == [0, 0]
+    alone = scan(images / "photos")
+    assert alone.part_names == ("photos",)
+    assert alone.part_of(np.array([3])).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"teachers.wide.data": "photo"}, "'photo' is the last part of the path of no source"),
+        (
+            {"teachers.wide.data": "photos", "teachers.narrow.data": "photos"},
+            "no teacher sees the images of 'drawings'",
+        ),
+        (
+            {"teachers.wide.data": "photos", "drop.unit": "step", "balance.kind": "dropping"},
+            "teachers.wide.data must be empty for drop.unit step, got 'photos'",
+        ),
+        (
+            {"teachers.wide.data": "photos", "loss.cls": "contrastive"},
+            "teachers.wide.data must be empty for the term contrastive",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(images: Path, more: dict[str, str], says: str) -> None:
+    given = {key: str(value) for key, value in TINY.items()} | {"data.train": mixture(images)}
+    with pytest.raises(ValueError, match=says):
+        job.resolve(given | {"out": str(images / "refused")} | more)
+
+
+def test_a_name_of_two_sources_is_refused(images: Path) -> None:
+    folder(images / "more" / "photos", 2)
+    given = {key: str(value) for key, value in TINY.items()}
+    given |= {"data.train": f"{mixture(images)},{images}/more/photos", "out": str(images / "out")}
+    with pytest.raises(ValueError, match="of several sources"):
+        job.resolve(given | {"teachers.wide.data": "photos"})
