@@ -98,7 +98,8 @@ class SlowSource(Mixture):
 def slowed(source: Source, latency_s: float) -> Source:
     """The same samples, with a latency in seconds for each read."""
     fields = source.folder, source.names, source.classes, source.label_N
-    return SlowSource(*fields, (source,), (1.0,), latency_s) if latency_s else source
+    whole = (source,), (1.0,), source.part_names
+    return SlowSource(*fields, *whole, latency_s) if latency_s else source
 
 
 class TorchvisionDataset(Dataset[torch.Tensor]):
