@@ -105,6 +105,20 @@ def grown(block: nn.Module, sides: range) -> None:
         block(torch.ones(side, 2))
 
 
+@pytest.mark.slow
+def test_blocks_on_any_number_of_images_are_one_variant() -> None:
+    """As teachers run under lazy dropping; a batch of one image would be another."""
+    torch._dynamo.utils.counters.clear()
+    block = timm.create_model("test_vit").blocks[0].eval()
+    images = {count: torch.randn(count, 5, 64) for count in (8, 5, 3, 7, 2, 8, 6, 4)}
+    with from_scratch(True), torch.no_grad():
+        eager = {count: block(x_BNC) for count, x_BNC in images.items()}
+        compile_each([block], varying=True)
+        for count, x_BNC in images.items():
+            torch.testing.assert_close(block(x_BNC), eager[count], rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_more_variants_than_torch_keeps_are_an_error_and_a_new_stage_has_none() -> None:
     importlib.import_module("timm.optim")  # it raises the limit of the whole process
     blocks = [nn.Linear(2, 2) for _ in range(2)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 VARIANTS = 8
 """Compiled variants of one code object: torch's default, which an import of timm.optim raises."""
@@ -15,10 +17,19 @@ VARIANTS = 8
 def compile_each(blocks: nn.Module | list[nn.Module], *, varying: bool = False) -> None:
     """Compile each block's forward at its first call; hooks and later wrappers stay outside.
 
-    `varying`: the first dimension varies; from the second size on one variant serves all.
+    `varying`: the number of images varies from call to call, and one variant serves all numbers
+    but 1.
     """
     for block in blocks.children() if isinstance(blocks, nn.Module) else blocks:
-        block.forward = torch.compile(block.forward, dynamic=None if varying else False)
+        compiled = torch.compile(block.forward, dynamic=None if varying else False)
+        block.forward = partial(with_any_images, compiled) if varying else compiled
+
+
+def with_any_images(forward: Callable[..., Tensor], x: Tensor, *args: Any, **more: Any) -> Tensor:
+    """Call a compiled forward whose code does not depend on the number of images of `x`."""
+    if len(x) > 1:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    return forward(x, *args, **more)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class Target(NamedTuple):
     """A teacher's features of an image batch and the map from features to targets.
 
     target = clip((features - mean) / divisor, -clamp, clamp) per kind and channel; clamp 0 is off.
-    Features of images that were not computed are 0.
+    Features of images that were not computed are 1.
     """
 
     features: Tokens

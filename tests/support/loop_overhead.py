@@ -57,7 +57,7 @@ def bare(run: RunContext, state: TrainState, student: Any, first: int) -> list[f
         optim.apply(student.optimizer, optim.learning_rate(step, cfg.optim, run.train.per_epoch))
         for _ in range(student.gradient_accumulation_steps()):
             batch = next(run.stream)
-            drop_TB, path_BK, pairs_TB = loop.draw_noise(run, state, batch.position_B)
+            drop_TB, path_BK, pairs_TB = loop.draw_noise(run, state, batch)
             target = run.targets_of(batch, pairs_TB)
             loss, _ = distill_loss(
                 student(batch.images[cfg.student.size], path_BK),

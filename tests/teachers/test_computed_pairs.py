@@ -31,7 +31,7 @@ def images() -> dict[int, torch.Tensor]:
 
 
 @pytest.mark.parametrize("micro", [0, 2])
-def test_computed_rows_are_those_of_all_and_others_are_zero(
+def test_computed_rows_are_those_of_all_and_others_are_one(
     images: dict[int, torch.Tensor], micro: int
 ) -> None:
     teachers = two_teachers(micro=micro)
@@ -41,10 +41,10 @@ def test_computed_rows_are_those_of_all_and_others_are_zero(
     assert not part["wide"].computed_B.any()
     for found, all_of in zip(part["narrow"].features, whole["narrow"].features, strict=True):
         torch.testing.assert_close(found[ROWS], all_of[ROWS])
-        assert not found[[1, 4]].any()
+        assert (found[[1, 4]] == 1).all()
         assert found.shape == all_of.shape
     for found, all_of in zip(part["wide"].features, whole["wide"].features, strict=True):
-        assert not found.any()
+        assert (found == 1).all()
         assert (found.shape, found.dtype) == (all_of.shape, all_of.dtype)
 
 
@@ -71,3 +71,10 @@ def test_cached_tokens_are_taken_the_same_way(images: dict[int, torch.Tensor]) -
     want = online.features(images, None, rows)["narrow"]
     for cached, computed in zip(found, want, strict=True):
         torch.testing.assert_close(cached, computed)
+
+
+def test_fitting_to_no_image_of_a_teacher_is_refused(images: dict[int, torch.Tensor]) -> None:
+    teachers = two_teachers()
+    rows = teachers.rows_of(PAIRS_TB)
+    with pytest.raises(ValueError, match="'wide': it sees fewer than two images in the batches"):
+        teachers.fit([teachers.features(images, None, rows)])

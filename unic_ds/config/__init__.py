@@ -149,6 +149,11 @@ class Config:
         return self.drop.kept_share(len(self.teachers)) if dropping else 1.0
 
     @property
+    def chooses_pairs(self) -> bool:
+        """True if a teacher may run on a part of the images of a step."""
+        return self.drop.lazy or any(row.domains for row in self.teachers)
+
+    @property
     def computed_share(self) -> float:
         """Expected fraction of (teacher, image) pairs whose features are computed."""
         return self.drop.computed_share(len(self.teachers))

@@ -45,6 +45,13 @@ def parts(spec: str) -> list[WeightedPath]:
     return [_weighed(_local(part)) for part in _split(spec)]
 
 
+def indices_of(name: str, sources: Iterable[str]) -> list[int]:
+    """Indices of the sources that a name stands for: a path, or else the last parts of paths."""
+    paths, ends = list(sources), f"/{name.strip('/')}"
+    whole = [i for i, path in enumerate(paths) if path == name]
+    return whole or [i for i, path in enumerate(paths) if f"/{path.strip('/')}".endswith(ends)]
+
+
 def check(spec: str, option: str) -> None:
     """Raise ValueError for a source that is missing, unreadable, empty or of no known kind."""
     for path in (path for part, _ in parts(spec) for path in expanded(part)):

@@ -165,20 +165,29 @@ def check_domains(cfg: Config) -> None:
     """Raise ValueError unless teachers name sources of the images, and each has a teacher."""
     if not any(row.domains for row in cfg.teachers):
         return
-    names = [part.path.name for part in data_spec.parts(cfg.data.train)]
-    known = ", ".join(map(printable, names))
+    sources = [str(part.path) for part in data_spec.parts(cfg.data.train)]
+    known = ", ".join(map(printable, sources))
+    if len(sources) < 2:
+        raise ValueError(
+            "teachers.NAME.data needs a mixture of sources; give --data.train A,B, got"
+            f" {known!r} alone"
+        )
+    seen: set[int] = set()
     for row in cfg.teachers:
+        seen |= set() if row.domains else set(range(len(sources)))
         for name in row.domains:
-            if names.count(name) != 1:
-                several = "several sources" if name in names else "no source"
+            found = data_spec.indices_of(name, sources)
+            if len(found) != 1:
+                several = "several sources" if found else "no source"
                 raise ValueError(
-                    f"teachers.{row.name}.data: {printable(name)!r} is the last part of the path of"
-                    f" {several} of --data.train; name some of {known}"
+                    f"teachers.{row.name}.data: {printable(name)!r} stands for {several} of"
+                    f" --data.train; give as much of the end of a path as tells them apart: {known}"
                 )
-    for name in names:
-        if not any(not row.domains or name in row.domains for row in cfg.teachers):
+            seen.add(found[0])
+    for i, path in enumerate(sources):
+        if i not in seen:
             raise ValueError(
-                f"no teacher sees the images of {printable(name)!r}; add it to a"
+                f"no teacher sees the images of {printable(path)!r}; add it to a"
                 " --teachers.NAME.data, or leave it out of --data.train"
             )
 

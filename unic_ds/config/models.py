@@ -55,8 +55,8 @@ class Teacher:
     )
     data: str = option(
         "",
-        "sources of data.train whose images it sees, comma-separated, each by the last part of its"
-        " path; empty: all",
+        "sources of data.train whose images it sees, comma-separated, each by the end of its path;"
+        " empty: all",
     )
     weight: float = option(1.0, "weight of its loss, relative to the other teachers'")
     cls_loss: str = option("", "loss of its CLS tokens, or none; empty: as loss.cls")
@@ -94,6 +94,7 @@ class Teacher:
         for kind, text in (("cls", self.cls_loss), ("patch", self.patch_loss)):
             if text:
                 loss_terms.parse(text, f"{at}.{kind}_loss", cls=kind == "cls")
+        check(not self.data or bool(self.domains), f"{at}.data", "sources (or empty)", self.data)
         if self.rungs:
             RungChoice.parse(self.rungs, f"{at}.rungs")
         check_range(self.size, f"{at}.size", 0, MOST_PIXELS)

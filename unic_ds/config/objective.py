@@ -70,7 +70,7 @@ class Balance:
         " adaloss: by the inverse of their running losses",
         choices=BALANCERS,
     )
-    momentum: float = option(0.99, "adaloss: momentum of the running losses")
+    momentum: float = option(0.99, "adaloss and lazy dropping: momentum of the running losses")
 
     def __post_init__(self) -> None:
         check(bool(BALANCER.fullmatch(self.kind)), "balance.kind", "a name", self.kind)

@@ -98,7 +98,7 @@ class SlowSource(Mixture):
 def slowed(source: Source, latency_s: float) -> Source:
     """The same samples, with a latency in seconds for each read."""
     fields = source.folder, source.names, source.classes, source.label_N
-    whole = (source,), (1.0,), source.part_names
+    whole = (source,), (1.0,), (str(source.folder),)
     return SlowSource(*fields, *whole, latency_s) if latency_s else source
 
 

@@ -17,7 +17,7 @@ def scan(given: str | Path) -> Source:
     ValueError if it has no samples.
     """
     rows = [
-        (source, weight, path.name)
+        (source, weight, str(path))
         for path, weight in data_spec.parts(str(given) if given else "")
         for source in _sources(data_spec.expanded(path))
     ]

@@ -85,8 +85,8 @@ class Source:
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        """Names of the sources of a mixture, as the specification has them; else its own."""
-        return (self.folder.name,)
+        """Paths of the sources of a mixture, as they were given; else its own."""
+        return (str(self.folder),)
 
     def part_of(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index into `part_names` of some samples."""
@@ -131,11 +131,11 @@ class Mixture(Source):
 
     parts: tuple[Source, ...] = ()
     weights: tuple[float, ...] = ()
-    given: tuple[str, ...] = ()  # name of each part: the last one of its path
+    given: tuple[str, ...] = ()  # path of each part; shards of several folders have the same
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        """Names of the parts, of which some may be equal."""
+        """Paths of the parts, as they were given."""
         return self.given
 
     def part_of(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -200,7 +200,7 @@ def say_unlabelled(where: Path, label_N: NDArray[np.int32]) -> None:
 def mixture(
     where: str, parts: Sequence[Source], weights: Sequence[float], given: Sequence[str]
 ) -> Mixture:
-    """Join several sources into one, and their classes by name; `given` are the parts' names."""
+    """Join several sources into one, and their classes by name; `given` are the parts' paths."""
     classes = tuple(sorted({name for part in parts for name in part.classes}))
     same = tuple(part.relabelled(classes) for part in parts)
     for part in parts:

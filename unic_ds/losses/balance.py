@@ -50,7 +50,10 @@ class Balancer(nn.Module):
 
     @torch.no_grad()
     def forward(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
-        """Coefficients (T, B) of a micro batch's losses; `uniform_TB` is noise in [0, 1)."""
+        """Coefficients (T, B) of a micro batch's losses; `uniform_TB` is noise in [0, 1).
+
+        It is -1 for pairs that are not seen, whose losses are -inf.
+        """
         return self.weight_T[:, None] * self.share(loss_TB.detach(), uniform_TB)
 
     def share(self, loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:

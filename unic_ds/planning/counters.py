@@ -6,7 +6,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from typing import Self
 
@@ -98,6 +98,11 @@ class Work:
     def times(self, factor: float) -> Work:
         """The work of `factor` times as many images."""
         return self.combine(lambda number: factor * number)
+
+    def of_images(self, share: float) -> Work:
+        """The work of the same kernels on a share of the images."""
+        launches, fused = self.launches, self.launches_fused
+        return replace(self.times(share), launches=launches, launches_fused=fused)
 
     def since(self, before: Work) -> Work:
         """The work that was added since `before`."""

@@ -188,7 +188,7 @@ def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
     for name in stored(cfg):  # their tokens are read with the images
         runs[name] = runs[name]._replace(work=Work(), nbytes=0, peak=0)
     share = cfg.computed_share
-    runs = {name: run._replace(work=run.work.times(share)) for name, run in runs.items()}
+    runs = {name: run._replace(work=run.work.of_images(share)) for name, run in runs.items()}
     shown = (run.size for name, run in runs.items() if name not in stored(cfg))
     # Placement and machinery do not change the student's step, so that its trace is cached.
     rows = tuple(replace(row, placement="replicate", micro=0) for row in cfg.teachers)

@@ -100,12 +100,12 @@ class Standardiser(nn.Module):
     def track(self, moments_PS2C: Tensor, momentum: float, taken: Tensor | None = None) -> None:
         """Move the running statistics by the moments of all ranks; once per optimiser step.
 
-        They do not change if the step was not taken or its features are not finite: one such batch
-        would spoil every later target.
+        They do not change if the step was not taken, has fewer than two tokens of a kind, or has
+        features that are not finite: one such batch would spoil every later target.
         """
         count_2C, mean_2C, m2_2C = merge(moments_PS2C).unbind(0)
         std_2C = (m2_2C / (count_2C - 1).clamp(min=1)).sqrt() + EPS
-        usable = torch.isfinite(mean_2C).all() & torch.isfinite(std_2C).all() & (count_2C > 0).all()
+        usable = torch.isfinite(mean_2C).all() & torch.isfinite(std_2C).all() & (count_2C > 1).all()
         usable = usable if taken is None else usable & taken
         for running_2C, batch_2C in ((self.mean_2C, mean_2C), (self.std_2C, std_2C)):
             moved_2C = (1 - momentum) * running_2C + momentum * batch_2C.float()

@@ -96,18 +96,20 @@ class Teacher(nn.Module):
     def forward(self, image_B3HW: Tensor, row_R: Tensor | None = None) -> Tokens:
         """Tokens of uint8 images [B, 3, size, size] in its precision, on the student's grid.
 
-        Of the images `row_R` alone, if given: those of no image are empty.
+        Of the images `row_R` alone, if given: those of no image are empty. At least two are run,
+        since compiled code of one image would be another.
         """
         assert image_B3HW.shape[1:] == (3, self.size, self.size), (self.name, image_B3HW.shape)
         micro = self.row.micro or len(image_B3HW)
         if row_R is None:
             return self.encode_each(image_B3HW.split(micro))
-        if self.row.placement == "replicate":
-            chosen = image_B3HW[row_R]
-            return self.encode_each(chosen.split(micro)) if len(row_R) else self.no_tokens()
-        # All ranks gather the weights together, so all run it as often, if on fewer images each.
+        # All ranks gather sharded weights together: all run as often, if on fewer images each.
         calls = -(-len(image_B3HW) // micro)
-        filler_F = row_R.new_zeros(max(calls - len(row_R), 0))
+        if self.row.placement == "replicate":
+            calls = -(-len(row_R) // micro)
+            if not calls:
+                return self.no_tokens()
+        filler_F = row_R.new_zeros(max(0, calls - len(row_R), 2 - len(row_R)))
         chosen = image_B3HW[torch.cat([row_R, filler_F])]
         tokens = self.encode_each(chosen.tensor_split(calls))
         return Tokens(*(x[: len(row_R)] for x in tokens))

@@ -162,6 +162,11 @@ class TeacherSet:
                     self.norms[name].observe(tokens)
         for name, moments_PS2C in self.gather().items():
             with blaming(name):
+                if moments_PS2C[:, 0].sum(0).min() < 2:
+                    raise ValueError(
+                        "it sees fewer than two images in the batches that its statistics are"
+                        " fitted to; raise --standardise.fit_steps"
+                    )
                 self.norms[name].fit(moments_PS2C, dist.all_reduce_sum)
         # Broadcast: eigenvectors of the same matrix may differ between two machines.
         self.load_state_dict(
@@ -220,8 +225,11 @@ class TeacherSet:
 
 
 def spread(tokens: Tokens, row_R: Tensor, images: int) -> Tokens:
-    """Tokens of `images` images: those of the images `row_R` as given, 0 elsewhere."""
-    full = (x.new_zeros(images, *x.shape[1:]).index_copy(0, row_R, x) for x in tokens)
+    """Tokens of `images` images: those of the images `row_R` as given, 1 elsewhere.
+
+    A term that divides by a target's length is finite there, and is multiplied by 0.
+    """
+    full = (x.new_ones(images, *x.shape[1:]).index_copy_(0, row_R, x) for x in tokens)
     return Tokens(*full)
 
 

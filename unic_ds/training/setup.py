@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unic_ds import config, data, dist
-from unic_ds.config import overrides
+from unic_ds.config import data_spec, overrides
 from unic_ds.config.job import Job
 from unic_ds.data import Batch, Source, Stream
 from unic_ds.engine import deepspeed_engine
@@ -68,7 +68,7 @@ def build(job: Job, set_phase: SetPhase) -> tuple[RunContext, TrainState]:
     student, init = start_student(job, teachers)
     flops = count_flops(cfg, teachers, device)
     if cfg.run.compiles("teachers"):
-        teachers.compile(varying=cfg.drop.lazy)
+        teachers.compile(varying=cfg.chooses_pairs)
     cost = f"{flops / 1e9:.1f} GFLOP an image for the whole step"
     console.say(f"student {cfg.student.model}, {cfg.student.size} px; {cost}")
     state = build_state(job, student, teachers, device)
@@ -98,11 +98,20 @@ def sees(cfg: config.Config, train: Source) -> NDArray[np.bool_] | None:
     """True for each teacher and source of a mixture whose images it sees; None if all see all."""
     if not any(row.domains for row in cfg.teachers):
         return None
-    seen = [
-        [not row.domains or name in row.domains for name in train.part_names]
-        for row in cfg.teachers
-    ]
-    return np.array(seen)
+    sees_TM = np.array([domains_of(row, train.part_names) for row in cfg.teachers])
+    for row, sees_M in zip(cfg.teachers, sees_TM, strict=True):
+        if not sees_M.any():
+            raise ValueError(
+                f"teachers.{row.name}.data {printable(row.data)!r}: none of these images are left"
+                " for training; lower --data.val_share, or name other sources"
+            )
+    return sees_TM
+
+
+def domains_of(row: config.Teacher, sources: Sequence[str]) -> list[bool]:
+    """True for each source of the images that a teacher sees."""
+    chosen = {i for name in row.domains for i in data_spec.indices_of(name, sources)}
+    return [not row.domains or i in chosen for i in range(len(sources))]
 
 
 def build_state(
