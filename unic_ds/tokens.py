@@ -26,6 +26,17 @@ class Tokens(NamedTuple):
     cls_BC: Tensor
     patch_BNC: Tensor
 
+    def copies(self) -> Tokens:
+        """Views of the tokens, which autograd tells from these."""
+        return Tokens(*(x.view_as(x) for x in self))
+
+
+class Shared(NamedTuple):
+    """Tokens of the student's last block, and the predictions made of them, in one graph."""
+
+    features: tuple[Tensor, ...]
+    pred: dict[str, Tokens]
+
 
 class Target(NamedTuple):
     """A teacher's features of an image batch and the map from features to targets.

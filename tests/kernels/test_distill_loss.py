@@ -12,8 +12,9 @@ from torch import Tensor
 
 from unic_ds import config
 from unic_ds.config import Drop, Loss
-from unic_ds.losses.balance import Balancer, Dropping
+from unic_ds.losses.balancer import Balancer
 from unic_ds.losses.distill import distill_loss as plain_distill_loss
+from unic_ds.losses.dropping import Dropping
 from unic_ds.tokens import Target, Tokens
 from unic_kernels.distill_loss import distill_loss
 from unic_kernels.drop_coefficients import drop_coefficients

@@ -7,9 +7,13 @@ import torch
 from unic_ds import config
 from unic_ds.config import Balance, Config, Drop, Loss, Teacher
 from unic_ds.losses import balance
-from unic_ds.losses.balance import AdaLoss, Balancer, Dropping
+from unic_ds.losses.balancer import Balancer
+from unic_ds.losses.dropping import Dropping
+from unic_ds.losses.loss_balancers import AdaLoss, Famo
 
 WEIGHTS = (1.0, 3.0, 0.5)
+LEARNING = ("adaloss", "famo")
+"""Balancers with a state."""
 
 
 def random_losses(images, seed=0, teachers=3):
@@ -86,7 +90,76 @@ def test_adaloss_is_not_poisoned_and_survives_a_restart():
     assert one(loss_TB, loss_TB).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["none", "fixed", "dropping", "adaloss"])
+def steps_of(count, images=8):
+    """The losses (T, B) of a few steps, which fall at another rate for each teacher."""
+    fall_T1 = torch.tensor([[0.9], [0.97], [0.8]])
+    return [random_losses(images, seed=step)[0] * fall_T1**step for step in range(count)]
+
+
+def plain_famo(losses, rate, decay):
+    """Shares of every step by the formula in fp64, xi by torch's Adam."""
+    xi, before, shares = torch.zeros(3, dtype=torch.float64, requires_grad=True), None, []
+    adam = torch.optim.Adam([xi], lr=rate, weight_decay=decay)
+    for loss_TB in losses:
+        loss_T, z_T = loss_TB.double().mean(1), xi.softmax(0)
+        divided_T = z_T / (1 if before is None else before)
+        shares.append((divided_T / divided_T.sum()).detach())
+        if before is not None:
+            (xi.grad,) = torch.autograd.grad(z_T, xi, before.log() - loss_T.log())
+            adam.step()
+        before = loss_T
+    return torch.stack(shares)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_famo_is_its_formula_however_a_step_is_split(parts):
+    losses, found, shares = steps_of(40), Famo(torch.ones(3), 0.025, 0.01), []
+    for loss_TB in losses:
+        weights = [found(part, part) for part in loss_TB.chunk(parts, 1)]
+        assert all(torch.equal(weight_TB, weights[0]) for weight_TB in weights)
+        shares.append(weights[0].sum(1))
+        found.track()
+    want = plain_famo(losses, 0.025, 0.01)
+    torch.testing.assert_close(torch.stack(shares).double(), want, rtol=1e-4, atol=1e-6)
+    assert (want[-1] - want[0]).abs().max() > 0.1
+
+
+def test_famo_weighs_the_teacher_more_whose_loss_falls_less():
+    found, start = Famo(torch.ones(2), 0.025, 0.0), torch.ones(2, 4)
+    for step in range(50):
+        found(start * torch.tensor([[0.9**step], [0.99**step]]), start)
+        found.track()
+    slower, faster = found.logit_T[1], found.logit_T[0]
+    assert slower - faster > 1
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_a_skipped_step_and_a_restart_change_nothing(kind):
+    one, two, losses = made(kind), made(kind), steps_of(6)
+    for loss_TB in losses[:3]:
+        one(loss_TB, loss_TB)
+        one.track(torch.tensor(True))
+    before = {name: value.clone() for name, value in one.state_dict().items()}
+    for skipped_TB, taken in ((losses[3] * float("nan"), True), (losses[3] * 100, False)):
+        one(skipped_TB, skipped_TB)
+        one.track(torch.tensor(taken))
+    assert before.keys() == one.state_dict().keys()
+    assert all(torch.equal(before[name], value) for name, value in one.state_dict().items())
+    two.load_state_dict(before)
+    for loss_TB in losses[3:]:
+        assert torch.equal(one(loss_TB, loss_TB), two(loss_TB, loss_TB))
+        one.track(torch.tensor(True))
+        two.track(torch.tensor(True))
+    assert any(not torch.equal(before[name], value) for name, value in two.state_dict().items())
+
+
+@pytest.mark.parametrize("key", ["rate", "decay"])
+def test_famos_options_are_checked(key):
+    with pytest.raises(ValueError, match=rf"balance.{key} must be .*, got -1"):
+        Balance(kind="famo", **{key: -1.0})
+
+
+@pytest.mark.parametrize("kind", ["none", "fixed", "dropping", "adaloss", "famo"])
 def test_coefficients_carry_no_gradient(kind):
     weights = {} if kind == "none" else {"weight": 2.0}
     cfg = Config(

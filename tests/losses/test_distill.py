@@ -7,9 +7,10 @@ import parity
 import pytest
 import torch
 
-from unic_ds.config import Drop, Loss
-from unic_ds.losses.balance import Balancer, Dropping
+from unic_ds.config import Balance, Config, Drop, Loss, Teacher
+from unic_ds.losses.balancer import Balancer
 from unic_ds.losses.distill import distill_loss, no_gather
+from unic_ds.losses.dropping import Dropping
 from unic_ds.losses.terms import TERMS, Context
 from unic_ds.tokens import Target, Tokens
 from unic_kernels.ops import KERNELS
@@ -61,7 +62,13 @@ def test_how_a_batch_is_split_does_not_matter():
     assert whole.item() == pytest.approx((halves[0].item() + halves[1].item()) / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", [Loss(), Loss(cls="contrastive", patch="none")])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *(Loss(), Loss(cls="contrastive", patch="none")),
+        *(Loss(cls="dispersion", patch="none"), Loss(cls="relational", patch="none")),
+    ],
+)
 def test_each_averages_the_rungs(loss):
     pred, target, uniform_TB = random_batch(5, teachers=1)
     other, _, _ = random_batch(5, teachers=1, seed=9)
@@ -85,8 +92,26 @@ def plain_distance(pred, target, term, temperature):
     p, t = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (p, t))
     if term == "cosine":
         return 1 - (p * t).sum(-1)
+    if term == "dispersion":
+        return np.arccos((p * t).sum(-1)) ** 2
+    if term == "relational":
+        return plain_relational(p @ p.T, t @ t.T)
     logits = np.exp(p @ t.T / temperature)
     return -np.log(np.diag(logits) / logits.sum(1))
+
+
+def plain_relational(of_pred, of_target):
+    """The relational term of each image, pair by pair."""
+    count, found = len(of_pred), []
+    for i in range(count):
+        others = [j for j in range(count) if j != i]
+        middle = sorted(of_target[i, others])[(count - 2) // 2]
+        gaps = []
+        for j in others:
+            gap = of_target[i, j] - of_pred[i, j]
+            gaps.append(max(gap if of_target[i, j] >= middle else -gap, 0) ** 2)
+        found.append(sum(gaps) / (count - 1))
+    return np.array(found)
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -105,6 +130,7 @@ def test_a_term_in_plain_torch_is_its_formula(name):
         ("contrastive", "none"),
         ("0.5*cosine + 0.5*smooth_l1 + 2 mse", "mse"),
         (".3 contrastive + cosine", "cosine"),
+        ("2 dispersion + 4 relational", "cosine"),
     ],
 )
 def test_a_weighted_sum_of_terms_is_its_formula(cls, patch):
@@ -125,22 +151,70 @@ def test_a_weighted_sum_of_terms_is_its_formula(cls, patch):
     assert any("cls" in key for key in metrics) == (cls != "none")
 
 
-def test_negatives_come_from_all_ranks():
+@pytest.mark.parametrize("term", ["contrastive", "relational"])
+def test_other_images_come_from_all_ranks(term):
+    """The loss and its gradient are those of one rank with all images."""
     pred, target, uniform_TB = random_batch(8, teachers=1)
-    kinds = {"loss": Loss(cls="contrastive", patch="none"), "balance": Balancer(torch.ones(1))}
+    pred["t0"].cls_BC.requires_grad_()
+    kinds = {"loss": Loss(cls=term, patch="none"), "balance": Balancer(torch.ones(1))}
     whole, _ = distill_loss(pred, target, uniform_TB, **kinds)
-    all_8C = target["t0"].features.cls_BC
-    shares = [
-        distill_loss(
-            part(pred, rows),
-            part(target, rows),
-            uniform_TB[:, rows],
-            **kinds,
-            all_gather_fn=lambda _, rows=rows: (all_8C, rows.start),
-        )[0]
-        for rows in (slice(0, 4), slice(4, 8))
-    ]
-    assert whole.item() == pytest.approx(sum(shares).item() / 2, rel=1e-6)
+    sides = [target["t0"].features.cls_BC, pred["t0"].cls_BC.detach()]
+    shares = []
+    for rows in (slice(0, 4), slice(4, 8)):
+
+        def gather(x_BC, rows=rows):
+            (all_8C,) = (side_8C for side_8C in sides if torch.equal(side_8C[rows], x_BC))
+            return all_8C, rows.start
+
+        parts = part(pred, rows), part(target, rows), uniform_TB[:, rows]
+        shares.append(distill_loss(*parts, **kinds, all_gather_fn=gather)[0] / 2)
+    assert whole.item() == pytest.approx(sum(shares).item(), rel=1e-6)
+    for found in (whole, sum(shares)):
+        (grad_BC,) = torch.autograd.grad(found, pred["t0"].cls_BC)
+        sides.append(grad_BC)
+    torch.testing.assert_close(sides[-1], sides[-2])
+
+
+def test_an_image_alone_has_no_relations():
+    pred, target, uniform_TB = random_batch(1, teachers=1)
+    loss = Loss(cls="relational", patch="none")
+    found, _ = distill_loss(pred, target, uniform_TB, loss=loss, balance=Balancer(torch.ones(1)))
+    assert found.item() == 0
+
+
+def test_an_angle_has_a_slope_where_it_is_0():
+    pred_BC = torch.tensor([[2.0, 0.0], [1.0, 1.0], [-1.0, 0.0]], requires_grad=True)
+    found_B = TERMS["dispersion"](pred_BC, torch.tensor([[1.0, 0.0]] * 3), Context(0.2, no_gather))
+    np.testing.assert_allclose(
+        found_B.detach(), [0, (np.pi / 4) ** 2, np.pi**2], rtol=1e-6, atol=1e-12
+    )
+    found_B.sum().backward()
+    assert pred_BC.grad.isfinite().all() and not pred_BC.grad[0].any() and pred_BC.grad[1].any()
+
+
+@pytest.mark.parametrize("kind", ["cls", "patch"])
+@pytest.mark.parametrize("term", ["cosine", "mse", "smooth_l1"])
+def test_a_weight_scales_the_loss_of_its_kind_of_token_and_of_no_other(kind, term):
+    """As `--teachers.NAME.patch_loss "2 cosine"` gives it, with the other teacher's as they are."""
+    pred, target, uniform_TB = random_batch(6, teachers=2)
+    found = {}
+    for weight in (0.5, 1, 2):
+        own = {f"{kind}_loss": f"{weight} {term}"}
+        rows = (Teacher(name="t0", source="timm:x", **own), Teacher(name="t1", source="timm:x"))
+        cfg = Config(teachers=rows, balance=Balance(kind="none"))
+        loss = {"loss": cfg.loss, "distances": cfg.distances}
+        pair = distill_loss(pred, target, uniform_TB, balance=Balancer(torch.ones(2)), **loss)
+        found[weight] = pair[0].item()
+    p, t = ((side["t0"] if side is pred else side["t0"].features) for side in (pred, target))
+    mean = plain_distance(
+        getattr(p, f"{kind}_B{'N' * (kind == 'patch')}C"),
+        getattr(t, f"{kind}_B{'N' * (kind == 'patch')}C"),
+        term,
+        0.2,
+    ).mean()
+    # Two teachers, and two kinds of token each.
+    assert found[2] - found[1] == pytest.approx(mean / 4, rel=1e-4)
+    assert found[1] - found[0.5] == pytest.approx(mean / 8, rel=1e-4)
 
 
 def test_a_teacher_may_have_its_own_distance():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unic_ds.config import Balance, Config, Drop, Loss, Teacher
 from unic_ds.losses import balance
-from unic_ds.losses.balance import Dropping, LazyDropping
+from unic_ds.losses.dropping import Dropping, LazyDropping
 
 IMAGES = 16
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from unic_ds.config import args, job
-from unic_ds.losses.balance import LazyDropping
+from unic_ds.losses.dropping import LazyDropping
 from unic_ds.process import entry_point
 from unic_ds.tokens import Tokens
 from unic_ds.training import loop, setup

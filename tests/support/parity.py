@@ -32,8 +32,8 @@ from torch import Tensor
 
 from unic_ds import config
 from unic_ds.engine import optim
-from unic_ds.losses.balance import Dropping
 from unic_ds.losses.distill import distill_loss
+from unic_ds.losses.dropping import Dropping
 from unic_ds.models.ladder import Head, Ladder
 from unic_ds.models.student import Student
 from unic_ds.teachers.standardise import Standardiser

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from unic_ds import config
-from unic_ds.losses.balance import Dropping
 from unic_ds.losses.distill import distill_loss
+from unic_ds.losses.dropping import Dropping
 from unic_ds.models.encoder import grid_of
 from unic_ds.models.ladder import Head
 from unic_ds.models.student import Student

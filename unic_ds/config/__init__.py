@@ -14,7 +14,7 @@ from unic_ds.config import stages as stages_of
 from unic_ds.config.data import Data
 from unic_ds.config.evaluation import PROBES, Eval, Probe
 from unic_ds.config.models import EIGHT_BITS, TEACHER_NAME, Ladder, Student, Teacher
-from unic_ds.config.objective import Balance, Distance, Drop, Loss, Standardise
+from unic_ds.config.objective import MGDA_TEACHERS, Balance, Distance, Drop, Loss, Standardise
 from unic_ds.config.option import check, check_most, option
 from unic_ds.config.plugins import check_names
 from unic_ds.config.schedule import Optim, Run
@@ -105,6 +105,8 @@ class Config:
         stages_of.parse(self.stages)
         teachers = len(self.teachers)
         check(teachers <= TEACHERS, "teachers", f"at most {TEACHERS}", teachers)
+        solved = self.balance.kind != "mgda" or teachers <= MGDA_TEACHERS
+        check(solved, "teachers", f"at most {MGDA_TEACHERS} if balance.kind is mgda", teachers)
         names = [t.name for t in self.teachers]
         distinct = len(set(names)) == len(names)
         check(distinct, "teachers' names", "different (write NAME=SOURCE)", ",".join(names))

@@ -224,6 +224,11 @@ def merge(file: Json, cfg: Config, world: int) -> DeepSpeedSettings:
             f"run.compile {cfg.run.compile!r} does not go with ZeRO-3: a compiled block would keep"
             " its gathered weights until backward; use teachers or none, or ZeRO-1 or 2"
         )
+    if settings.stage == 3 and cfg.balance.compares_gradients:
+        raise ValueError(
+            f"balance.kind {cfg.balance.kind!r} does not go with ZeRO-3, which gathers the ladder's"
+            " weights for one backward, not for one of each teacher; use ZeRO-1 or 2, or famo"
+        )
     limit = min(settings.micro_batch, of_rank)
     micro = next(n for n in range(limit, 0, -1) if of_rank % n == 0)
     merged = file | {

@@ -6,14 +6,14 @@ import re
 
 from unic_ds.files.printable import printable
 
-TERMS = ("cosine", "smooth_l1", "mse", "contrastive")
+TERMS = ("cosine", "smooth_l1", "mse", "contrastive", "dispersion", "relational")
 """The built-in terms."""
 
-CLS_ONLY = ("contrastive",)
+CLS_ONLY = ("contrastive", "dispersion", "relational")
 """Terms for CLS tokens only."""
 
-OF_ALL_IMAGES = ("contrastive",)
-"""Terms that compare an image with the targets of the others."""
+OF_ALL_IMAGES = ("contrastive", "dispersion", "relational")
+"""Terms that compare an image with the targets of others, or learn from the targets of all."""
 
 TERM = re.compile(r"(?:(\d+(?:\.\d*)?|\.\d+)\s*\*?\s*)?([a-z][a-z_0-9]*)")
 

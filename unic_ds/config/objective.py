@@ -9,8 +9,11 @@ from typing import Literal, NamedTuple
 from unic_ds.config import loss_terms
 from unic_ds.config.option import check, check_most, option
 
-BALANCERS = ("dropping", "none", "fixed", "adaloss")
+BALANCERS = ("dropping", "none", "fixed", "adaloss", "famo", "mgda")
 """The built-in balancers."""
+
+MGDA_TEACHERS = 12
+"""The most teachers of `mgda`, which solves every subset of them."""
 
 BALANCER = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -33,7 +36,8 @@ class Loss:
 
     cls: str = option(
         "0.5 cosine + 0.5 smooth_l1",
-        "loss of CLS tokens: a weighted sum of cosine, smooth_l1, mse and contrastive, or none",
+        "loss of CLS tokens: a weighted sum of cosine, smooth_l1, mse, contrastive, dispersion and"
+        " relational, or none",
     )
     patch: str = option(
         "0.5 cosine + 0.5 smooth_l1",
@@ -67,14 +71,28 @@ class Balance:
     kind: str = option(
         "dropping",
         "dropping: drop teachers at random; none: all equal; fixed: by teachers.NAME.weight;"
-        " adaloss: by the inverse of their running losses",
+        " adaloss: by the inverse of their running losses; famo: so that all losses fall at one"
+        " rate; mgda: so that no teacher's loss rises (not under ZeRO-3)",
         choices=BALANCERS,
     )
-    momentum: float = option(0.99, "adaloss and lazy dropping: momentum of the running losses")
+    momentum: float = option(
+        0.99,
+        "adaloss, mgda, lazy dropping: momentum of the running losses, or of the gradients' inner"
+        " products",
+    )
+    rate: float = option(0.025, "famo: learning rate of the teachers' logits")
+    decay: float = option(0.01, "famo: weight decay of the logits, towards equal weights")
 
     def __post_init__(self) -> None:
         check(bool(BALANCER.fullmatch(self.kind)), "balance.kind", "a name", self.kind)
         check(0 <= self.momentum < 1, "balance.momentum", "in [0, 1)", self.momentum)
+        check(self.rate > 0, "balance.rate", "positive", self.rate)
+        check(self.decay >= 0, "balance.decay", ">= 0", self.decay)
+
+    @property
+    def compares_gradients(self) -> bool:
+        """True if the ladder runs backward once for each teacher, which ZeRO-3 cannot do."""
+        return self.kind == "mgda"
 
 
 @dataclass(frozen=True, kw_only=True)

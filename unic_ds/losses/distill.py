@@ -7,16 +7,17 @@ others are added in plain torch. Tensors in, tensors out, no host read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unic_ds import config
-from unic_ds.losses.balance import Balancer
-from unic_ds.losses.terms import TERMS, AllGather, Context
-from unic_ds.tokens import KINDS, Target, Tokens
+from unic_ds.losses.balancer import Balancer
+from unic_ds.losses.mgda import gram
+from unic_ds.losses.terms import TERMS, AllGather, Context, no_dispersion
+from unic_ds.tokens import KINDS, Shared, Target, Tokens
 from unic_kernels.distill_loss import Distilled
 from unic_kernels.image_losses.arguments import TERMS as FUSED_TERMS
 from unic_kernels.ops import FUSED, Ops
@@ -33,6 +34,7 @@ class Row(NamedTuple):
     pred: Tokens
     target: Target
     distance: config.Distance
+    dispersion: Callable[[Tensor], Tensor] = no_dispersion
 
     def rungs(self) -> list[Tokens]:
         """Predictions with a loss each: those along a leading rung axis, or the one."""
@@ -65,6 +67,7 @@ class Row(NamedTuple):
     def other_loss(self, context: Context) -> Tensor | None:
         """Share of the loss per image [B] that is not in the fused op; None without such terms."""
         losses = []
+        context = context._replace(dispersion=self.dispersion)
         for kind, term, weight in self.other_terms():
             loss_LB = TERMS[term](self.pred[kind].float(), self.target.kind(kind), context)
             loss_LB = loss_LB.mean(-1) if KINDS[kind] == "patch" else loss_LB  # of [L, B, N]
@@ -99,16 +102,28 @@ def distill_loss(
     distances: Mapping[str, config.Distance] | None = None,
     all_gather_fn: AllGather = no_gather,
     ops: Ops = FUSED,
+    shared: Shared | None = None,
+    dispersions: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a micro batch and its metrics, detached on the device.
 
     `pred` and `target` are keyed by teacher in config order; `uniform_TB` decides the dropping;
     `distances` are those of teachers that differ from `loss`. The loss is a mean over the micro
     batch's images: average it over ranks and accumulation. A leading rung axis in `pred` is
-    averaged: with `ladder.combine = each` every rung has its own loss.
+    averaged: with `ladder.combine = each` every rung has its own loss. `shared` is what `pred` was
+    copied from, for balancers that compare the teachers' gradients there. `dispersions` are those
+    of teachers that have the term.
     """
+    if shared:
+        pred = {name: tokens.copies() for name, tokens in pred.items()}
+    distances, dispersions = distances or {}, dispersions or {}
     rows = {
-        name: Row(tokens, target[name], (distances or {}).get(name, loss.distance))
+        name: Row(
+            tokens,
+            target[name],
+            distances.get(name, loss.distance),
+            dispersions.get(name, no_dispersion),
+        )
         for name, tokens in pred.items()
     }
     rungs = [row.rungs() for row in rows.values()]
@@ -125,7 +140,11 @@ def distill_loss(
         return torch.where(computed_TB, weight_TB, 0.0)
 
     def refine(loss_EB: Tensor) -> Tensor:
-        return add_other_terms(mean_of_rungs(loss_EB, counts), rows.values(), context)
+        loss_TB = add_other_terms(mean_of_rungs(loss_EB, counts), rows.values(), context)
+        if shared:
+            seen_TB = loss_TB if computed_TB is None else loss_TB.where(computed_TB, 0.0)
+            balance.compare(gram(seen_TB, pred, shared), loss_TB.shape[1])
+        return loss_TB
 
     found = ops.distill_loss(
         [tokens for predictions in rungs for tokens in predictions],

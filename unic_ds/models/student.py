@@ -20,11 +20,12 @@ from unic_ds.models.encoder import (
     build_encoder,
     features,
     freeze_after_blocks,
+    has_cls,
     residuals,
 )
 from unic_ds.models.initial_weights import initialise
 from unic_ds.models.ladder import Head, Ladder
-from unic_ds.tokens import Normalise, Tokens
+from unic_ds.tokens import Normalise, Shared, Tokens
 from unic_kernels.ops import FUSED, Ops
 
 Gathered = Callable[[nn.Parameter], AbstractContextManager[bool]]
@@ -63,6 +64,8 @@ class Student(nn.Module):
         if compiled:
             compile_each(self.encoder.blocks)
         self.recomputed = recompute(self.encoder.blocks, cfg.activation_checkpointing)
+        self.keeps_shared = False  # set for balancers that compare the teachers' gradients
+        self._shared: Shared | None = None
 
     def views_by_name(self) -> Iterator[tuple[nn.Parameter, dict[str, tuple[slice, ...]]]]:
         """Every parameter with the region of each published weight in it, by name."""
@@ -90,7 +93,21 @@ class Student(nn.Module):
             for path, uniform_B in zip(self.paths, path_BK.unbind(1), strict=True):
                 path.scale_B = (uniform_B >= path.rate).float() / (1 - path.rate)
         image_B3HW = self.normalise(image_B3HW, self.dtype)
-        return self.ladder(residuals(self.encoder, image_B3HW, self.ladder.blocks))
+        states = residuals(self.encoder, image_B3HW, self.ladder.blocks)
+        pred = self.ladder(states)
+        if not self.keeps_shared:
+            return pred
+        # Without a CLS token the mean of the patches takes its place: its gradient is theirs.
+        self._shared = Shared(tuple(states[-1])[not has_cls(self.encoder) :], pred)
+        return {name: tokens.copies() for name, tokens in pred.items()}
+
+    def take_shared(self) -> Shared | None:
+        """The last block's tokens in the last forward, and their predictions; None if not kept.
+
+        They are the caller's from then on, so that they are freed with the loss.
+        """
+        shared, self._shared = self._shared, None
+        return shared
 
     @torch.no_grad()
     def encode(self, image_B3HW: Tensor) -> Tokens:

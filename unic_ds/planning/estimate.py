@@ -167,10 +167,11 @@ def flops_per_image(cfg: config.Config, traced: Trace, stage: int) -> dict[str, 
     forward, ladder = per["encoder forward"], per["ladder forward"]
     skipping = traced.work["ladder forward"].ladder / traced.images  # of kernels that skip pairs
     again = 3 * step_time.RECOMPUTE_ALL if cfg.ladder.activation_checkpointing == "all" else 0.0
+    passes = 1 + 2 * step_time.ladder_backwards(cfg)
     return {
         "teachers": teachers,
         "encoder": 3 * forward,
-        "ladder": 3 * ladder - 2 * skipping * (1 - cfg.kept_share),
+        "ladder": passes * ladder - 2 * skipping * (1 - cfg.kept_share),
         "recomputation": recomputed(traced, stage) / traced.images + again * skipping,
     }
 

@@ -78,7 +78,8 @@ def search(
 
 def candidates(cfg: Config, file: dict[str, Any], gpus: int) -> list[tuple[int, int]]:
     """Pairs of a ZeRO stage and a micro batch that divides the batch."""
-    stages = (1, 2) if cfg.run.compiles("student") else (1, 2, 3)
+    whole = cfg.run.compiles("student") or cfg.balance.compares_gradients
+    stages = (1, 2) if whole else (1, 2, 3)
     micros = [micro for micro in MICRO if cfg.optim.batch_size % (micro * gpus) == 0]
     return list(product(stages, micros))
 

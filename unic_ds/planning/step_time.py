@@ -67,6 +67,11 @@ def of_work(
     return Seconds(products, moved / (gpu.memory_gb_s * 1e9 * rate.memory))
 
 
+def ladder_backwards(cfg: config.Config) -> int:
+    """Backward passes of the ladder in a micro batch: one, and one to compare gradients."""
+    return 1 + cfg.balance.compares_gradients
+
+
 def kernels(
     cfg: config.Config, traced: Trace, gpu: Gpu, rate: Efficiency, recomputed: float
 ) -> dict[str, Seconds]:
@@ -77,7 +82,9 @@ def kernels(
     teachers = reduce(lambda a, b: a.combine(lambda x, y: x + y, b), each, Work())
     forward, ladder = work["encoder forward"], work["ladder forward"].ladder
     # The fused ladder's backward skips dropped pairs; that of plain torch is counted in full.
-    backward = work["ladder backward"].combine(max, Work(ladder=2 * cfg.kept_share * ladder))
+    passes = ladder_backwards(cfg)
+    skipping = Work(ladder=2 * (cfg.kept_share + passes - 1) * ladder)
+    backward = work["ladder backward"].times(passes).combine(max, skipping)
     again = forward.times(recomputed / forward.flops)
     if cfg.ladder.activation_checkpointing == "all":
         again = again.combine(max, Work(ladder=3 * RECOMPUTE_ALL * ladder))

@@ -248,6 +248,7 @@ def student_cost(cfg: config.Config, images: int, bf16: bool) -> StudentCost:
     grid, dtype = grid_of(cfg.student), torch.bfloat16 if bf16 else torch.float32
     widths = {row.name: teacher_cost(row, grid, images).width for row in cfg.teachers}
     student = outline(cfg, widths).to(dtype)
+    student.keeps_shared = balance.build(cfg).compares_gradients
     with FakeTensorMode(allow_non_fake_inputs=True):
         to_cpu(student)
         targets = {
@@ -263,6 +264,10 @@ def student_cost(cfg: config.Config, images: int, bf16: bool) -> StudentCost:
         without = student_cost(plain, images, bf16)
         flops[RECOMPUTED] = flops["backward"] - without.flops["backward"]
         work = without.work
+    if cfg.balance.compares_gradients:  # the planner adds the second backward of the ladder
+        plain = replace(cfg, balance=replace(cfg.balance, kind="fixed"))
+        without = student_cost(plain, images, bf16)
+        flops, work = without.flops, without.work
     parameters = list(student.parameters())
     trained = {p for p in parameters if p.requires_grad}
     return StudentCost(
@@ -360,7 +365,7 @@ def step(
             hook = student.ladder.register_forward_pre_hook(lambda *_: begin_ladder())
             pred = student(image, path_BK)
             hook.remove()
-            loss, _ = loss_of(cfg, pred, targets, drop_TB)  # metrics live until the end
+            loss, _ = loss_of(cfg, student, pred, targets, drop_TB)  # metrics live until the end
         mark()
         loss.backward()
         mark()
@@ -372,9 +377,13 @@ def step(
 
 
 def loss_of(
-    cfg: config.Config, pred: dict[str, Tokens], targets: dict[str, Tokens], drop_TB: Tensor
+    cfg: config.Config,
+    student: Student,
+    pred: dict[str, Tokens],
+    targets: dict[str, Tokens],
+    drop_TB: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The distillation loss of predictions, given the teachers' tokens, and its metrics."""
+    """The distillation loss of a step, given the teachers' tokens, and its metrics."""
     return distill_loss(
         pred,
         {name: Target.of(tokens) for name, tokens in targets.items()},
@@ -383,6 +392,7 @@ def loss_of(
         balance=balance.build(cfg),
         distances=cfg.distances,
         ops=KERNELS[cfg.kernels],
+        shared=student.take_shared(),
     )
 
 

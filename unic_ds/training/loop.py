@@ -73,6 +73,7 @@ def train_step(run: RunContext, state: TrainState) -> list[Metrics]:
     taken = state.guard.end_step()
     state.teachers.track(optim.momentum(state.step, cfg.standardise, run.steps), taken)
     state.balancer.track(taken)
+    state.dispersions.track(taken)
     return metrics
 
 
@@ -204,6 +205,8 @@ def compute_loss(
         distances=cfg.distances,
         all_gather_fn=dist.all_gather_batch,
         ops=KERNELS[cfg.kernels],
+        shared=state.engine.module.take_shared(),
+        dispersions=state.dispersions.by_name(),
     )
 
 

@@ -25,7 +25,7 @@ from unic_ds.training import checkpoint, events, rollback, start_facts
 from unic_ds.training.setup import decoder_of, fit_statistics
 from unic_ds.training.state import RunContext, TrainState
 
-BALANCE, GUARD = "balance/", "guard/"
+BALANCE, DISPERSION, GUARD = "balance/", "dispersion/", "guard/"
 """Prefixes in a checkpoint's statistics, of tensors that are no teacher's; no teacher's name has a
 slash."""
 
@@ -186,6 +186,7 @@ def save(
         | {"summaries": summaries, "rollbacks": state.rollbacks},
         statistics=state.teachers.state_dict()
         | {f"{BALANCE}{k}": v for k, v in state.balancer.state_dict().items()}
+        | {f"{DISPERSION}{k}": v for k, v in state.dispersions.state_dict().items()}
         | {f"{GUARD}{k}": v for k, v in state.guard.state_dict().items()},
         # Checkpoints saved while steps are skipped may not replace those from before them.
         keep=replace(cfg.run, keep_last=cfg.run.keep_last + state.guard.streak),
@@ -220,7 +221,11 @@ def load(run: RunContext, state: TrainState, found: Path, expected: dict[str, An
     contents = checkpoint_contents(run)
     facts, statistics = checkpoint.load(state.engine, found, expected, content_of=contents)
     refuse_other_summaries(str(found), facts.get("summaries", {}), run.manifest)
-    for prefix, part in ((BALANCE, state.balancer), (GUARD, state.guard)):
+    for prefix, part in (
+        (BALANCE, state.balancer),
+        (DISPERSION, state.dispersions),
+        (GUARD, state.guard),
+    ):
         names = [name for name in statistics if name.startswith(prefix)]
         part.load_state_dict({k.removeprefix(prefix): statistics.pop(k) for k in names})
     state.teachers.load_state_dict(statistics)

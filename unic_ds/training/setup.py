@@ -24,7 +24,7 @@ from unic_ds.evaluate import table
 from unic_ds.files.printable import printable
 from unic_ds.harness import session
 from unic_ds.harness.image_sets import can_evaluate, find_images
-from unic_ds.losses import balance
+from unic_ds.losses import balance, dispersion
 from unic_ds.models.encoder import grid_of
 from unic_ds.models.ladder import heads_of
 from unic_ds.models.student import Student
@@ -122,7 +122,14 @@ def build_state(
     guard = StepGuard(job.cfg.run.spike, all_gather_fn=dist.all_gather, device=device)
     deepspeed_engine.set_found_inf(engine, guard.found_inf)
     balancer = balance.build(job.cfg).to(device)
-    return TrainState(engine=engine, teachers=teachers, balancer=balancer, guard=guard)
+    student.keeps_shared = balancer.compares_gradients
+    return TrainState(
+        engine=engine,
+        teachers=teachers,
+        balancer=balancer,
+        dispersions=dispersion.build(job.cfg, teachers.widths).to(device),
+        guard=guard,
+    )
 
 
 def announce_phases(state: TrainState, set_phase: SetPhase, *, compiles: bool) -> Phases:

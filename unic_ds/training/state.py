@@ -14,7 +14,8 @@ from unic_ds.config import Config
 from unic_ds.config.job import Job
 from unic_ds.data import Batch, Source, Stream
 from unic_ds.engine.protocol import Engine
-from unic_ds.losses.balance import Balancer
+from unic_ds.losses.balancer import Balancer
+from unic_ds.losses.dispersion import Dispersions
 from unic_ds.models.student import Student
 from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.teacher import TeacherFacts
@@ -33,6 +34,7 @@ class TrainState:
     engine: Engine[Student]  # weights, moments, average
     teachers: TeacherSet
     balancer: Balancer
+    dispersions: Dispersions  # of the teachers whose loss divides by it
     guard: StepGuard
     step: int = 0  # the optimiser step that is being taken, or that was taken last
     rollbacks: list[RollbackRow] = field(default_factory=list)  # so far
