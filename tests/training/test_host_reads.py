@@ -147,7 +147,7 @@ def test_a_whole_step_reads_nothing_and_a_log_line_once(counted, name):
 
 def test_lazy_dropping_reads_once_after_a_full_step(counted):
     """Steps 1 and 3 are full; the next one reads the teacher that they have found."""
-    read = {"losses/balance.py:choose_pairs: tolist": 1}
+    read = {"losses/dropping.py:choose_pairs: tolist": 1}
     logged = {"training/run_log.py:write: tolist": 1}
     assert [counted["lazy"][step]["ours"] for step in (2, 3, 4)] == [read, logged, read]
 
