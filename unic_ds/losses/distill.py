@@ -8,6 +8,7 @@ others are added in plain torch. Tensors in, tensors out, no host read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -130,20 +131,12 @@ def distill_loss(
     counts = [len(predictions) for predictions in rungs]
     entries = [row for row, n in zip(rows.values(), counts, strict=True) for _ in range(n)]
     context = Context(loss.temperature, all_gather_fn)
-
     computed_TB = computed_pairs(row.target for row in rows.values())
-
-    def coefficients(loss_TB: Tensor, uniform_TB: Tensor) -> Tensor:
-        if computed_TB is None:
-            return balance(loss_TB, uniform_TB)
-        weight_TB = balance(loss_TB.masked_fill(~computed_TB, -torch.inf), uniform_TB)
-        return torch.where(computed_TB, weight_TB, 0.0)
 
     def refine(loss_EB: Tensor) -> Tensor:
         loss_TB = add_other_terms(mean_of_rungs(loss_EB, counts), rows.values(), context)
         if shared:
-            seen_TB = loss_TB if computed_TB is None else loss_TB.where(computed_TB, 0.0)
-            balance.compare(gram(seen_TB, pred, shared), loss_TB.shape[1])
+            balance.compare(gram(filled(loss_TB, computed_TB, 0.0), pred, shared), loss_TB.shape[1])
         return loss_TB
 
     found = ops.distill_loss(
@@ -153,15 +146,27 @@ def distill_loss(
         [row.target.divisor_2C for row in entries],
         uniform_TB,
         distances=[row.fused_terms() for row in entries],
-        balance=coefficients,
+        balance=partial(coefficients, balance, computed_TB),
         refine=refine,
         clamp=entries[0].target.clamp,
         eps=0.0,  # the divisor has it
     )
-    gap_TB22, loss_TB = mean_of_rungs(found.gap_TB22, counts), found.loss_TB.detach()
-    if computed_TB is not None:
-        loss_TB = loss_TB.masked_fill(~computed_TB, -torch.inf)
+    gap_TB22 = mean_of_rungs(found.gap_TB22, counts)
+    loss_TB = filled(found.loss_TB.detach(), computed_TB, -torch.inf)
     return found.loss, metrics(rows, found, gap_TB22) | balance.metrics(loss_TB)
+
+
+def coefficients(
+    balance: Balancer, computed_TB: Tensor | None, loss_TB: Tensor, uniform_TB: Tensor
+) -> Tensor:
+    """Coefficients of the losses; 0 for pairs that are not computed."""
+    weight_TB = balance(filled(loss_TB, computed_TB, -torch.inf), uniform_TB)
+    return filled(weight_TB, computed_TB, 0.0)
+
+
+def filled(x_TB: Tensor, computed_TB: Tensor | None, value: float) -> Tensor:
+    """Values of pairs, with another value for those that are not computed."""
+    return x_TB if computed_TB is None else torch.where(computed_TB, x_TB, value)
 
 
 def computed_pairs(targets: Iterable[Target]) -> Tensor | None:
