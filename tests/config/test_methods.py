@@ -93,6 +93,7 @@ def test_a_recipe_that_is_not_there_is_named(name, sentence):
 def test_every_method_trains_on_two_ranks_with_any_balancer(tmp_path):
     """One launch: each method for three steps under ZeRO-2, the balancers spread over them."""
     kinds = {"fitnet": "adaloss", "crd": "dropping", "dune": "fixed"}
+    kinds |= {"theia": "famo", "radio": "mgda"}
     plan = []
     for name in methods.METHODS:
         more = {"recipe": f"quickstart+{name}", "optim__steps": 3, "eval__on": "false"}

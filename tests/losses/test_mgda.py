@@ -71,13 +71,13 @@ def test_degenerate_gradients_have_weights_too():
     np.testing.assert_allclose(min_norm(one_at_rest_TT), [0, 1, 0], atol=1e-9)
 
 
-def student_of(model, combine, kernels, distances=DISTANCES):
+def student_of(model, combine, kernels, distances=DISTANCES, recomputed="none"):
     ladder = config.Ladder(rungs="half", width=24, combine=combine)
     heads = {
         name: Head(width, distances.get(name, Loss().distance).kinds)
         for name, width in WIDTHS.items()
     }
-    cfg = config.Student(model=model, size=32)
+    cfg = config.Student(model=model, size=32, activation_checkpointing=recomputed)
     student = Student(cfg, ladder, heads, seed=0, ops=KERNELS[kernels])
     student.keeps_shared = True
     draw = torch.Generator().manual_seed(1)
@@ -165,14 +165,27 @@ def test_the_gradients_are_those_of_the_formulas(model, combine, kernels):
     assert found.images.item() == IMAGES
 
 
-def test_the_encoder_is_not_run_backward_and_the_gradient_is_the_same():
+def test_gradients_in_bf16_are_those_of_fp32_to_its_rounding():
+    grams = []
+    for dtype in (torch.float32, torch.bfloat16):
+        student, (image, target) = student_of("test_vit", "sum", "fused").to(dtype), batch()
+        sides = {name: Tokens(*(x.to(dtype) for x in tokens)) for name, tokens in target.items()}
+        found = Mgda(torch.ones(3), 0.9)
+        loss_of(student, image, sides, found)
+        grams.append(found.sum_TT)
+    scale_T = grams[0].diagonal().sqrt()
+    assert ((grams[1] - grams[0]).abs() / (scale_T[:, None] * scale_T)).max() < 2**-5  # 8 bits
+
+
+@pytest.mark.parametrize("recomputed", ["none", "full"])
+def test_the_encoder_is_not_run_backward_and_the_gradient_is_the_same(recomputed):
     (image, target), grads, runs = batch(), [], []
 
     def count_backward(block, given, x_BND):
         x_BND.register_hook(lambda _: runs.append("encoder"))
 
     for compares in (False, True):
-        student = student_of("test_vit", "sum", "fused")
+        student = student_of("test_vit", "sum", "fused", recomputed=recomputed)
         student.keeps_shared = compares
         student.encoder.blocks[-1].register_forward_hook(count_backward)
         loss = loss_of(student, image, target, Mgda(torch.ones(3), 0.9))

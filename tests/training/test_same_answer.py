@@ -40,6 +40,7 @@ class Spread(NamedTuple):
     precision: str = "fp32"
     clip: float = 0.0
     kernels: str = "fused"
+    balance: str = "dropping"
 
     @property
     def micro(self) -> int:
@@ -68,6 +69,7 @@ def arguments(folder: Path, spread: Spread) -> list[str]:
     (folder / f"{name}.json").write_text(json.dumps(settings))
     more = {"ds_config": folder / f"{name}.json", "out": folder / name}
     more |= {"optim.clip": spread.clip, "kernels": spread.kernels} | calm
+    more |= {"balance.kind": spread.balance, "balance.momentum": 0.9}
     return [word for key, value in (SCIENCE | more).items() for word in (f"--{key}", str(value))]
 
 
@@ -119,9 +121,12 @@ def assert_same(found: dict[Spread, Answer]) -> None:
 
 
 def assert_same_statistics(one: dict, other: dict, spread: Spread) -> None:
-    """Running means and stds equal to 1e-6 of the channel's own scale."""
+    """Running means and stds equal to 1e-6 of the channel's own scale; a balancer's state too."""
     assert one.keys() == other.keys()
     for name, value in one.items():
+        if name.startswith("balance/"):
+            torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-5)
+            continue
         scale = other[name].abs() + other[name.replace("mean_2C", "std_2C")]
         gap = ((value - other[name]).abs() / scale).max().item()
         assert gap < 1e-6, (spread, name, gap)
@@ -150,6 +155,16 @@ HALF = [
     *(Spread(2, 3, 1, "bf16"), Spread(4, 2, 1, "bf16")),
 ]
 
+BALANCED = [
+    Spread(*where, balance=kind)
+    for kind, places in {
+        "famo": [(1, 0, 1), (2, 3, 2), (4, 1, 2)],
+        "mgda": [(1, 0, 1), (1, 2, 4), (2, 1, 2), (4, 2, 1)],
+    }.items()
+    for where in places
+]
+"""Balancers with a state."""
+
 EVERY = [
     Spread(ranks, stage, accumulation)
     for ranks in (1, 2, 4)
@@ -163,11 +178,13 @@ EVERY = [
 @pytest.mark.slow
 def test_the_matrix_gives_one_answer(tmp_path):
     """fp32 exactly; clipped, exactly another one; bf16 as closely as it was measured to."""
-    found = answers(tmp_path, COVER + CLIPPED + HALF)
+    found = answers(tmp_path, COVER + CLIPPED + BALANCED + HALF)
     assert_learns(found[COVER[0]])
     assert_same({spread: found[spread] for spread in COVER})
     assert_same({spread: found[spread] for spread in CLIPPED})
     assert max(gaps(found[CLIPPED[0]], found[COVER[0]])) > 1e-3  # the clipping did bind
+    for kind in ("famo", "mgda"):
+        assert_same({spread: found[spread] for spread in BALANCED if spread.balance == kind})
     assert_close({spread: found[spread] for spread in HALF})
 
 
