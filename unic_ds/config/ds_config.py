@@ -227,7 +227,8 @@ def merge(file: Json, cfg: Config, world: int) -> DeepSpeedSettings:
     if settings.stage == 3 and cfg.balance.compares_gradients:
         raise ValueError(
             f"balance.kind {cfg.balance.kind!r} does not go with ZeRO-3, which gathers the ladder's"
-            " weights for one backward, not for one of each teacher; use ZeRO-1 or 2, or famo"
+            " weights for one backward, not for one of each teacher; use ZeRO-1 or 2, or"
+            " --balance.kind famo"
         )
     limit = min(settings.micro_batch, of_rank)
     micro = next(n for n in range(limit, 0, -1) if of_rank % n == 0)
