@@ -100,6 +100,21 @@ def to_grid(tokens: Tokens, grid: int) -> Tokens:
     return Tokens(tokens.cls_BC, map_BCHW.flatten(2).transpose(1, 2).to(patch_BNC.dtype))
 
 
+def enlarged(patch_BNC: Tensor, grid: int) -> Tensor:
+    """Patch tokens [..., N, C] with their map resized to a larger `grid`, as `to_grid` does.
+
+    By two products, rows and columns: on a GPU torch's backward of bicubic resizing adds in no
+    fixed order.
+    """
+    side = round(patch_BNC.shape[-2] ** 0.5)
+    rows_SS = torch.eye(side, device=patch_BNC.device)[None, None]
+    weight_GS = F.interpolate(rows_SS, size=(grid, side), mode="bicubic", antialias=True)[0, 0]
+    map_BHWC = patch_BNC.unflatten(-2, (side, side)).float()
+    map_BHWC = torch.einsum("gh,...hwc->...gwc", weight_GS, map_BHWC)
+    map_BHWC = torch.einsum("gw,...hwc->...hgc", weight_GS, map_BHWC)
+    return map_BHWC.flatten(-3, -2).to(patch_BNC.dtype)
+
+
 class Normalise(nn.Module):
     """uint8 images -> (x / 255 - mean) / std, computed in fp32 and returned in `dtype`."""
 

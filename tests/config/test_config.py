@@ -48,7 +48,7 @@ def test_values_follow_the_annotation_not_their_looks():
         ("student.size", "1000000", "student.size must be from 1 to 16384, got 1000000"),
         ("student.registers", "100000", "student.registers must be from -1 to 4096"),
         ("ladder.width", "10000000", "ladder.width must be from 0 to 1000000"),
-        ("teachers", "resnet50", "must be timm:, open_clip:, file: or python:"),
+        ("teachers", "resnet50", "must be timm:, open_clip:, file:, run: or python:"),
         ("teachers", "timm:a,timm:a", "must be different"),
         ("teachers", "file:x.safetensors", "#arch="),
         ("teachers.x.size", "1", "unknown teacher 'x'"),

@@ -479,7 +479,7 @@ def test_a_wrong_encoder_is_refused_in_one_sentence(
         (["EMPTY"], "it is neither a model folder (config.json and model.safetensors) nor a run"),
         (["timm:vit_tiny_patch16_225"], "timm has no arch 'vit_tiny_patch16_225' (did you mean"),
         (["timm:test_vi"], "did you mean test_vit"),
-        (["nothing:x"], "must begin with one of timm:, open_clip:, file:, python:"),
+        (["nothing:x"], "must begin with one of timm:, open_clip:, file:, run:, python:"),
         (["narrow", "narrow"], "two models are named 'narrow'; name one, as in NAME=narrow"),
         (["RUN", "full=pixels"], "two models are named 'full'; name one"),
     ],

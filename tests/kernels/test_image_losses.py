@@ -10,7 +10,7 @@ from image_losses_accuracy import doubled, near_the_truth, run
 from torch import Tensor
 
 from unic_kernels.image_losses import image_losses, image_losses_ref
-from unic_kernels.image_losses.cases import ALL, BOTH, CASES, Case
+from unic_kernels.image_losses.cases import ALL, BOTH, CASES, Case, Example
 from unic_kernels.image_losses.op import forward_arguments
 
 FORWARD = torch.ops.unic_kernels.image_losses.default
@@ -159,3 +159,16 @@ def test_rungs_each_on_its_own_are_more_entries():
         rest = (given.target[:1], given.mean[:1], given.std[:1])
         one_TB, _ = image_losses(given.pred[first:last], *rest, distances=((BOTH, ALL),), clamp=3.0)
         torch.testing.assert_close(found_TB[i], one_TB[0])
+
+
+def test_entries_may_have_other_numbers_of_patch_tokens():
+    """Two groups of the op, put back in order; an entry without patch tokens is in the first."""
+    sizes = {9: 12, 4: 7, 25: 8, 16: 10}  # patch tokens -> channels
+    parts = [
+        Case(name=str(n), patches=n, widths=(w,)).make(torch.float32) for n, w in sizes.items()
+    ]
+    parts.append(Case(name="as the first", patches=9, widths=(16,)).make(torch.float32))
+    pred, target, mean, std = ([part[side][0] for part in parts] for side in range(4))
+    given = Example(pred, target, mean, std, torch.cat([part.grad_TB for part in parts]))
+    distances = ((BOTH, BOTH), (ALL, {}), ({}, ALL), (BOTH, ALL), (ALL, BOTH))
+    near_the_truth(Case(name="grids", distances=distances, clamp=3.0), given)

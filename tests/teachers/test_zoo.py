@@ -213,7 +213,7 @@ FAMILIES = {
     "timm:vitamin_small_224": (112, MEAN),
     "timm:vit_base_mci_224": (112, TOKEN),
     "timm:vit_base_r50_s16_224": (112, TOKEN),
-    "timm:convit_tiny": FIXED,
+    "timm:convit_tiny": (224, TOKEN),
     "timm:xcit_nano_12_p8_224": NO_TOKENS,
     "timm:coat_tiny": NO_TOKENS,
     "timm:crossvit_tiny_240": NO_TOKENS,
@@ -251,6 +251,7 @@ def test_a_family_works_or_is_refused_before_its_weights_are_read(source, monkey
         ({"source": "timm:vit_tiny_r_s16_p8_224", "size": 144}, "multiple of its patch 32"),
         ({"source": "timm:naflexvit_base_patch16_radio_v3", "patch": 14}, "0 or its own 16"),
         ({"source": "timm:test_efficientnet", "patch": 16}, "patch must be 0, got 16"),
+        ({"source": "timm:convit_tiny", "size": 112}, f"size must be 224, got 112: {FIXED}"),
         ({"source": "open_clip:RN50/openai", "size": 336}, "size must be 0 or the tower's own 224"),
         ({"source": "timm:test_vit.nope"}, "timm has no weights 'test_vit.nope'"),
         ({"source": "open_clip:RN50/nope"}, "open_clip has no 'nope'"),
@@ -281,9 +282,10 @@ SMALL = (
     "vit_tiny_patch16_dinov3_qkvb",
     "vit_pe_core_tiny_patch16_384",
     "naflexvit_base_patch16_radio_v3",
+    "convit_tiny",
+    "cait_xxs24_224",
 )
 REFUSED = {
-    **dict.fromkeys(("convit_tiny", "cait_xxs24_224"), FIXED),
     **dict.fromkeys(("xcit_nano_12_p8_224", "coat_tiny", "crossvit_tiny_240"), NO_TOKENS),
     **dict.fromkeys(("gmlp_ti16_224", "efficientvim_m1", "levit_128s"), NO_TOKENS),
     **dict.fromkeys(("pit_ti_224", "hiera_tiny_224", "mvitv2_tiny", "volo_d1_224"), NO_TOKENS),

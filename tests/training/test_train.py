@@ -255,7 +255,8 @@ def test_a_checkpoint_of_other_images_is_refused(stopped, tmp_path):
 def test_a_checkpoint_s_path_starts_another_run_and_is_not_gone_back_to(stopped, tmp_path):
     older = Path(shutil.copytree(stopped / "checkpoints" / "step_0000002", tmp_path / "older"))
     facts = json.loads((older / "run.json").read_text())
-    assert facts.pop("--student.heads") == "0"  # a version before had no such option
+    assert facts.pop("--student.heads") == "0"  # a version before had no such options
+    assert facts.pop("--teachers.dinov2.resize") == facts.pop("--teachers.effnet.resize") == "image"
     (older / "run.json").write_text(json.dumps(facts))
     (older / checkpoint.MANIFEST).write_text(json.dumps(checkpoint.hash_files(older)))
     more = PARTIAL | {"resume": older, "run__stop_at": 4}

@@ -90,7 +90,7 @@ def resolve(options: dict[str, str], ranks: int | None = None) -> Job:
     check_resume(resume, stages=len(jobs))
     for job in jobs:
         check_folder(job, last=job is jobs[-1])
-    check_inputs(cfg)
+    check_inputs(cfg, out)
     check_room(out)
     return replace(jobs[-1], before=tuple(jobs[:-1]))
 
@@ -137,8 +137,11 @@ def configure(recipe: str, options: dict[str, str]) -> Config:
     return override_all(cfg, options, others=tuple(JOB_OPTIONS))
 
 
-def check_inputs(cfg: Config) -> None:
-    """Raise ValueError for missing teachers or images; prepares the demonstration if it is used."""
+def check_inputs(cfg: Config, out: Path) -> None:
+    """Raise ValueError for missing teachers or images; prepares the demonstration if it is used.
+
+    `out` is the run's folder.
+    """
     if not cfg.teachers:
         raise ValueError("no teachers; give --teachers SOURCE,SOURCE or a --recipe that has some")
     if not cfg.data.train:
@@ -156,9 +159,14 @@ def check_inputs(cfg: Config) -> None:
                 name = printable(given)
                 raise ValueError(f"--data.{key} {name!r}: {error.strerror}") from None
     check_domains(cfg)
+    for teacher in cfg.teachers:
+        if teacher.parsed_source.kind == "run":
+            refuse_itself(teacher, out)
     for teacher in () if cfg.cache else cfg.teachers:
         if teacher.parsed_source.kind == "file":
             weight_file(teacher)
+        elif teacher.parsed_source.kind == "run":
+            student_folder(teacher)
 
 
 def check_domains(cfg: Config) -> None:
@@ -201,6 +209,44 @@ def weight_file(row: Teacher) -> Path:
             f" --teachers.{row.name}.source (`unic-ds teachers fetch` has those of hubs)"
         )
     return Path(path).expanduser()
+
+
+def student_folder(row: Teacher) -> Path:
+    """The model folder of a `run:` teacher: itself, or the run's `student/`.
+
+    ValueError if it does not exist, or its run is not finished.
+    """
+    path = row.parsed_source.path
+    names = ("model.safetensors", "config.json")
+    for folder in (path, f"{path}/student"):
+        if all(kind_of(f"{folder}/{name}") == "file" for name in names):
+            return Path(folder).expanduser()
+    shown = printable(path)
+    if kind_of(f"{path}/config.yaml") == "file":
+        raise ValueError(
+            f"teacher {row.name!r}: the run {shown!r} is not finished, it has no student/; start"
+            f" its command again, or export its newest checkpoint (`unic-ds export {shown}`) and"
+            f" give --teachers.{row.name}.source run:FOLDER"
+        )
+    raise ValueError(
+        f"teacher {row.name!r}: {shown!r} holds neither a run nor a student"
+        f" ({' and '.join(names)}); give --teachers.{row.name}.source run:PATH of a"
+        " finished run or of its student/"
+    )
+
+
+def refuse_itself(row: Teacher, out: Path) -> None:
+    """Raise ValueError if a `run:` teacher is the student of the run in `out`, or of its stages."""
+    try:
+        folder = Path(row.parsed_source.path).expanduser().resolve()
+        inside = folder.is_relative_to(out.resolve())
+    except (OSError, RuntimeError):  # links in a circle, or the home of an unknown user
+        return
+    if inside:
+        raise ValueError(
+            f"teacher {row.name!r}: {printable(row.source)!r} is this run itself, whose --out is"
+            f" {printable(out)!r}; give --teachers.{row.name}.source another run, or another --out"
+        )
 
 
 def check_init(student: Student) -> None:
@@ -273,6 +319,23 @@ def check_folder(job: Job, *, last: bool) -> None:
     if job.out.exists() and not job.out.is_dir():
         raise ValueError(f"--out {str(job.out)!r} is a file; give a folder")
     extension.check(job.cfg, job.out, resume=job.resume, last=last)
+    if last and job.finished and (job.out / "config.yaml").is_file():
+        refuse_other_runs(job)
+
+
+def refuse_other_runs(job: Job) -> None:
+    """Raise ValueError if a finished run had the student of another path as its teacher.
+
+    A run that goes on compares the content of the weights, so the path may differ there.
+    """
+    there = {row.name: row.source for row in recipes.read(job.out / "config.yaml").teachers}
+    for row in job.cfg.teachers:
+        if row.parsed_source.kind == "run" and there.get(row.name, row.source) != row.source:
+            raise ValueError(
+                f"--out {str(job.out)!r} holds a finished run whose teachers.{row.name}.source was"
+                f" {printable(there[row.name])!r}, now {printable(row.source)!r}; choose another"
+                " --out, or give the same"
+            )
 
 
 def check_room(out: Path) -> None:

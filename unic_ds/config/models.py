@@ -36,12 +36,18 @@ class Teacher:
     source: str = option(
         "",
         "where its weights are: timm:NAME | open_clip:ARCH/TAG | file:PATH#arch=TIMM_NAME |"
-        " python:MODULE:FUNCTION",
+        " run:PATH (of a finished run) | python:MODULE:FUNCTION",
     )
     size: int = option(
         0,
-        "image size in pixels; 0: the size that gives the student's patch grid (a CNN: its"
+        "image size in pixels; 0: by `resize` (a CNN, and models that take one size alone: their"
         " pretrained input size)",
+    )
+    resize: Literal["image", "target", "larger"] = option(
+        "image",
+        "what is resized so that the grids agree: image: its images; target: its patch map, of"
+        " images of its pretrained input size, to the student's grid; larger: as target, or the"
+        " student's predicted map if the teacher's grid is larger",
     )
     patch: int = option(0, "patch size in pixels; 0: the model's own")
     mean: tuple[float, ...] = option(

@@ -278,4 +278,5 @@ def science(config: Config) -> dict[str, str]:
             f"teachers.{row.name}.{f.name}" for f in fields(row) if f.metadata.get("machinery")
         }
     texts = {k: v for k, v in flatten(to_dict(config)).items() if k not in machinery}
+    texts |= {f"teachers.{t.name}.source": t.parsed_source.science for t in config.teachers}
     return texts | {"teachers": ",".join(t.name for t in config.teachers)}  # in their order

@@ -3,6 +3,7 @@
 timm:MODEL                   published weights by timm's name, as vit_base_patch14_dinov2.lvd142m
 open_clip:MODEL/TAG          published weights by open_clip's names
 file:PATH#arch=MODEL         a weight file of a timm architecture
+run:PATH                     the student of a finished run, or a model folder
 python:MODULE:FUNCTION       the torch module that a user's function returns
 KIND:REST                    a kind that a plugin has added to the registry of sources
 """
@@ -19,6 +20,7 @@ GRAMMAR = {
     "timm": "timm:NAME",
     "open_clip": "open_clip:ARCH/TAG",
     "file": "file:PATH#arch=TIMM_NAME",
+    "run": "run:PATH",
     "python": "python:MODULE:FUNCTION",
 }
 """Kinds of source that come with unic_ds, and how each is written."""
@@ -35,7 +37,7 @@ class TeacherSource:
     rest: str  # what follows `KIND:`
     model: str = ""  # by its library's name: timm's (with its tag, if one was given), open_clip's
     tag: str = ""  # open_clip: of the published weights
-    path: str = ""  # file: of the weights, `~` not expanded
+    path: str = ""  # file: of the weights, run: of a folder; `~` not expanded
     module: str = ""  # python
     function: str = ""  # python
 
@@ -47,7 +49,7 @@ class TeacherSource:
         """
         kind, _, rest = text.partition(":")
         valid = bool(KIND.fullmatch(kind)) and rest != ""
-        check(valid, option, "timm:, open_clip:, file: or python: and a name", text)
+        check(valid, option, "timm:, open_clip:, file:, run: or python: and a name", text)
         parts: dict[str, str] = {}
         if kind == "timm":
             parts = {"model": rest}
@@ -57,6 +59,8 @@ class TeacherSource:
         elif kind == "file":
             parts["path"], arch, parts["model"] = rest.rpartition("#arch=")
             check(arch != "", option, GRAMMAR[kind], text)
+        elif kind == "run":
+            parts = {"path": rest}
         elif kind == "python":
             parts["module"], _, parts["function"] = rest.partition(":")
             check(rest.count(":") == 1, option, GRAMMAR[kind], text)
@@ -70,12 +74,26 @@ class TeacherSource:
     @property
     def without_folders(self) -> str:
         """The text without the folders of the machine that it was written on."""
-        return f"file:{PurePath(self.rest).name}" if self.kind == "file" else self.text
+        if self.kind == "file":
+            return f"file:{PurePath(self.rest).name}"
+        return f"run:{self.run_name}" if self.kind == "run" else self.text
+
+    @property
+    def science(self) -> str:
+        """The text without a run's path, which may change: its weights' content identifies it."""
+        return "run:" if self.kind == "run" else self.text
+
+    @property
+    def run_name(self) -> str:
+        """The name of a `run:` source's folder; that of the run for its `student/`."""
+        path = PurePath(self.path)
+        return path.parent.name if path.name == "student" and path.parent.name else path.name
 
     @property
     def default_name(self) -> str:
         """A teacher's name made from its source: its model, file or function, in a-z, 0-9 and _."""
         rest = self.rest.partition("#")[0]
         stem = rest.rsplit("/")[-1] if self.kind == "file" else rest.split("/")[0].split(":")[-1]
-        name = re.sub(r"[^a-z0-9]+", "_", stem.split(".")[0].lower()).strip("_")
+        stem = self.run_name if self.kind == "run" else stem.split(".")[0]
+        name = re.sub(r"[^a-z0-9]+", "_", stem.lower()).strip("_")
         return name if KIND.fullmatch(name) else f"t_{name}"

@@ -151,8 +151,12 @@ def read_source(spec: ModelSpec, cfg: config.Config, device: torch.device) -> Mo
     """A model of any teacher's source, at the side that its weights were trained on."""
     row = row_of(spec, cfg)
     source = row.parsed_source
-    shown = source.without_folders.partition("#")[0] if source.kind == "file" else source.rest
-    name = spec.name or printable(shown.removeprefix("file:"))
+    shown = source.rest
+    if source.kind == "file":
+        shown = source.without_folders.partition("#")[0].removeprefix("file:")
+    elif source.kind == "run":
+        shown = source.run_name
+    name = spec.name or printable(shown)
     return read_teacher(name, row, cfg, device, own_grid=True)
 
 

@@ -18,7 +18,7 @@ from unic_ds import config
 from unic_ds.losses.balancer import Balancer
 from unic_ds.losses.mgda import gram
 from unic_ds.losses.terms import TERMS, AllGather, Context, no_dispersion
-from unic_ds.tokens import KINDS, Shared, Target, Tokens
+from unic_ds.tokens import KINDS, Shared, Target, Tokens, enlarged
 from unic_kernels.distill_loss import Distilled
 from unic_kernels.image_losses.arguments import TERMS as FUSED_TERMS
 from unic_kernels.ops import FUSED, Ops
@@ -36,6 +36,13 @@ class Row(NamedTuple):
     target: Target
     distance: config.Distance
     dispersion: Callable[[Tensor], Tensor] = no_dispersion
+
+    def on_larger_grid(self) -> Row:
+        """The same with the prediction's patch map on the target's grid, if that is larger."""
+        count, own = self.target.features.patch_BNC.shape[1], self.pred.patch_BNC
+        if not self.distance.patch or own.shape[-2] >= count:
+            return self
+        return self._replace(pred=Tokens(self.pred.cls_BC, enlarged(own, round(count**0.5))))
 
     def rungs(self) -> list[Tokens]:
         """Predictions with a loss each: those along a leading rung axis, or the one."""
@@ -113,7 +120,8 @@ def distill_loss(
     batch's images: average it over ranks and accumulation. A leading rung axis in `pred` is
     averaged: with `ladder.combine = each` every rung has its own loss. `shared` is what `pred` was
     copied from, for balancers that compare the teachers' gradients there. `dispersions` are those
-    of teachers that have the term.
+    of teachers that have the term. A predicted map is
+    resized to the target's grid, if that is larger.
     """
     if shared:
         pred = {name: tokens.copies() for name, tokens in pred.items()}
@@ -124,7 +132,7 @@ def distill_loss(
             target[name],
             distances.get(name, loss.distance),
             dispersions.get(name, no_dispersion),
-        )
+        ).on_larger_grid()
         for name, tokens in pred.items()
     }
     rungs = [row.rungs() for row in rows.values()]

@@ -159,14 +159,22 @@ class ModelFolder:
             raise ValueError(f"{self.named}: {name} holds no sound weights: {problem}")
         return state
 
-    def encoder(self) -> VisionTransformer:
-        """The frozen encoder in fp32 on the CPU; ValueError if its weights are of another."""
+    def encoder(self, size: int = 0) -> VisionTransformer:
+        """The frozen encoder in fp32 on the CPU; ValueError if its weights are of another.
+
+        Position embeddings are resampled to images of `size` px; 0: the student's own.
+        """
+        cfg = replace(self.student, size=size or self.student.size)
+        return encoder_of(cfg, self.check_encoder(), self.named)
+
+    def check_encoder(self) -> Safetensors:
+        """The encoder's weights, mapped; ValueError unless they are those of `config.json`."""
         state = self.tensors(WEIGHTS)
         with torch.device("meta"), NoInit():
             outline = build_encoder(self.student).state_dict()
         if wrong := misfit(without_classifier(state), outline):
             raise ValueError(f"{self.named}: {WEIGHTS} does not fit {CONFIG}: {wrong}")
-        return encoder_of(self.student, state, self.named)
+        return state
 
     def ladder(self, encoder: VisionTransformer, description: Description) -> Ladder:
         """The frozen ladder in fp32 on the CPU; ValueError if its weights are of another."""

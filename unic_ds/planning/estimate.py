@@ -351,5 +351,5 @@ def make(
         days=steps * total / 86400,
         steps=steps,
         checkpoint_gb=(copies * FP32 * trained + 2 * (trained + traced.frozen)) / 1e9,
-        cache_gb_per_view=per_epoch * sum(traced.widths.values()) * (traced.tokens + 1) * 2 / 1e9,
+        cache_gb_per_view=per_epoch * traced.features * 2 / 1e9,
     )

@@ -59,7 +59,8 @@ class Trace:
     teachers: dict[str, tuple[int, int]]  # name -> (parameters, bytes of all its weights)
     widths: dict[str, int]
     sizes: tuple[int, ...]  # sides of the images of student and teachers, in pixels
-    tokens: int  # patch tokens of an image
+    tokens: int  # patch tokens of an image, on the student's grid
+    features: int  # values of the teachers' tokens of an image
 
 
 def between(few: Trace, many: Trace, images: int) -> Trace:
@@ -90,6 +91,7 @@ class TeacherCost(NamedTuple):
     peak: int  # beyond a rank's part of its weights, and its tokens
     width: int
     size: int  # of its images
+    grid: int  # side of its targets' grid
 
     @property
     def flops(self) -> float:
@@ -157,6 +159,7 @@ def teacher_cost(row: config.Teacher, grid: int, images: int) -> TeacherCost:
         peak=round(max(found.peak - found.token_bytes + gathered, joined)),
         width=teacher.width,
         size=teacher.size,
+        grid=teacher.target_grid,
     )
 
 
@@ -212,6 +215,7 @@ def trace(cfg: config.Config, images: int, *, bf16: bool) -> Trace:
         widths=widths,
         sizes=tuple(dict.fromkeys((cfg.student.size, *shown))),
         tokens=grid * grid,
+        features=sum(run.width * (1 + run.grid**2) for run in runs.values()),
     )
 
 
@@ -246,16 +250,13 @@ class StudentCost(NamedTuple):
 def student_cost(cfg: config.Config, images: int, bf16: bool) -> StudentCost:
     """Trace a student's step; ValueError if it cannot be built."""
     grid, dtype = grid_of(cfg.student), torch.bfloat16 if bf16 else torch.float32
-    widths = {row.name: teacher_cost(row, grid, images).width for row in cfg.teachers}
-    student = outline(cfg, widths).to(dtype)
+    costs = {row.name: teacher_cost(row, grid, images) for row in cfg.teachers}
+    student = outline(cfg, {name: cost.width for name, cost in costs.items()}).to(dtype)
     student.keeps_shared = balance.build(cfg).compares_gradients
     with FakeTensorMode(allow_non_fake_inputs=True):
         to_cpu(student)
         targets = {
-            row.name: Tokens(
-                torch.empty(images, widths[row.name], dtype=DTYPE[row.precision]),
-                torch.empty(images, grid * grid, widths[row.name], dtype=DTYPE[row.precision]),
-            )
+            row.name: empty_tokens(costs[row.name], images, DTYPE[row.precision])
             for row in cfg.teachers
         }
         flops, work, kept, peak = step(cfg, student, targets, images)
@@ -280,6 +281,14 @@ def student_cost(cfg: config.Config, images: int, bf16: bool) -> StudentCost:
         ladder=sum(p.numel() for p in student.ladder.parameters()),
         frozen=sum(p.numel() for p in parameters if p not in trained),
         matrices=len(trained),
+    )
+
+
+def empty_tokens(cost: TeacherCost, images: int, dtype: torch.dtype) -> Tokens:
+    """Tokens of a teacher, of no values."""
+    return Tokens(
+        torch.empty(images, cost.width, dtype=dtype),
+        torch.empty(images, cost.grid**2, cost.width, dtype=dtype),
     )
 
 

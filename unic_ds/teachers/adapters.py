@@ -68,17 +68,17 @@ class TimmViT(Tower):
     """A timm ViT: its output tokens, or those after `block` without the final norm.
 
     The output's summary is the attention pool's, if there is one (SigLIP, PE): the embedding that
-    is compared with text, before a projection. Tokens after a block have no such pool: their
-    summary is the CLS token or the mean of the patches.
+    is compared with text, before a projection. Tokens after a block have no such pool, nor without
+    `pooled`: their summary is the CLS token or the mean of the patches.
 
     Unnormed, because the final norm is fitted to the last block and the targets are standardised
     anyway; on the demonstration's ViT the two differ by less than 0.01 in kNN, within the noise.
     """
 
-    def __init__(self, model: VisionTransformer, block: int):
+    def __init__(self, model: VisionTransformer, block: int, *, pooled: bool = True):
         super().__init__()
         self.has_cls = model.num_prefix_tokens > 0 and cls_token_of(model) is not None
-        self.pools = block < 0 and getattr(model, "attn_pool", None) is not None
+        self.pools = pooled and block < 0 and getattr(model, "attn_pool", None) is not None
         self.summary = POOL if self.pools else TOKEN if self.has_cls else MEAN
         self.block = block
         if block >= 0:

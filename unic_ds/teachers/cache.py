@@ -15,7 +15,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -40,6 +40,8 @@ READERS, BATCH = 16, 4096
 LARGEST = {"samples": 1 << 40, "views": 1 << 20, "tokens": 1 << 20, "chunk": 1 << 20}
 WIDEST = 1 << 20
 """Channels of a teacher, at most."""
+HIGHEST = 1 << 10
+"""Side of a teacher's grid, at most."""
 
 
 class CacheManifest(TypedDict):
@@ -50,7 +52,7 @@ class CacheManifest(TypedDict):
     seed: int
     views: int
     samples: int
-    tokens: int  # patch tokens of a sample
+    tokens: int  # patch tokens of a sample, on the student's grid
     chunk: int  # samples of a file
     dtype: str
     draws: dict[str, object]  # what images and augmentation depend on
@@ -64,10 +66,15 @@ class Layout:
     folder: Path
     samples: int
     views: int
-    tokens: int  # patch tokens of a sample
+    tokens: int  # patch tokens of a sample, on the student's grid
     widths: Mapping[str, int]
     dtype: str
     chunk: int = CHUNK
+    larger: Mapping[str, int] = field(default_factory=dict)  # tokens of teachers on larger grids
+
+    def tokens_of(self, name: str) -> int:
+        """Patch tokens of a sample, of one teacher."""
+        return self.larger.get(name, self.tokens)
 
     def spans(self) -> Iterator[range]:
         """The samples of each file of one view."""
@@ -103,7 +110,7 @@ class Layout:
         """Bytes of a file with so many samples."""
         width = self.widths[name]
         scale = 2 * width * 4 if self.dtype == "int8" else 0
-        return scale + samples * (1 + self.tokens) * width * BYTES[self.dtype]
+        return scale + samples * (1 + self.tokens_of(name)) * width * BYTES[self.dtype]
 
     def total(self) -> int:
         """Bytes of all files."""
@@ -126,7 +133,7 @@ class Layout:
         cls_BC = torch.cat([tokens.cls_BC for tokens in parts])
         patch_BNC = torch.cat([tokens.patch_BNC for tokens in parts])
         x_BNC = torch.cat([cls_BC[:, None], patch_BNC], 1).cpu()
-        assert x_BNC.shape == (len(span), 1 + self.tokens, self.widths[name])
+        assert x_BNC.shape == (len(span), 1 + self.tokens_of(name), self.widths[name])
         path = self.path(name, view, span[0] // self.chunk)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_atomic(path, sync=False) as file:
@@ -147,13 +154,13 @@ class Layout:
         They are bf16 on the CPU, with `pin` in page-locked memory, which a GPU copies from while
         the host goes on. The result raises RuntimeError for a file that cannot be read.
         """
-        count, width = len(index_B), self.widths[name]
+        count, width, patches = len(index_B), self.widths[name], self.tokens_of(name)
         cls_BC = torch.empty(count, width, dtype=torch.bfloat16, pin_memory=pin)
-        patch_BNC = torch.empty(count, self.tokens, width, dtype=torch.bfloat16, pin_memory=pin)
+        patch_BNC = torch.empty(count, patches, width, dtype=torch.bfloat16, pin_memory=pin)
         tokens = Tokens(cls_BC, patch_BNC)
         raw = (cls_BC.view(torch.int16), patch_BNC.view(torch.int16))
         if scaled := self.dtype == "int8":
-            whole_BNC = torch.empty(count, 1 + self.tokens, width, dtype=torch.int8)
+            whole_BNC = torch.empty(count, 1 + patches, width, dtype=torch.int8)
             raw = (torch.empty(count, 2, width), whole_BNC)
         parts = [x.numpy() for x in raw]
         jobs = [
@@ -251,12 +258,12 @@ class FeatureCache:
         """Facts of each cached teacher; ValueError if it is another, or its files are broken."""
         facts: dict[str, TeacherFacts] = {}
         for row in rows:
-            theirs = manifest["teachers"][row.name]
+            theirs = with_defaults(row.name, manifest["teachers"][row.name])
             ours: dict[str, str | int] = {**own_facts(row)}
             ours |= sources.architecture_facts(row, math.isqrt(self.layout.tokens))
             refuse_others(f"{str(self.folder)!r} ({row.name})", theirs, ours)
             hashes = {k: ours[k] for k in weight_files.HASHES if k in ours}
-            facts[row.name] = cast(TeacherFacts, {**theirs, **hashes})
+            facts[row.name] = cast(TeacherFacts, {**manifest["teachers"][row.name], **hashes})
         if path := self.layout.broken(facts):
             raise ValueError(
                 f"the feature cache is incomplete: {str(path)!r} is missing, no regular file or of"
@@ -330,6 +337,8 @@ def check_manifest(folder: Path, manifest: CacheManifest) -> None:
         sizes = ("width", "size")
         if not isinstance(row, dict) or not all(is_count(row.get(k), WIDEST) for k in sizes):
             wrong.append(f"{name} must have a width and a size of 1 to {WIDEST}")
+        elif not is_count(row.get("grid", 1), HIGHEST):
+            wrong.append(f"{name} must have a grid of 1 to {HIGHEST}")
         elif not all(isinstance(row.get(key), str) for key in ("source", "sha256")):
             wrong.append(f"{name} must have source and sha256 as text")
     if wrong:
@@ -351,12 +360,17 @@ def layout_of(folder: Path, manifest: Mapping[str, Any]) -> Layout:
         widths={name: row["width"] for name, row in manifest["teachers"].items()},
         dtype=manifest["dtype"],
         chunk=manifest["chunk"],
+        larger={
+            name: row["grid"] ** 2
+            for name, row in manifest["teachers"].items()
+            if row.get("grid", 0) ** 2 > manifest["tokens"]
+        },
     )
 
 
 def own_facts(row: config.Teacher) -> dict[str, str]:
     """This run's options of a cached teacher, and its hashes if its weights are here."""
-    keys = ("size", "patch", "mean", "std", "block", "precision")
+    keys = ("size", "resize", "patch", "mean", "std", "block", "precision")
     facts = {f"teachers.{row.name}.{key}": json.dumps(getattr(row, key)) for key in keys}
     try:
         path = sources.locate(row)
@@ -379,9 +393,15 @@ def refuse_others(where: str, theirs: Mapping[str, object], ours: Mapping[str, o
             )
 
 
-def without_hashes(row: Mapping[str, object]) -> dict[str, object]:
+def with_defaults(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A teacher's facts with the defaults of options that caches of older versions lack."""
+    return {f"teachers.{name}.resize": json.dumps("image"), **row}
+
+
+def without_hashes(name: str, row: Mapping[str, object]) -> dict[str, object]:
     """A teacher's facts except `weight_files.HASHES`."""
-    return {key: value for key, value in row.items() if key not in weight_files.HASHES}
+    facts = with_defaults(name, row)
+    return {key: value for key, value in facts.items() if key not in weight_files.HASHES}
 
 
 def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
@@ -390,7 +410,8 @@ def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     other = [key for key in keys if theirs.get(key) != ours[key]]
     there, here = theirs["teachers"], ours["teachers"]
     same = there.keys() == here.keys() and all(
-        without_hashes(there[name]) == without_hashes(row) and weight_files.same(there[name], row)
+        without_hashes(name, there[name]) == without_hashes(name, row)
+        and weight_files.same(there[name], row)
         for name, row in here.items()
     )
     return other if same else [*other, "teachers"]

@@ -109,9 +109,17 @@ def identify(text: object) -> Licence:
     return Licence("", next(terms, "unknown"))
 
 
+def parts(text: object) -> list[str]:
+    """The licences that a text joins by AND, as SPDX writes it: each of them binds."""
+    return str(text or "").split(" AND ")
+
+
 def licence_class(text: object) -> Terms:
-    """The terms of the licence that a text names, `unknown` for one that is not known."""
-    return identify(text).terms
+    """The terms of the licence that a text names, `unknown` for one that is not known.
+
+    Of several that AND joins, the strictest.
+    """
+    return strictest(identify(part).terms for part in parts(text))
 
 
 def strictest(found: Iterable[Terms]) -> Terms:

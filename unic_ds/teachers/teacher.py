@@ -40,6 +40,8 @@ class TeacherFacts(TypedDict):
 class Teacher(nn.Module):
     """A frozen model that turns uint8 images of side `size` into Tokens on the student's grid.
 
+    With `resize = larger` they stay on its own grid if that is larger (`target_grid`).
+
     The tower is probed with black images, which sets `width` and `own_grid`; ValueError unless it
     gives tokens on a square grid. A quantised one's `fidelity` to itself in bf16 is
     measured on the images of `sample`, if given. One that is not replicated is built, and called,
@@ -79,6 +81,8 @@ class Teacher(nn.Module):
         self.width, self.own_grid = probe.measure(
             row, self.size, self.on_own_grid, device=device, single=not sources.has_outline(row)
         )
+        larger = row.resize == "larger" and self.own_grid > grid
+        self.target_grid = self.own_grid if larger else grid
         self.fidelity = self.quantise(device, sample) if row.quantised else {}
         self.patch = model.patch or self.size // self.own_grid
 
@@ -94,7 +98,7 @@ class Teacher(nn.Module):
     # Not inference_mode: its tensors cannot be saved for the loss's backward.
     @torch.no_grad()
     def forward(self, image_B3HW: Tensor, row_R: Tensor | None = None) -> Tokens:
-        """Tokens of uint8 images [B, 3, size, size] in its precision, on the student's grid.
+        """Tokens of uint8 images [B, 3, size, size] in its precision, on the target's grid.
 
         Of the images `row_R` alone, if given: those of no image are empty. At least two are run,
         since compiled code of one image would be another.
@@ -122,11 +126,13 @@ class Teacher(nn.Module):
     def no_tokens(self) -> Tokens:
         """Tokens of no image."""
         like = self.normalise.mean_311.new_empty(0, dtype=self.dtype)
-        return Tokens(like.new_empty(0, self.width), like.new_empty(0, self.grid**2, self.width))
+        return Tokens(
+            like.new_empty(0, self.width), like.new_empty(0, self.target_grid**2, self.width)
+        )
 
     def encode(self, image_B3HW: Tensor) -> Tokens:
-        """Tokens of at most `row.micro` images, on the student's grid."""
-        return to_grid(self.on_own_grid(image_B3HW), self.grid)
+        """Tokens of at most `row.micro` images, on the target's grid."""
+        return to_grid(self.on_own_grid(image_B3HW), self.target_grid)
 
     def on_own_grid(self, image_B3HW: Tensor) -> Tokens:
         """The tower's tokens of uint8 images."""
@@ -159,7 +165,7 @@ class Teacher(nn.Module):
             "tokens": self.own_grid**2,
             "cls": self.summary,
             "width": self.width,
-            "grid": self.grid,
+            "grid": self.target_grid,
             "precision": self.row.precision,
             "parameters": self.parameter_count,
             "licence": self.licence,

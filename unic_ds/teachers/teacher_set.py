@@ -130,7 +130,7 @@ class TeacherSet:
         cached: CachedTokens = None,
         rows: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tokens]:
-        """Tokens of each teacher on the student's grid, not standardised, in its precision.
+        """Tokens of each teacher on its target's grid, not standardised, in its precision.
 
         `rows` are the indices of each teacher's images, by name; empty: all images.
         """

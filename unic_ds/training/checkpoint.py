@@ -313,7 +313,7 @@ def load(
     other images, teachers or settings.
     """
     facts = in_contents(json.loads((folder / FACTS).read_text()), content_of or {})
-    defaults = {f"--{name}": text for name, text in science(config.Config()).items()}
+    defaults = defaults_for(expected["--teachers"]) if "--teachers" in expected else {}
     for key, value in expected.items():
         saved = facts.get(key, defaults.get(key))
         if saved != value and key not in LAYOUT:
@@ -333,6 +333,17 @@ def load(
     elif engine.load_checkpoint(str(folder), tag=SHARDS)[0] is None:
         raise OSError(f"DeepSpeed found nothing to load in {str(folder)!r}")
     return cast(CheckpointFacts, facts), tensor_files.read(folder / STATISTICS)
+
+
+def defaults_for(teachers: str) -> dict[str, str]:
+    """`--SECTION.KEY` -> text of the default of every option that decides the result.
+
+    `teachers` are names, separated by commas; a source has no default.
+    """
+    names = filter(None, teachers.split(","))
+    rows = tuple(config.Teacher(name=name, source="timm:default") for name in names)
+    texts = science(config.Config(teachers=rows)).items()
+    return {f"--{name}": text for name, text in texts if not name.endswith(".source")}
 
 
 def in_contents(facts: dict[str, Any], content_of: Mapping[str, str]) -> dict[str, Any]:

@@ -174,13 +174,22 @@ def find_teachers(
     manifest = dist.on_rank_0(teachers.manifest)
     for name, facts in manifest.items():
         source = printable(facts["source"])  # a cache's manifest may come from outside
-        console.say(f"teacher {name}: {source}, {facts['width']} wide, {facts['size']} px")
+        line = f"teacher {name}: {source}, {facts['width']} wide, {facts['size']} px"
+        console.say(line + map_clause(facts, grid_of(cfg.student)))
     for teacher in teachers.teachers.values():
         if teacher.fidelity:
             cosines = ", ".join(f"{kind} {value:.4f}" for kind, value in teacher.fidelity.items())
             precision = f"teacher {teacher.name} in {teacher.row.precision}"
             console.say(f"{precision}: cosine to bf16 {cosines}")
     return teachers, manifest
+
+
+def map_clause(facts: TeacherFacts, grid: int) -> str:
+    """Clause about the patch map that is resized, a teacher's or the student's; or nothing."""
+    own, target = math.isqrt(facts.get("tokens", grid**2)), facts.get("grid", grid)
+    if target > grid:
+        return f"; the student's {grid} x {grid} map is resized to its {target} x {target}"
+    return f"; its {own} x {own} map is resized to {grid} x {grid}" if own != grid else ""
 
 
 def start_student(job: Job, teachers: TeacherSet) -> tuple[Student, Init]:

@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from unic_ds import config
 from unic_ds.config import overrides
+from unic_ds.config.teacher_source import TeacherSource
 from unic_ds.evaluate.comparison import Comparison, Row
 from unic_ds.files.printable import printable
 from unic_ds.teachers import licences, sources
@@ -136,7 +137,7 @@ def licence_keys(rows: Sequence[TeacherRow], own: str = "") -> dict[str, str]:
     That of the teachers, and the weights' own, whose terms are not permissive, or else of all.
     """
     texts = [*(row.licence for row in rows), *([own] if own else [])]
-    stated = {licences.identify(text) for text in texts}
+    stated = {licences.identify(part) for text in texts for part in licences.parts(text)}
     found = {licence for licence in stated if licence.terms != "permissive"} or stated
     names = sorted(licence.id or licence.terms.replace(" ", "-") for licence in found)
     names = list(dict.fromkeys(names)) or ["unknown"]
@@ -232,8 +233,11 @@ def short(value: object, name: str) -> object:
         return value
     if name in PATHS and "/" in value:
         return last_names(value)
-    if name.startswith("teachers.") and name.endswith(".source") and value.startswith("file:"):
-        return f"file:{PurePath(value.removeprefix('file:')).name}"
+    if name.startswith("teachers.") and name.endswith(".source"):
+        if value.startswith("file:"):
+            return f"file:{PurePath(value.removeprefix('file:')).name}"
+        if value.startswith("run:"):
+            return TeacherSource.parse(value).without_folders
     return without_folders(value)
 
 

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from unic_kernels import custom_op
@@ -59,12 +60,40 @@ def image_losses(
     One entry per teacher: predictions, raw features, mean and std [2, C] (floored already), and
     weights of the terms. `clamp` 0 is off. Losses lead to predictions only; the second result has
     no gradient, and 0 for kinds that are not learned. Rungs that are judged each on its own are
-    further entries with the same target. ValueError if lists or shapes do not fit each other.
+    further entries with the same target. Entries may have other numbers of patch tokens: those with
+    the same are one call of the op. ValueError if lists or shapes do not fit each other.
     """
     check(pred, target, mean, std, distances)
-    given = forward_arguments(pred, target, mean, std, distances, clamp, eps)
-    loss_TB, gap_TB22, _ = FORWARD(*given)
-    return loss_TB, gap_TB22
+    order: list[int] = []
+    found: list[tuple[Tensor, Tensor]] = []
+    for group in equal_patches(pred, distances):
+        given = forward_arguments(
+            [pred[i] for i in group],
+            [target[i] for i in group],
+            [mean[i] for i in group],
+            [std[i] for i in group],
+            [distances[i] for i in group],
+            clamp,
+            eps,
+        )
+        loss_TB, gap_TB22, _ = FORWARD(*given)
+        order += group
+        found.append((loss_TB, gap_TB22))
+    if len(found) == 1:
+        return found[0]
+    places = sorted(range(len(order)), key=order.__getitem__)
+    losses, gaps = (torch.cat(parts).unbind() for parts in zip(*found, strict=True))
+    return torch.stack([losses[i] for i in places]), torch.stack([gaps[i] for i in places])
+
+
+def equal_patches(pred: Sequence[Pair], distances: Sequence[Distance]) -> list[list[int]]:
+    """Return the entries in groups of as many patch tokens; those without join the first."""
+    groups: dict[int, list[int]] = {}
+    without: list[int] = []
+    for i, (tokens, (_, patch)) in enumerate(zip(pred, distances, strict=True)):
+        (groups.setdefault(tokens[1].shape[1], []) if patch else without).append(i)
+    first, *others = list(groups.values()) or [[]]
+    return [sorted([*first, *without]), *others]
 
 
 def forward_arguments(
@@ -107,7 +136,7 @@ def check(
         raise ValueError(
             f"pred, target, mean, std, distances need one entry a teacher, got {sizes}"
         )
-    extents: dict[str, int] = {}
+    images: int | None = None
     for i, (tokens, raw, distance) in enumerate(zip(pred, target, distances, strict=True)):
         if unknown := {name for terms in distance for name in terms} - set(TERMS):
             raise ValueError(f"teacher {i} has terms {sorted(unknown)}; add them to the losses")
@@ -122,9 +151,10 @@ def check(
             fit = len(shapes[0]) == 2 + k and 0 not in shapes[0][1:]
             if not fit or shapes[1:] != [shapes[0], (2, width), (2, width)]:
                 raise ValueError(f"teacher {i}, kind {k}: pred, target, mean, std are {shapes}")
-            for name, size in zip(("images", "patch tokens"), shapes[0][: 1 + k], strict=False):
-                if extents.setdefault(name, size) != size:
-                    raise ValueError(f"teacher {i} has {size} {name}, others {extents[name]}")
+            if images is None:
+                images = shapes[0][0]
+            if shapes[0][0] != images:
+                raise ValueError(f"teacher {i} has {shapes[0][0]} images, others {images}")
 
 
 FORWARD = custom_op.define(

@@ -19,6 +19,7 @@ from unic_ds.teachers.sources.contract import Source
 from unic_ds.teachers.sources.file import SOURCE as FILE
 from unic_ds.teachers.sources.open_clip import SOURCE as OPEN_CLIP
 from unic_ds.teachers.sources.python import SOURCE as PYTHON
+from unic_ds.teachers.sources.run import SOURCE as RUN
 from unic_ds.teachers.sources.timm import SOURCE as TIMM
 from unic_ds.tokens import Tokens
 
@@ -26,6 +27,7 @@ SOURCES: dict[str, Source] = {
     "timm": TIMM,
     "open_clip": OPEN_CLIP,
     "file": FILE,
+    "run": RUN,
     "python": PYTHON,
 }
 

@@ -50,9 +50,13 @@ def check_patch(row: config.Teacher, own: int, kind: str) -> None:
         raise ValueError(f"teachers.{row.name}.patch must be {want}, got {row.patch}: {kind} {why}")
 
 
-def vit_size(row: config.Teacher, grid: int, patch: int) -> int:
-    """The image side of a ViT: the row's, or what makes the grids agree (method: section 1)."""
-    size = row.size or grid * patch
+def vit_size(row: config.Teacher, grid: int, patch: int, own: int = 0) -> int:
+    """The image side of a ViT: the row's, or what makes the grids agree (method: section 1).
+
+    If its map is resized instead, the side `own` of the images that it was trained on, if known.
+    """
+    agreeing = row.resize == "image" or not own
+    size = row.size or (grid * patch if agreeing else own)
     if size % patch:
         raise ValueError(
             f"teachers.{row.name}.size must be a multiple of its patch {patch}, got {size}"

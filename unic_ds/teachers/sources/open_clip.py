@@ -133,7 +133,8 @@ def image_size(row: config.Teacher, grid: int, vision: dict[str, Any]) -> int:
                 f" {row.size}: its attention pool has positions for that side alone"
             )
     check_patch(row, patch, "this tower")
-    return vit_size(row, grid, patch) if patch else row.size or vision["image_size"]
+    own = vision["image_size"]
+    return vit_size(row, grid, patch, own) if patch else row.size or own
 
 
 SOURCE = Source(

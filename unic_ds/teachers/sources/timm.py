@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -140,25 +141,42 @@ def outline_for_size(
 ) -> tuple[int, dict[str, Any], nn.Module]:
     """(image side, constructor options for that side, the model built with them).
 
-    ValueError if there is no such model, or its weights cannot be resampled to that side.
+    A model that takes its own side alone has that, unless the row asks for another one. ValueError
+    if there is no such model, or it does not take the row's side.
     """
     own = build(row, timm.create_model, name)
     size, shape = timm_shape(row, grid, own)
+    try:
+        return size, shape, resampled(row, name, own, size, shape)
+    except ValueError:
+        if row.size or size == own_side(own):
+            raise
+    return outline_for_size(replace(row, size=own_side(own)), grid, name)
+
+
+def resampled(
+    row: config.Teacher, name: str, own: nn.Module, size: int, shape: dict[str, Any]
+) -> nn.Module:
+    """The model `own` built for another side; ValueError if its weights cannot be resampled."""
     model = build(row, timm.create_model, name, **shape)
     state, wants = own.state_dict(), model.state_dict()
     same = all(key in state and state[key].shape == x.shape for key, x in wants.items())
     if same or hasattr(model, "set_input_size"):
-        return size, shape, model
+        return model
     overlay = {"state_dict": state, "custom_load": False}
     try:  # timm's loader refuses weights that it cannot resample
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **shape)
     except Exception as exc:
-        own_size = pretrained_cfg(own)["input_size"][-1]
         raise ValueError(
-            f"teachers.{row.name}.size must be {own_size}, got {size}: timm cannot resample the"
-            f" positions of {name} (its map is then resized to the student's grid)"
+            f"teachers.{row.name}.size must be {own_side(own)}, got {size}: timm cannot resample"
+            f" the positions of {name} (its map is then resized to the student's grid)"
         ) from exc
-    return size, shape, model
+    return model
+
+
+def own_side(model: nn.Module) -> int:
+    """Side in pixels of the images that a timm model's weights were trained on."""
+    return int(pretrained_cfg(model)["input_size"][-1])
 
 
 def stride_of(model: nn.Module) -> int:
@@ -178,18 +196,18 @@ def stride_of(model: nn.Module) -> int:
 
 def timm_shape(row: config.Teacher, grid: int, outline: nn.Module) -> tuple[int, dict[str, Any]]:
     """(image side, constructor options for that side)."""
-    stride = stride_of(outline)
+    stride, own = stride_of(outline), own_side(outline)
     if not stride:
         check_patch(row, 0, type(outline).__name__)
-        size = row.size or pretrained_cfg(outline)["input_size"][-1]
+        size = row.size or own
         return size, {"img_size": size} if pretrained_cfg(outline).get("fixed_input_size") else {}
     if hasattr(outline, "embeds"):  # NaFlexViT, which takes any side
         check_patch(row, stride, type(outline).__name__)
-        return vit_size(row, grid, stride), {}
+        return vit_size(row, grid, stride, own), {}
     if not isinstance(outline.patch_embed, timm.layers.PatchEmbed):
         check_patch(row, stride, type(outline).__name__)
     patch = row.patch or stride
-    size = vit_size(row, grid, patch)
+    size = vit_size(row, grid, patch, own)
     return size, {"img_size": size} | ({"patch_size": patch} if patch != stride else {})
 
 
