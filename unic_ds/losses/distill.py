@@ -39,8 +39,10 @@ class Row(NamedTuple):
 
     def on_larger_grid(self) -> Row:
         """The same with the prediction's patch map on the target's grid, if that is larger."""
+        if not self.distance.patch:
+            return self
         count, own = self.target.features.patch_BNC.shape[1], self.pred.patch_BNC
-        if not self.distance.patch or own.shape[-2] >= count:
+        if own.shape[-2] >= count:
             return self
         return self._replace(pred=Tokens(self.pred.cls_BC, enlarged(own, round(count**0.5))))
 
