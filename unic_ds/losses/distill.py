@@ -161,9 +161,11 @@ def distill_loss(
         clamp=entries[0].target.clamp,
         eps=0.0,  # the divisor has it
     )
-    gap_TB22 = mean_of_rungs(found.gap_TB22, counts)
-    loss_TB = filled(found.loss_TB.detach(), computed_TB, -torch.inf)
-    return found.loss, metrics(rows, found, gap_TB22) | balance.metrics(loss_TB)
+    computed_EB = computed_pairs(row.target for row in entries)
+    gap_T22 = mean_of_rungs(mean_gaps(found, computed_EB), counts)
+    loss_TB = found.loss_TB.detach()
+    logged = metrics(rows, found, filled(loss_TB, computed_TB, torch.nan), gap_T22)
+    return found.loss, logged | balance.metrics(filled(loss_TB, computed_TB, -torch.inf))
 
 
 def coefficients(
@@ -192,14 +194,17 @@ def computed_pairs(targets: Iterable[Target]) -> Tensor | None:
     )
 
 
-def mean_over_images(x_B22: Tensor, counted_B: Tensor | None) -> Tensor:
-    """Mean over the counted images, all by default; NaN if there is none. No host read."""
-    if counted_B is None:
-        return x_B22.mean(0)
-    return torch.where(counted_B[:, None, None], x_B22, 0.0).sum(0) / counted_B.sum()
+def mean_gaps(found: Distilled, computed_TB: Tensor | None) -> Tensor:
+    """Distances per entry, means over its computed images; NaN if it has none. No host read."""
+    if computed_TB is None:
+        return found.gap_T22
+    counted_TB11 = computed_TB[:, :, None, None]
+    return torch.where(counted_TB11, found.gap_TB22, 0.0).sum(1) / counted_TB11.sum(1)
 
 
-def metrics(rows: Mapping[str, Row], found: Distilled, gap_TB22: Tensor) -> dict[str, Tensor]:
+def metrics(
+    rows: Mapping[str, Row], found: Distilled, image_TB: Tensor, gap_T22: Tensor
+) -> dict[str, Tensor]:
     """Logged values of a micro batch, keyed `loss` and `{teacher}/{name}`.
 
     `loss_share` is a teacher's share of the loss as weighed, so of what is kept after dropping;
@@ -211,13 +216,9 @@ def metrics(rows: Mapping[str, Row], found: Distilled, gap_TB22: Tensor) -> dict
     loss_TB = found.loss_TB.detach()
     share_T = (loss_TB * found.weight_TB).sum(1) / values["loss"]
     for t, (name, row) in enumerate(rows.items()):
-        computed_B = row.target.computed_B
-        gap_22 = mean_over_images(gap_TB22[t], computed_B)
-        image_B = loss_TB[t]
-        image_B = image_B if computed_B is None else torch.where(computed_B, image_B, torch.nan)
         for kind in row.distance.kinds:
-            gap_2 = gap_22[KINDS.index(kind)]
+            gap_2 = gap_T22[t, KINDS.index(kind)]
             values |= {f"{name}/{kind}_cosine": gap_2[0], f"{name}/{kind}_smooth_l1": gap_2[1]}
         values |= {f"{name}/kept": kept_T[t], f"{name}/weight": weight_T[t]}
-        values |= {f"{name}/loss_share": share_T[t], f"{name}/image_loss": image_B}
+        values |= {f"{name}/loss_share": share_T[t], f"{name}/image_loss": image_TB[t]}
     return values

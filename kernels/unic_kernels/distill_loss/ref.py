@@ -22,7 +22,8 @@ class Distilled(NamedTuple):
     loss: Tensor
     loss_TB: Tensor
     weight_TB: Tensor
-    gap_TB22: Tensor  # teacher, image, (cls, patch), (cosine, smooth_l1)
+    gap_T22: Tensor  # mean over images: teacher, (cls, patch), (cosine, smooth_l1)
+    gap_TB22: Tensor  # of each image
 
 
 def distill_loss_ref(
@@ -46,8 +47,8 @@ def distill_loss_ref(
 def balanced(
     losses: tuple[Tensor, Tensor], uniform_TB: Tensor, balance: Balance, refine: Refine | None
 ) -> Distilled:
-    """Refine, balance and sum losses [T, B]; gaps [T, B, 2, 2] stay as they are."""
+    """Refine, balance and sum losses [T, B]; average gaps [T, B, 2, 2] over images."""
     loss_TB, gap_TB22 = losses
     loss_TB = refine(loss_TB) if refine else loss_TB
     weight_TB = balance(loss_TB.detach(), uniform_TB)
-    return Distilled((loss_TB * weight_TB).sum(), loss_TB, weight_TB, gap_TB22)
+    return Distilled((loss_TB * weight_TB).sum(), loss_TB, weight_TB, gap_TB22.mean(1), gap_TB22)
