@@ -63,8 +63,8 @@ def main(argv: list[str]) -> int:
     words = [word for pair in SETTINGS.items() for word in pair]
     task = job.resolve(args.parse([*words, *argv])[1])
     seconds: dict[str, list[float]] = {"lazy": [], "plain": []}
-    with loop.start_watchdog(task) as set_phase:
-        run, state = setup.build(task, set_phase)
+    with loop.start_watchdog(task) as dog:
+        run, state = setup.build(task, dog.set_phase)
         lazy = state.balancer
         assert isinstance(lazy, LazyDropping)
         state.step = 1

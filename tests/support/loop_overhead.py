@@ -79,8 +79,8 @@ def main(argv: list[str]) -> int:
     """Take turns, and print what came of it."""
     task = job.resolve(args.parse(argv)[1])
     found: dict[str, list[list[float]]] = {"ours": [], "bare": []}
-    with loop.start_watchdog(task) as set_phase:
-        run, state = setup.build(task, set_phase)
+    with loop.start_watchdog(task) as dog:
+        run, state = setup.build(task, dog.set_phase)
         student, _ = setup.start_student(task, state.teachers)
         other = deepspeed_engine.build(student, task.cfg.optim, task.settings)
         votes = dist.StepVotes(*job.stop_files(task.out, ""))
