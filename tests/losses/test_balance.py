@@ -182,3 +182,20 @@ def test_a_weight_that_would_not_count_is_refused():
             teachers=(config.Teacher(name="a", source="timm:x", weight=2.0),),
             balance=Balance(kind="none"),
         )
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "sentence"),
+    [
+        ("mgda", {"rungs": "0"}, "teachers.a.rungs must be empty for balance.kind mgda"),
+        ("mgda", {"data": "photos"}, "teachers.a.data must be empty for balance.kind mgda"),
+        ("famo", {"data": "photos"}, "teachers.a.data must be empty for balance.kind famo"),
+        ("none", {"data": " , "}, "teachers.a.data must be sources"),
+    ],
+)
+def test_balancers_that_compare_teachers_refuse_those_that_see_less(kind, more, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Config(
+            teachers=(Teacher(name="a", source="timm:x", **more),),
+            balance=Balance(kind=kind),
+        )

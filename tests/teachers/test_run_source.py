@@ -235,8 +235,12 @@ def test_the_table_of_a_finished_run_is_not_that_of_another_teacher(
     cfg = resolve(tmp_path / "new", finished_run).cfg
     (out / "config.yaml").write_text(yaml.safe_dump(overrides.to_dict(cfg)))
     assert resolve(out, finished_run).finished
-    with pytest.raises(ValueError, match=r"teachers\.big\.source was 'run:.*v2', now 'run:.*stud"):
-        resolve(out, finished_run / "student")
+    assert resolve(out, finished_run / "student").finished  # the same by another path
+    other = Path(shutil.copytree(finished_run, tmp_path / "other"))
+    with pytest.raises(
+        ValueError, match=r"teachers\.big\.source was 'run:.*v2', now 'run:.*other'"
+    ):
+        resolve(out, other)
 
 
 @pytest.mark.dist

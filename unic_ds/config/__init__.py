@@ -122,8 +122,16 @@ class Config:
             want = f"false for balance.kind {kind}, which needs all losses"
             check(kind == "dropping", "drop.lazy", want, True)
             self.check_terms("drop.lazy", "false", True)
+        for row in self.teachers if self.balance.kind == "mgda" else ():
+            why = (
+                "empty for balance.kind mgda, whose gradients are those at the student's last block"
+            )
+            check(not row.rungs, f"teachers.{row.name}.rungs", why, row.rungs)
         if shown := [row for row in self.teachers if row.domains]:
-            at = f"teachers.{shown[0].name}.data"
+            at, kind = f"teachers.{shown[0].name}.data", self.balance.kind
+            compared = kind in ("famo", "mgda")
+            want = f"empty for balance.kind {kind}, which compares all teachers in each step"
+            check(not compared, at, want, shown[0].data)
             per_image = self.drop.unit == "image" or self.balance.kind != "dropping"
             check(per_image, at, "empty for drop.unit step", shown[0].data)
             self.check_terms(at, "empty", shown[0].data)

@@ -330,12 +330,21 @@ def refuse_other_runs(job: Job) -> None:
     """
     there = {row.name: row.source for row in recipes.read(job.out / "config.yaml").teachers}
     for row in job.cfg.teachers:
-        if row.parsed_source.kind == "run" and there.get(row.name, row.source) != row.source:
+        if row.parsed_source.kind == "run" and not same_run(there.get(row.name, row.source), row):
             raise ValueError(
                 f"--out {str(job.out)!r} holds a finished run whose teachers.{row.name}.source was"
                 f" {printable(there[row.name])!r}, now {printable(row.source)!r}; choose another"
                 " --out, or give the same"
             )
+
+
+def same_run(source: str, row: Teacher) -> bool:
+    """True if a source is that of a `run:` teacher, perhaps by another path."""
+    try:
+        other, ours = (student_folder(replace(row, source=text)) for text in (source, row.source))
+        return source == row.source or other.resolve() == ours.resolve()
+    except (OSError, ValueError, RuntimeError):  # a folder that is gone, or no path
+        return source == row.source
 
 
 def check_room(out: Path) -> None:

@@ -25,8 +25,9 @@ from unic_ds import config, dist
 from unic_ds.losses.balancer import Balancer, teacher_weights
 from unic_ds.tokens import Shared, Tokens
 
-RIDGE = 1e-12
-"""Part of the mean squared gradient that is added to the diagonal: equal gradients share evenly."""
+RIDGE = 1e-6
+"""Part of the mean squared gradient that is added to the diagonal, above the rounding of products
+in fp32: equal gradients share evenly, however a batch is split."""
 
 
 class Mgda(Balancer):
@@ -113,7 +114,7 @@ def feature_grads(
     return torch.autograd.grad(ladder, features, grads, retain_graph=True, materialize_grads=True)
 
 
-def min_norm(gram_TT: Tensor) -> Tensor:
+def min_norm(gram_TT: Tensor, ridge: float = RIDGE) -> Tensor:
     """Weights [T] >= 0, of sum 1, that minimise w^T G w; exact, without a host read.
 
     On the face of teachers f whose minimum is inside, w is proportional to the solution x of
@@ -122,7 +123,7 @@ def min_norm(gram_TT: Tensor) -> Tensor:
     face_FT = faces(len(gram_TT), gram_TT.device)
     mean = gram_TT.diagonal().mean()
     one_TT = torch.eye(len(gram_TT), dtype=gram_TT.dtype, device=gram_TT.device)
-    gram_TT = gram_TT + torch.where(mean > 0, RIDGE * mean, 1.0) * one_TT
+    gram_TT = gram_TT + torch.where(mean > 0, ridge * mean, 1.0) * one_TT
     system_FTT = torch.where(face_FT[:, :, None] & face_FT[:, None], gram_TT, one_TT)
     x_FT = torch.linalg.solve_ex(system_FTT, face_FT.to(gram_TT)).result
     weight_FT = x_FT / x_FT.sum(1, keepdim=True)

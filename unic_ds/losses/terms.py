@@ -68,7 +68,7 @@ def contrastive(pred_BC: Tensor, target_BC: Tensor, context: Context) -> Tensor:
 
 def angle(a_BC: Tensor, b_BC: Tensor) -> Tensor:
     """Angle between vectors, in radians; unlike acos it is exact, and has a slope, everywhere."""
-    a_BC, b_BC = F.normalize(a_BC, dim=-1), F.normalize(b_BC, dim=-1)
+    a_BC, b_BC = (F.normalize(x_BC, dim=-1, eps=1e-6) for x_BC in (a_BC, b_BC))
     return 2 * torch.atan2((a_BC - b_BC).norm(dim=-1), (a_BC + b_BC).norm(dim=-1))
 
 

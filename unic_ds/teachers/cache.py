@@ -398,10 +398,10 @@ def with_defaults(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     return {f"teachers.{name}.resize": json.dumps("image"), **row}
 
 
-def without_hashes(name: str, row: Mapping[str, object]) -> dict[str, object]:
-    """A teacher's facts except `weight_files.HASHES`."""
-    facts = with_defaults(name, row)
-    return {key: value for key, value in facts.items() if key not in weight_files.HASHES}
+def without_weights(name: str, row: Mapping[str, object]) -> dict[str, object]:
+    """A teacher's facts except the hashes and the source of its weights, which may move."""
+    facts, of_weights = with_defaults(name, row), (*weight_files.HASHES, "source")
+    return {key: value for key, value in facts.items() if key not in of_weights}
 
 
 def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
@@ -410,7 +410,7 @@ def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     other = [key for key in keys if theirs.get(key) != ours[key]]
     there, here = theirs["teachers"], ours["teachers"]
     same = there.keys() == here.keys() and all(
-        without_hashes(name, there[name]) == without_hashes(name, row)
+        without_weights(name, there[name]) == without_weights(name, row)
         and weight_files.same(there[name], row)
         for name, row in here.items()
     )

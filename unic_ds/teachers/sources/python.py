@@ -30,7 +30,13 @@ def read(row: config.Teacher, grid: int) -> TeacherModel:
     block_of(row, 0)  # it returns its own tokens: there is no block to choose
     model = call_python(row)
     patch = row.patch or side(row, model, "patch_size")
-    size = row.size or side(row, model, "image_size") or grid * patch
+    own = row.size or side(row, model, "image_size")
+    if not own and row.resize != "image":
+        raise ValueError(
+            f"teachers.{row.name}.resize {row.resize!r} needs the native side of {row.source},"
+            f" which does not say its image_size; set teachers.{row.name}.size"
+        )
+    size = own or grid * patch
     mean, std = (getattr(row, key) or three(row, model, key) for key in ("mean", "std"))
     for key, value in {"size": size, "mean": mean, "std": std}.items():
         if not value:
