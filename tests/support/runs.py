@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ds_settings import ds_settings
 from forked import Forked, Ranks
 from safetensors.torch import load_file
 
@@ -96,6 +97,14 @@ def tiny(folder, out, more):
     images = {f"data.{side}": folder / side for side in ("train", "val")}
     pairs = TINY | images | {"out": folder / out} | more
     return [word for key, value in pairs.items() for word in (f"--{key}", str(value))]
+
+
+def tiny_spread(folder, out, more, *, micro, stage):
+    """The words of a `tiny` run with a ds_config of its own, written beside it."""
+    file = folder / f"{out}.json"
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    file.write_text(json.dumps(ds_settings(micro, zero)))
+    return tiny(folder, out, {"ds_config": file} | more)
 
 
 def environment():

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ds_settings import ds_settings
 from pictures import folder
-from runs import TINY, curve, run, statistics, tiny, together
+from runs import TINY, curve, run, statistics, tiny_spread, together
 
 from unic_ds.config import job
 from unic_ds.data import scan
@@ -44,12 +43,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(images: Path, out: str, *, micro: int, stage: int, **more: Any) -> list[str]:
-    """The command line of a run, its ds_config beside it."""
-    file = images / f"{out}.json"
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    file.write_text(json.dumps(ds_settings(micro, zero)))
-    given = DOMAINS | {"ds_config": file, "data.train": mixture(images), "data.val": ""} | more
-    return tiny(images, out, given)
+    """The command line of a run."""
+    given = DOMAINS | {"data.train": mixture(images), "data.val": ""} | more
+    return tiny_spread(images, out, given, micro=micro, stage=stage)
 
 
 def mixture(images: Path) -> str:

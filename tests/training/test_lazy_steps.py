@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ds_settings import ds_settings
 from pictures import folder
-from runs import curve, run, tiny, together
+from runs import curve, run, tiny_spread, together
 
 LAZY = {
     "drop.lazy": "true",
@@ -32,12 +31,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(images: Path, out: str, *, micro: int, stage: int, **more: Any) -> list[str]:
-    """The command line of a run, its ds_config beside it."""
-    file = images / f"{out}.json"
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    file.write_text(json.dumps(ds_settings(micro, zero)))
-    given = {name.replace("__", "."): value for name, value in more.items()}
-    return tiny(images, out, LAZY | {"ds_config": file} | given)
+    """The command line of a run."""
+    given = LAZY | {name.replace("__", "."): value for name, value in more.items()}
+    return tiny_spread(images, out, given, micro=micro, stage=stage)
 
 
 def train(images: Path, name: str, ranks: int, runs: list[list[str]]) -> None:
