@@ -69,13 +69,13 @@ test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=quickstart,eval,cuda13,dev \
 	sample-oldest
 
-# Kernels in the interpreter, initial weights, every ZeRO stage on two ranks, a killed run's resume,
+# Kernels in the interpreter, initial weights, every ZeRO stage on two ranks, the main command,
 # products by an op of torch that is not documented.
 sample-oldest: $(VENV)/.demo $(VENV)/.dev
 	$(PYTEST) -m "not slow and not soak and not gpu" tests/kernels/test_ladder_triton.py \
 	tests/kernels/test_losses_triton.py tests/process/test_requirements.py \
 	tests/training/test_train.py tests/models/test_student.py tests/evaluate/test_products.py \
-	-k "triton or requirements or products or main_command or kill_9 or zero_stage or initial_weights"
+	-k "triton or requirements or products or main_command or zero_stage or initial_weights"
 
 test-long: $(VENV)/.demo $(VENV)/.dev
 	$(PYTEST) -m "slow and not alone and not soak and not gpu"

@@ -50,7 +50,7 @@ def losses(*, compiled: bool) -> tuple[list[float], list[int]]:
     return found, graphs
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_compiled_student_with_recomputed_blocks_has_the_same_curve() -> None:
     """To 1e-4: a fused kernel adds in another order, which AdamW's first steps amplify."""
     torch._dynamo.reset()

@@ -237,7 +237,7 @@ def test_flops_are_those_of_torchs_counter():
     assert meter.work().attention > 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.dist
 def test_the_hosts_costs_can_be_measured():
     printed = run(launch(SUPPORT / "host_cost.py", ranks=1))

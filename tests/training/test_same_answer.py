@@ -40,7 +40,6 @@ class Spread(NamedTuple):
     precision: str = "fp32"
     clip: float = 0.0
     kernels: str = "fused"
-    balance: str = "dropping"
 
     @property
     def micro(self) -> int:
@@ -69,7 +68,6 @@ def arguments(folder: Path, spread: Spread) -> list[str]:
     (folder / f"{name}.json").write_text(json.dumps(settings))
     more = {"ds_config": folder / f"{name}.json", "out": folder / name}
     more |= {"optim.clip": spread.clip, "kernels": spread.kernels} | calm
-    more |= {"balance.kind": spread.balance, "balance.momentum": 0.9}
     return [word for key, value in (SCIENCE | more).items() for word in (f"--{key}", str(value))]
 
 
@@ -121,12 +119,9 @@ def assert_same(found: dict[Spread, Answer]) -> None:
 
 
 def assert_same_statistics(one: dict, other: dict, spread: Spread) -> None:
-    """Running means and stds equal to 1e-6 of the channel's own scale; a balancer's state too."""
+    """Running means and stds equal to 1e-6 of the channel's own scale."""
     assert one.keys() == other.keys()
     for name, value in one.items():
-        if name.startswith("balance/"):
-            torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-5)
-            continue
         scale = other[name].abs() + other[name.replace("mean_2C", "std_2C")]
         gap = ((value - other[name]).abs() / scale).max().item()
         assert gap < 1e-6, (spread, name, gap)
@@ -141,27 +136,17 @@ def assert_learns(found: Answer) -> None:
 
 COVER = [
     *(Spread(1, 0, 1), Spread(1, 2, 4), Spread(1, 3, 2), Spread(2, 0, 2), Spread(2, 1, 1)),
-    *(Spread(2, 2, 2), Spread(2, 3, 4), Spread(4, 1, 2), Spread(4, 2, 1), Spread(4, 3, 2)),
+    *(Spread(2, 2, 2), Spread(2, 3, 4), Spread(4, 2, 1), Spread(4, 3, 2)),
     Spread(1, 2, 1, kernels="reference"),
 ]
-"""Each stage on two numbers of ranks or more, and with two accumulations or more."""
+"""Each stage on two ranks, ZeRO-2 and 3 on one, two and four; every accumulation."""
 
 CLIPPED = [Spread(1, stage, 1, clip=0.3) for stage in (0, 2, 3)]
 
 HALF = [
     *(Spread(1, 1, 1, "bf16"), Spread(1, 3, 1, "bf16"), Spread(1, 2, 2, "bf16")),
-    *(Spread(2, 1, 1, "bf16"), Spread(2, 3, 1, "bf16"), Spread(4, 2, 1, "bf16")),
+    *(Spread(2, 1, 1, "bf16"), Spread(2, 3, 1, "bf16")),
 ]
-
-BALANCED = [
-    Spread(*where, balance=kind)
-    for kind, places in {
-        "famo": [(1, 0, 1), (2, 3, 2)],
-        "mgda": [(1, 2, 4), (4, 2, 1)],
-    }.items()
-    for where in places
-]
-"""Balancers with a state."""
 
 EVERY = [
     Spread(ranks, stage, accumulation)
@@ -176,13 +161,11 @@ EVERY = [
 @pytest.mark.slow
 def test_the_matrix_gives_one_answer(tmp_path):
     """fp32 exactly; clipped, exactly another one; bf16 as closely as it was measured to."""
-    found = answers(tmp_path, COVER + CLIPPED + BALANCED + HALF)
+    found = answers(tmp_path, COVER + CLIPPED + HALF)
     assert_learns(found[COVER[0]])
     assert_same({spread: found[spread] for spread in COVER})
     assert_same({spread: found[spread] for spread in CLIPPED})
     assert max(gaps(found[CLIPPED[0]], found[COVER[0]])) > 1e-3  # the clipping did bind
-    for kind in ("famo", "mgda"):
-        assert_same({spread: found[spread] for spread in BALANCED if spread.balance == kind})
     assert_close({spread: found[spread] for spread in HALF})
 
 

@@ -66,7 +66,7 @@ def test_a_stop_file_or_a_signal_to_one_rank_saves_and_ends_the_run(whole, tmp_p
 
 @DEMONSTRATION
 @pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.soak
 def test_saves_by_the_clock_do_not_move_the_curve(tmp_path):
     """Two ranks: they save together, at log lines, and no line is another for it."""
     more = MORE | {"optim__steps": 20, "run__save_every": 0, "run__log_every": 3}

@@ -269,30 +269,9 @@ def test_a_checkpoint_s_path_starts_another_run_and_is_not_gone_back_to(stopped,
     assert not (tmp_path / "other" / "config.yaml").exists()
 
 
-BALANCED = {"famo": ("zero3", "zero1"), "mgda": ("zero2", "zero1")}
-"""Balancers with the stages of a run that is not stopped, and of one that is resumed."""
-STATEFUL = {
-    "balance__momentum": 0.5,
-    "loss__cls": "0.5 cosine + dispersion + relational",
-    "optim__warmup_epochs": 0,
-}
-
-
-def assert_same_curve(one, other):
-    """Losses and weights of three steps, the last ones learned."""
-    assert list(one) == list(other) == [1, 2, 3]
-    for step, row in one.items():
-        for key in ("loss", "effnet/weight", "dinov2/weight"):
-            assert row[key] == pytest.approx(other[step][key], rel=1e-5), (step, key)
-    assert one[1]["effnet/weight"] == pytest.approx(0.5)
-    assert abs(one[3]["effnet/weight"] - 0.5) > 0.01
-
-
 def test_every_zero_stage_trains_and_agrees(tmp_path):
     """fp32, drop path on: one loss curve whatever the stage; bf16 offload trains too. One launch of
     two ranks.
-
-    So it is with balancers and terms that have a state, though one run of each pair is resumed.
     """
     plan = []
     # ZeRO-3 comes first: in a fresh process its student is made before there is an engine.
@@ -307,16 +286,8 @@ def test_every_zero_stage_trains_and_agrees(tmp_path):
             eval__on="false",
         )
     )
-    for kind, (whole, resumed) in BALANCED.items():
-        more = {"balance__kind": kind, "optim__steps": 3, "eval__on": "false"} | STATEFUL
-        plan.append(options(tmp_path / kind, zero=whole, **more))
-        for step in (2, 3):
-            again = more | {"run__stop_at": step}
-            plan.append(options(tmp_path / f"{kind}_resumed", zero=resumed, **again))
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     run(launch(SUPPORT / "many_runs.py", tmp_path / "plan.json"))
-    for kind in BALANCED:
-        assert_same_curve(curve(tmp_path / kind), curve(tmp_path / f"{kind}_resumed"))
     curves = [curve(tmp_path / zero) for zero in ("zero1", "zero2", "zero3")]
     for step in (1, 2, 3):
         losses = [c[step]["loss"] for c in curves]
