@@ -78,7 +78,7 @@ sample-oldest: $(VENV)/.demo $(VENV)/.dev
 	-k "triton or requirements or products or main_command or zero_stage or initial_weights"
 
 test-long: $(VENV)/.demo $(VENV)/.dev
-	$(PYTEST) -m "slow and not alone and not soak and not gpu"
+	$(PYTEST) -m "slow and not alone and not soak and not gpu$(LEFT_OUT)"
 	$(BIN)/python -m pytest -m "slow and alone and not soak and not gpu"
 
 test-faults: $(VENV)/.demo $(VENV)/.dev

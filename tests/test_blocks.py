@@ -85,6 +85,7 @@ def test_compiled_teachers_give_the_same_features() -> None:
         torch.testing.assert_close(net(image), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 @pytest.mark.dist
 @DEMONSTRATION

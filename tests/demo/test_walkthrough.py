@@ -19,6 +19,7 @@ COMMANDS = re.search(
 KINDS = ("knn", "zeroshot", "teacher", "transfer", "correspondence", "segmentation", "detection")
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 @pytest.mark.skipif(not STAMPS.is_dir(), reason="needs Debian's tuxpaint-stamps-default")
 @DEMONSTRATION

@@ -218,6 +218,7 @@ def test_teachers_without_weights_are_those_of_unic_l() -> None:
         assert cls_BC.shape == (2, width) and patch_BNC.shape == (2, 576, width)
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="the command itself is the test there")
 def test_the_whole_hour_on_a_cpu(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from unic_ds.config import ds_config, overrides, recipes
 from unic_ds.planning import estimate
 from unic_ds.planning.trace import RECOMPUTED, RECOMPUTED_ZERO3, trace
 
-pytestmark = [DEMONSTRATION, pytest.mark.slow, pytest.mark.dist]
+pytestmark = [DEMONSTRATION, pytest.mark.slow, pytest.mark.lengthy, pytest.mark.dist]
 
 SIZE = {"student.size": "64", "precision": ""}
 PATCHES = SIZE | {"teachers.effnet.size": "64", "teachers.dinov2.size": "56"}

@@ -158,6 +158,7 @@ EVERY = [
 
 
 @pytest.mark.dist
+@pytest.mark.lengthy
 @pytest.mark.slow
 def test_the_matrix_gives_one_answer(tmp_path):
     """fp32 exactly; clipped, exactly another one; bf16 as closely as it was measured to."""
