@@ -59,15 +59,21 @@ def test_a_stream_that_lags_gets_the_same_images():
 
     def shown(cycles: int) -> list[torch.Tensor]:
         decoder = dali.Decoder(
-            SIZES, batch=6, depth=2, threads=2, colour=True, device=torch.device("cuda")
+            len(SIZES),
+            reference=SIZES[0],
+            batch=6,
+            depth=2,
+            threads=2,
+            colour=True,
+            device=torch.device("cuda"),
         )
         for seed in range(2):
-            decoder.push(encoded, drawn(encoded, CASES["unic"], seed))
+            decoder.push(encoded, drawn(encoded, CASES["unic"], seed), SIZES)
         torch.cuda._sleep(cycles)
         batches = []
         for seed in range(2, 6):
             batches.append(decoder.pop())
-            decoder.push(encoded, drawn(encoded, CASES["unic"], seed))
+            decoder.push(encoded, drawn(encoded, CASES["unic"], seed), SIZES)
         torch.cuda.synchronize()
         decoder.close()
         return [batch[size].cpu() for batch in batches for size in SIZES]

@@ -26,7 +26,7 @@ def decoders(cfg, device=CPU, batch=6, depth=1):
 
     options = {"batch": batch, "depth": depth, "threads": 2, "colour": cfg.augment == "unic"}
     return [
-        make(SIZES, device=device, **options)
+        make(len(SIZES), reference=SIZES[0], device=device, **options)
         for make in (dali_decoder.Decoder, torch_decoder.Decoder)
     ]
 
@@ -35,7 +35,7 @@ def both(encoded, cfg, device=CPU):
     """The images of either decoder, DALI's first."""
     answers = []
     for decoder in decoders(cfg, device, batch=len(encoded)):
-        decoder.push(encoded, drawn(encoded, cfg))
+        decoder.push(encoded, drawn(encoded, cfg), SIZES)
         answers.append(decoder.pop())
         decoder.close()
     return answers
@@ -98,7 +98,7 @@ def test_flip_and_window_are_what_they_say():
         flip_B=np.array([False, True]),
     )
     for decoder in decoders(Data(augment="none"), batch=2):
-        decoder.push(encoded, draws)
+        decoder.push(encoded, draws, SIZES)
         image_B3HW = decoder.pop()[112]
         assert image_B3HW[0, :, 50, 20].tolist() == [255, 0, 0]
         assert image_B3HW[0, :, 50, 90].tolist() == [0, 255, 0]
@@ -199,7 +199,7 @@ def test_every_kind_of_file_agrees_and_shows_the_picture():
         "bmp",
         "exif 1",
     ):
-        square.push([KINDS[name]], drawn([KINDS[name]], Data(augment="none")))
+        square.push([KINDS[name]], drawn([KINDS[name]], Data(augment="none")), SIZES)
         assert distance(square.pop()[112], plain) < 6, name
 
 
@@ -217,7 +217,7 @@ def test_orientation_is_applied_before_the_window(name):
     want = upright.crop((x, y, x + w, y + h)).resize((112, 112), Image.Resampling.BICUBIC)
     want_3HW = torch.from_numpy(np.asarray(want).copy()).permute(2, 0, 1)
     for decoder in decoders(Data(augment="none"), batch=1):
-        decoder.push([KINDS[name]], draws)
+        decoder.push([KINDS[name]], draws, SIZES)
         assert distance(decoder.pop()[112], want_3HW[None]) < 2
 
 
@@ -235,7 +235,7 @@ def test_batches_come_in_order_and_survive_a_restart(which, photos):
     batches = [photos[:4], photos[4:], photos[1:4]]
 
     def push(k):
-        decoder.push(batches[k], drawn(batches[k], cfg, seed=k))
+        decoder.push(batches[k], drawn(batches[k], cfg, seed=k), SIZES)
 
     push(0), push(1)
     first = decoder.pop()[112].clone()
@@ -251,17 +251,40 @@ def test_batches_come_in_order_and_survive_a_restart(which, photos):
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["dali", "torch"])
+def test_sides_may_differ_from_batch_to_batch(which, photos):
+    """One decoder gives the images of a decoder for each side; blur keeps its reference."""
+    cfg = Data(blur=1.0, blur_min=2.0)
+    changing, fixed = (decoders(cfg, batch=6, depth=2)[which] for _ in range(2))
+    draws = drawn(photos, cfg)
+    sides = [SIZES, (64, 224, 96), (64, 64, 64), SIZES]
+    for batch in sides[:2]:
+        changing.push(photos, draws, batch)
+    for k, batch in enumerate(sides):
+        found = changing.pop()
+        if k + 2 < len(sides):
+            changing.push(photos, draws, sides[k + 2])
+        assert found.keys() == set(batch)
+        fixed.push(photos, draws, batch)
+        for side, image_B3HW in fixed.pop().items():
+            assert torch.equal(found[side], image_B3HW)
+            assert image_B3HW.shape == (6, 3, side, side)
+        fixed.restart()
+
+    changing.close(), fixed.close()
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["dali", "torch"])
 def test_a_broken_image_is_told_and_a_restart_heals(which, photos):
     cfg = Data()
     decoder = decoders(cfg, batch=2, depth=2)[which]
     png = encode(photo(80, 60), "PNG")
     draws = drawn([photos[0], png], cfg)
-    decoder.push([photos[0], png[:-200]], draws)
-    decoder.push([photos[0], png], draws)
+    decoder.push([photos[0], png[:-200]], draws, SIZES)
+    decoder.push([photos[0], png], draws, SIZES)
     with pytest.raises(Undecodable, match=r"\w"):
         decoder.pop()
     decoder.restart()
-    decoder.push([photos[0], png], draws)
+    decoder.push([photos[0], png], draws, SIZES)
     assert decoder.pop()[112].shape == (2, 3, 112, 112)
 
 

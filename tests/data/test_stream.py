@@ -20,7 +20,7 @@ import torch
 from pictures import encode, folder, orientation, photo
 
 from unic_ds.config import Data
-from unic_ds.data import Stream, passes, scan
+from unic_ds.data import StepShape, Stream, passes, scan
 from unic_ds.data.reader import Reader, measure
 from unic_ds.data.source import MAX_MB, Source
 
@@ -50,6 +50,7 @@ def stream(
     sizes=(32, 48),
     seed=0,
     device=CPU,
+    shape_of=None,
 ):
     cfg = cfg or Data(backend="torch")
     return Stream(
@@ -62,6 +63,7 @@ def stream(
         rank=rank,
         world=world,
         device=device,
+        shape_of=shape_of,
     )
 
 
@@ -628,3 +630,20 @@ def test_dali_is_imported_only_where_it_is_chosen(pictures):
     lines = out.stdout.splitlines()
     assert lines[:3] == ["4 False", "4 True", "4"]
     assert "pip install -e '.[cuda" in lines[3]
+
+
+def test_steps_of_other_shapes_show_the_same_samples(pictures):
+    """The order does not depend on sides and micro batches; each step has its own."""
+    shapes = [StepShape((32, 48), 4), StepShape((64, 16), 2), StepShape((16, 48), 8)]
+    plain = take(stream(pictures), 6)
+    batches = stream(pictures, micro=8, shape_of=lambda step: shapes[(step - 1) % 3])
+    found = take(batches, 2 + 4 + 1)
+    assert [sorted(b.images) for b in found] == [[32, 48]] * 2 + [[16, 64]] * 4 + [[16, 48]]
+    assert [len(b.index_B) for b in found] == [4, 4, 2, 2, 2, 2, 8]
+    for name in ("index_B", "position_B"):
+        ours, theirs = (np.concatenate([getattr(b, name) for b in of]) for of in (found, plain))
+        assert np.array_equal(ours, theirs)
+    assert same(found[0], plain[0])
+    resumed = stream(pictures, micro=8, shape_of=lambda step: shapes[(step - 1) % 3])
+    resumed.seek(1)
+    assert same(take(resumed, 1)[0], found[2])

@@ -4,6 +4,17 @@ from unic_ds.data.decoders import backend
 from unic_ds.data.prefetch import Batch
 from unic_ds.data.scan import scan
 from unic_ds.data.source import Source, split
-from unic_ds.data.stream import Stream, Views, drawn, passes
+from unic_ds.data.stream import StepShape, Stream, Views, drawn, passes
 
-__all__ = ["Batch", "Source", "Stream", "Views", "backend", "drawn", "passes", "scan", "split"]
+__all__ = [
+    "Batch",
+    "Source",
+    "StepShape",
+    "Stream",
+    "Views",
+    "backend",
+    "drawn",
+    "passes",
+    "scan",
+    "split",
+]

@@ -19,7 +19,7 @@ from unic_ds.config import Data
 
 ATTEMPTS = 10  # of RandomResizedCrop before it falls back to the central crop
 BLOCKS = 8  # of four random words each, used in `draw`
-BLUR_RADIUS = 4  # pixels at the first size: the kernel of 9 taps of UNIC
+BLUR_RADIUS = 4  # pixels at the reference side, the student's: the kernel of 9 taps of UNIC
 _YIQ_33 = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 _RGB_33 = np.linalg.inv(_YIQ_33)
 
@@ -33,7 +33,7 @@ class Draws(NamedTuple):
     contrast_B: NDArray[np.float32]  # factor; 1: no change
     saturation_B: NDArray[np.float32]  # factor; 1: no change, 0: grey
     hue_B: NDArray[np.float32]  # fraction of the colour circle; 0: no change
-    sigma_B: NDArray[np.float32]  # blur in pixels at the first size; 0: no blur
+    sigma_B: NDArray[np.float32]  # blur in pixels at the reference side; 0: no blur
     solarise_B: NDArray[np.bool_]
 
     @property
@@ -106,9 +106,9 @@ def colour(draws: Draws) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     return pixel_B33.astype(np.float32), mean_B33.astype(np.float32)
 
 
-def blur_radius(size: int, first: int) -> int:
-    """Radius of the blur kernel in pixels at `size`, scaled like sigma from size `first`."""
-    return max(1, round(BLUR_RADIUS * size / first))
+def blur_radius(side: int, reference: int) -> int:
+    """Radius of the blur kernel in pixels at `side`, scaled like sigma from side `reference`."""
+    return max(1, round(BLUR_RADIUS * side / reference))
 
 
 def _plain(window_B4: NDArray[np.int32], flip_B: NDArray[np.bool_]) -> Draws:

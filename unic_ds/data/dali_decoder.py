@@ -61,7 +61,10 @@ class LentOutputs:
 
 
 class Decoder:
-    """Decodes batches of at most `batch` images in the order of `push`, `depth` at a time."""
+    """Decodes batches of at most `batch` images in the order of `push`, `depth` at a time.
+
+    Each image is resized to `outputs` sides, which may differ from batch to batch.
+    """
 
     _pipe: Pipeline
     _pushed: int  # batches since the last restart
@@ -70,15 +73,18 @@ class Decoder:
 
     def __init__(
         self,
-        sizes: tuple[int, ...],
+        outputs: int,
         *,
+        reference: int,
         batch: int,
         depth: int,
         threads: int,
         colour: bool,
         device: torch.device,
     ):
-        self.sizes, self.colour, self.device, self._depth = sizes, colour, device, depth
+        """Blur is in pixels of images of side `reference`."""
+        self.outputs, self.reference, self.colour = outputs, reference, colour
+        self.device, self._depth = device, depth
         self._gpu = device.type == "cuda"
         gpu = torch.cuda.current_device() if self._gpu and device.index is None else device.index
         self._options = {
@@ -90,16 +96,19 @@ class Decoder:
         self._lent = LentOutputs()
         self.restart()
 
-    def push(self, encoded: list[NDArray[np.uint8]], draws: Draws) -> None:
-        """Start a batch of images with their augmentation; `pop` raises its errors."""
-        self._last = self._inputs(draws) | {"encoded": encoded}
+    def push(self, encoded: list[NDArray[np.uint8]], draws: Draws, sides: tuple[int, ...]) -> None:
+        """Start a batch of images with their augmentation; `pop` raises its errors.
+
+        `sides` in pixels: one for each output.
+        """
+        self._last = self._inputs(draws, sides) | {"encoded": encoded}
         try:
             self._feed(self._last)
         except RuntimeError as error:  # an earlier batch has failed
             self._error = error
 
     def pop(self) -> dict[int, Tensor]:
-        """uint8 B3HW of the oldest batch by size; Undecodable if an image in flight is broken."""
+        """uint8 B3HW of the oldest batch by side; Undecodable if an image in flight is broken."""
         try:
             if self._error:
                 raise self._error
@@ -112,7 +121,7 @@ class Decoder:
     def restart(self) -> None:
         """Drop all batches in flight, and an error."""
         self._lent.wait()
-        self._pipe = graph(self.sizes, colour=self.colour, gpu=self._gpu, **self._options)
+        self._pipe = graph(self.outputs, colour=self.colour, gpu=self._gpu, **self._options)
         self._pipe.build()
         self._pushed = 0
         self._error = None
@@ -122,7 +131,7 @@ class Decoder:
         self._lent.wait()
         del self._pipe
 
-    def _inputs(self, draws: Draws) -> Inputs:
+    def _inputs(self, draws: Draws, sides: tuple[int, ...]) -> Inputs:
         """The inputs of the graph without the encoded images."""
         inputs: Inputs = {
             "start": np.ascontiguousarray(draws.window_B4[:, :2]),
@@ -130,14 +139,16 @@ class Decoder:
         }
         mirror_B = np.where(draws.flip_B, -1, 1)  # a negative width mirrors
         side_B2 = np.stack([np.ones_like(mirror_B), mirror_B], -1).astype(np.float32)
-        inputs |= {f"side_{size}": size * side_B2 for size in self.sizes}
+        inputs |= {f"side_{i}": side * side_B2 for i, side in enumerate(sides)}
         if not self.colour:
             return inputs
         inputs["pixel"], inputs["mean"] = augmentation.colour(draws)
         inputs["colours"] = draws.coloured_B
         inputs["blurs"], inputs["solarises"] = draws.sigma_B > 0, draws.solarise_B
-        for size in self.sizes:
-            inputs[f"sigma_{size}"] = draws.sigma_B * np.float32(size / self.sizes[0])
+        for i, side in enumerate(sides):
+            inputs[f"sigma_{i}"] = draws.sigma_B * np.float32(side / self.reference)
+            window = 2 * augmentation.blur_radius(side, self.reference) + 1
+            inputs[f"window_{i}"] = np.full((len(draws.sigma_B), 1), window, dtype=np.int32)
         return inputs
 
     def _feed(self, inputs: Inputs) -> None:
@@ -152,9 +163,10 @@ class Decoder:
         stream = torch.cuda.current_stream(self.device) if self._gpu else None
         outputs = self._pipe.share_outputs(stream.cuda_stream if stream else None)
         images = {}
-        for size, output in zip(self.sizes, outputs, strict=True):
+        for output in outputs:
             image_B3HW = from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
-            images[size] = image_B3HW.clone(memory_format=torch.contiguous_format)
+            side = image_B3HW.shape[-1]
+            images[side] = image_B3HW.clone(memory_format=torch.contiguous_format)
         if stream:
             self._lent.keep(outputs, stream.record_event())
         self._pipe.release_outputs()
@@ -169,8 +181,8 @@ def _cause(error: Exception) -> str:
 
 
 @pipeline_def(enable_conditionals=True)
-def graph(sizes: tuple[int, ...], *, colour: bool, gpu: bool) -> tuple[DataNode, ...]:
-    """Build the graph: encoded images and augmentation -> one uint8 BHW3 output per size."""
+def graph(outputs: int, *, colour: bool, gpu: bool) -> tuple[DataNode, ...]:
+    """Build the graph: encoded images and augmentation -> uint8 BHW3 outputs of their sides."""
     window_HW3 = fn.decoders.image_slice(
         _input("encoded", types.UINT8, 1),
         start=_input("start", types.INT32, 1),
@@ -178,15 +190,13 @@ def graph(sizes: tuple[int, ...], *, colour: bool, gpu: bool) -> tuple[DataNode,
         axis_names="WH",
         device="mixed" if gpu else "cpu",
     )
-    images = {size: _resize(window_HW3, size) for size in sizes}
-    if colour:
-        images = _recolour(images, sizes[0], gpu)
-    return tuple(images.values())
+    images = [_resize(window_HW3, i) for i in range(outputs)]
+    return tuple(_recolour(images, gpu) if colour else images)
 
 
-def _recolour(images: dict[int, DataNode], first: int, gpu: bool) -> dict[int, DataNode]:
-    """Colour, blur and solarise at every size; the mean colour is that of the first."""
-    mean_13 = fn.reshape(fn.reductions.mean(images[first], axes=(0, 1)), shape=[1, 3])
+def _recolour(images: list[DataNode], gpu: bool) -> list[DataNode]:
+    """Colour, blur and solarise at every side; the mean colour is that of the first."""
+    mean_13 = fn.reshape(fn.reductions.mean(images[0], axes=(0, 1)), shape=[1, 3])
     if gpu:
         mean_13 = mean_13.cpu()  # named arguments are read on the host
     shift_13 = fn.coord_transform(mean_13, M=_input("mean", types.FLOAT, 2))
@@ -195,17 +205,21 @@ def _recolour(images: dict[int, DataNode], first: int, gpu: bool) -> dict[int, D
     colours, blurs, solarises = (
         _input(name, types.BOOL, 0) for name in ("colours", "blurs", "solarises")
     )
-    done = {}
-    for size, image_HW3 in images.items():
+    done = []
+    for i, image_HW3 in enumerate(images):
         if colours:
             image_HW3 = fn.coord_transform(image_HW3, M=pixel_33, T=shift_3, dtype=types.UINT8)
         if blurs:
-            image_HW3 = _blur(image_HW3, size, first)
+            image_HW3 = fn.gaussian_blur(
+                image_HW3,
+                sigma=_input(f"sigma_{i}", types.FLOAT, 0),
+                window_size=_input(f"window_{i}", types.INT32, 1),
+            )
         if solarises:
             image_HW3 = fn.lookup_table(
                 image_HW3, keys=list(range(256)), values=INVERTED, dtype=types.UINT8
             )
-        done[size] = image_HW3
+        done.append(image_HW3)
     return done
 
 
@@ -213,14 +227,6 @@ def _input(name: str, dtype: types.DALIDataType, ndim: int) -> DataNode:
     return fn.external_source(name=name, batch=True, dtype=dtype, ndim=ndim)
 
 
-def _resize(window_HW3: DataNode, size: int) -> DataNode:
-    side_2 = _input(f"side_{size}", types.FLOAT, 1)
+def _resize(window_HW3: DataNode, output: int) -> DataNode:
+    side_2 = _input(f"side_{output}", types.FLOAT, 1)
     return fn.resize(window_HW3, size=side_2, interp_type=types.INTERP_CUBIC, antialias=True)
-
-
-def _blur(image_HW3: DataNode, size: int, first: int) -> DataNode:
-    sigma, window = (
-        _input(f"sigma_{size}", types.FLOAT, 0),
-        2 * augmentation.blur_radius(size, first) + 1,
-    )
-    return fn.gaussian_blur(image_HW3, sigma=sigma, window_size=window)

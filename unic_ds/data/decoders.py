@@ -22,7 +22,9 @@ log = logging.getLogger("unic_ds.data")
 class Decoder(Protocol):
     """The interface of dali_decoder.Decoder and torch_decoder.Decoder."""
 
-    def push(self, encoded: list[NDArray[np.uint8]], draws: Draws) -> None: ...
+    def push(
+        self, encoded: list[NDArray[np.uint8]], draws: Draws, sides: tuple[int, ...]
+    ) -> None: ...
     def pop(self) -> dict[int, Tensor]: ...
     def restart(self) -> None: ...
     def close(self) -> None: ...
@@ -50,9 +52,18 @@ def backend(cfg: Data) -> str:
 
 
 def build_decoder(
-    cfg: Data, sizes: tuple[int, ...], *, batch: int, depth: int, threads: int, device: torch.device
+    cfg: Data,
+    outputs: int,
+    *,
+    reference: int,
+    batch: int,
+    depth: int,
+    threads: int,
+    device: torch.device,
 ) -> Decoder:
     """Build the decoder of `cfg.backend`; errors as `backend`.
+
+    It resizes each image to `outputs` sides; blur is in pixels of images of side `reference`.
 
     `auto` is DALI wherever it can be imported, on CPU and GPU alike, so that the pixels are equal.
     """
@@ -62,4 +73,12 @@ def build_decoder(
 
         make = dali_decoder.Decoder
     colour = cfg.augment == "unic"
-    return make(sizes, batch=batch, depth=depth, threads=threads, colour=colour, device=device)
+    return make(
+        outputs,
+        reference=reference,
+        batch=batch,
+        depth=depth,
+        threads=threads,
+        colour=colour,
+        device=device,
+    )

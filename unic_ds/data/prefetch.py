@@ -51,6 +51,7 @@ class Slots:
     index_B: NDArray[np.int64]
     epoch_B: NDArray[np.int64]
     position_B: NDArray[np.int64]
+    sides: tuple[int, ...]  # of its images, in pixels
 
 
 ExtrasReader = Callable[[Slots, Executor], Callable[[], Extras]]
@@ -89,6 +90,10 @@ class Prefetcher:
         device: torch.device,
         extras: ExtrasReader | None = None,
     ):
+        """`sizes` are as many sides as each batch of the plan has; blur is in pixels of the first.
+
+        `batch` is the number of images of the largest.
+        """
         malloc.limit_arenas()
         self.waited_s = 0.0
         self._read_extras = extras
@@ -96,7 +101,13 @@ class Prefetcher:
         self._sizes, self._batch, self._device = sizes, batch, device
         threads = self._cfg.threads or dist.cores()
         self._decoder = build_decoder(
-            self._cfg, sizes, batch=batch, depth=self._cfg.prefetch, threads=threads, device=device
+            self._cfg,
+            len(sizes),
+            reference=sizes[0],
+            batch=batch,
+            depth=self._cfg.prefetch,
+            threads=threads,
+            device=device,
         )
         self._single: Decoder | None = None  # of one image, to find a broken one; built when needed
         self._flight: deque[EncodedBatch] = deque()
@@ -208,7 +219,11 @@ class Prefetcher:
                 if sample.index in self._reader.bad:  # found broken after it was read
                     item = self._replaced(item, b)
             self._flight.append(item)
-            self._decoder.push([s.encoded for s in item.samples], item.draws)
+            self._push(item)
+
+    def _push(self, batch: EncodedBatch) -> None:
+        encoded = [sample.encoded for sample in batch.samples]
+        self._decoder.push(encoded, batch.draws, batch.slots.sides)
 
     def _pop(self) -> dict[int, Tensor]:
         """Decoded images of the oldest batch in flight; broken ones are replaced."""
@@ -231,7 +246,7 @@ class Prefetcher:
                 f"the decoder failed on a batch of images that decode one by one: {error}"
             ) from error
         for batch in self._flight:
-            self._decoder.push([s.encoded for s in batch.samples], batch.draws)
+            self._push(batch)
 
     def _repaired(self, batch: EncodedBatch) -> EncodedBatch:
         """`batch` with neighbours for its images that do not decode; itself if all do."""
@@ -245,10 +260,16 @@ class Prefetcher:
         """The reason why image `b` does not decode; empty if it does."""
         if self._single is None:
             self._single = build_decoder(
-                self._cfg, self._sizes, batch=1, depth=1, threads=1, device=self._device
+                self._cfg,
+                len(self._sizes),
+                reference=self._sizes[0],
+                batch=1,
+                depth=1,
+                threads=1,
+                device=self._device,
             )
         encoded = batch.samples[b].encoded
-        self._single.push([encoded], batch.draws.one(b))
+        self._single.push([encoded], batch.draws.one(b), batch.slots.sides)
         try:
             self._single.pop()
         except Undecodable as error:
@@ -260,7 +281,7 @@ class Prefetcher:
         """`batch` with the next readable neighbour in slot `b`, drawn under the slot's key."""
         sample = self._reader.read(batch.samples[b].index)
         planned = (batch.slots.index_B, batch.slots.epoch_B, batch.slots.position_B)
-        slot = Slots(*(array_B[b : b + 1] for array_B in planned))
+        slot = Slots(*(array_B[b : b + 1] for array_B in planned), batch.slots.sides)
         samples = [*batch.samples[:b], sample, *batch.samples[b + 1 :]]
         draws = batch.draws.put(b, self._draw(slot, [sample]))
         return EncodedBatch(batch.slots, samples, draws, batch.extras)

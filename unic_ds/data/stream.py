@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import count
 from typing import NamedTuple
@@ -30,6 +30,13 @@ class Views(NamedTuple):
         return epoch_B % self.views if self.views else epoch_B
 
 
+class StepShape(NamedTuple):
+    """The images of an optimiser step: their sides, and how many a rank has at once."""
+
+    sides: tuple[int, ...]  # in pixels, the student's first
+    micro: int
+
+
 class Stream:
     """Endless iterator over this rank's micro batches of a run, from the step given to `seek`."""
 
@@ -46,11 +53,14 @@ class Stream:
         world: int,
         device: torch.device,
         views: Views | None = None,
+        shape_of: Callable[[int], StepShape] | None = None,
     ):
         """`batch_size` images per optimiser step, of which a rank reads `micro` at a time.
 
         `sizes` are sides in pixels, the student's first (blur is in its pixels). `views` limits the
-        augmented views of a sample. ValueError if `batch_size` is no multiple of `micro * world`.
+        augmented views of a sample. `shape_of` gives the shape of each step of the order, with as
+        many sides and at most `micro` images; without it all have `sizes` and `micro`. ValueError
+        if `batch_size` is no multiple of `micro * world`.
         """
         if not len(source):
             raise ValueError(f"no images to train on below {str(source.folder)!r}")
@@ -62,6 +72,7 @@ class Stream:
         self._seed, self._sizes, self._device = seed, tuple(dict.fromkeys(sizes)), device
         self._batch_size, self._micro, self._rank, self._world = batch_size, micro, rank, world
         self._views = views or Views(seed)
+        self._shape_of = shape_of or (lambda _: StepShape(self._sizes, micro))
         self._prefetcher: Prefetcher | None = None
         self._step = 0
         self._skipped: order.Spans = ()
@@ -113,7 +124,7 @@ class Stream:
                 extras=self._views.extras,
             )
         batch = next(self._prefetcher)
-        self._since_epoch += self._micro * self._world
+        self._since_epoch += len(batch.index_B) * self._world
         if self._since_epoch >= order.per_epoch(self._groups):
             self._since_epoch = 0
             malloc.trim()
@@ -133,12 +144,13 @@ class Stream:
 
     def _slots(self, step: int, rank: int) -> Iterator[Slots]:
         """Plan a rank's micro batches of optimiser step `step` (from 1)."""
-        before = (self.data_step(step) - 1) * self._batch_size
-        for j in range(self._batch_size // (self._micro * self._world)):
-            position_B = order.positions(j, rank=rank, world=self._world, micro=self._micro)
+        data_step = self.data_step(step)
+        before, shape = (data_step - 1) * self._batch_size, self._shape_of(data_step)
+        for j in range(self._batch_size // (shape.micro * self._world)):
+            position_B = order.positions(j, rank=rank, world=self._world, micro=shape.micro)
             first = before + int(position_B[0])
-            index_B, epoch_B = order.batch(self._seed, self._groups, first, self._micro)
-            yield Slots(index_B, self._views.view_of(epoch_B), position_B)
+            index_B, epoch_B = order.batch(self._seed, self._groups, first, shape.micro)
+            yield Slots(index_B, self._views.view_of(epoch_B), position_B, shape.sides)
 
 
 def drawn(
@@ -155,12 +167,12 @@ def drawn(
     cuts = [
         (view, [span[at : at + batch] for at in range(0, len(span), batch)]) for view, span in plan
     ]
+    sides = tuple(dict.fromkeys(sizes))
     slots = (
-        Slots(np.array(part), np.full(len(part), view), np.arange(len(part)))
+        Slots(np.array(part), np.full(len(part), view), np.arange(len(part)), sides)
         for view, parts in cuts
         for part in parts
     )
-    sides = tuple(dict.fromkeys(sizes))
     prefetcher = Prefetcher(
         Reader(source, cfg), slots, seed=seed, sizes=sides, batch=batch, device=device
     )
@@ -189,18 +201,18 @@ def passes(
     """
     index_N = np.asarray(indices, dtype=np.int64)
     at_N = np.arange(len(index_N), dtype=np.int64)
+    sides = tuple(dict.fromkeys(sizes))
     plan = (
         Slots(
             index_N[at : at + batch],
             0 * at_N[at : at + batch] + (view or 0),
             at_N[at : at + batch],
+            sides,
         )
         for at in range(0, len(index_N), batch)
     )
     reader = Reader(source, replace(cfg, augment="none") if view is None else cfg)
-    prefetcher = Prefetcher(
-        reader, plan, seed=seed, sizes=tuple(dict.fromkeys(sizes)), batch=batch, device=device
-    )
+    prefetcher = Prefetcher(reader, plan, seed=seed, sizes=sides, batch=batch, device=device)
     try:
         yield from prefetcher
     finally:

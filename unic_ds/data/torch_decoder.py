@@ -40,26 +40,30 @@ class Decoder:
 
     def __init__(
         self,
-        sizes: tuple[int, ...],
+        outputs: int,
         *,
+        reference: int,
         batch: int,
         depth: int,
         threads: int,
         colour: bool,
         device: torch.device,
     ):
-        """`batch` and `depth` have no effect; the DALI decoder needs them."""
-        self.sizes, self.colour, self.device = sizes, colour, device
+        """Blur is in pixels of images of side `reference`.
+
+        `outputs`, `batch` and `depth` have no effect; the DALI decoder needs them.
+        """
+        self.reference, self.colour, self.device = reference, colour, device
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="unic_ds-decode")
         self._flight: deque[tuple[list[Tensor], list[Future[None]]]] = deque()
 
-    def push(self, encoded: list[NDArray[np.uint8]], draws: Draws) -> None:
-        """Start a batch of images with their augmentation."""
+    def push(self, encoded: list[NDArray[np.uint8]], draws: Draws, sides: tuple[int, ...]) -> None:
+        """Start a batch of images with their augmentation, at each side in pixels."""
         pixel_B33, mean_B33 = map(torch.from_numpy, augmentation.colour(draws))
         gpu = self.device.type == "cuda"  # pinned, so that the copy does not wait
         images = [
-            torch.empty(len(encoded), 3, size, size, dtype=torch.uint8, pin_memory=gpu)
-            for size in self.sizes
+            torch.empty(len(encoded), 3, side, side, dtype=torch.uint8, pin_memory=gpu)
+            for side in sides
         ]
         futures = [
             self._threads.submit(
@@ -75,13 +79,13 @@ class Decoder:
         self._flight.append((images, futures))
 
     def pop(self) -> dict[int, Tensor]:
-        """uint8 B3HW of the oldest batch by size; Undecodable if an image of it is broken."""
+        """uint8 B3HW of the oldest batch by side; Undecodable if an image of it is broken."""
         images, futures = self._flight.popleft()
         for future in futures:
             future.result()
         # torch reuses pinned memory only after copies from it are done.
         images = [image_B3HW.to(self.device, non_blocking=True) for image_B3HW in images]
-        return dict(zip(self.sizes, images, strict=True))
+        return {image_B3HW.shape[-1]: image_B3HW for image_B3HW in images}
 
     def restart(self) -> None:
         """Drop all batches in flight."""
@@ -103,9 +107,10 @@ class Decoder:
         mean_33: Tensor,
         out: list[Tensor],
     ) -> None:
-        """Decode one image and write it at every size, uint8 3HW, to `out`."""
+        """Decode one image and write it to each of `out`, uint8 3HW, at its side."""
         crop_3HW = decode(encoded, *one.window_B4[0].tolist())
-        images = [resize(crop_3HW, size, flip=bool(one.flip_B[0])) for size in self.sizes]
+        flip = bool(one.flip_B[0])
+        images = [resize(crop_3HW, image_3HW.shape[-1], flip=flip) for image_3HW in out]
         if self.colour:
             shift_31 = mean_33 @ images[0].float().mean((1, 2))[:, None]
             images = [recolour(image_3HW, pixel_33, shift_31) for image_3HW in images]
@@ -117,8 +122,9 @@ class Decoder:
             out_3HW.copy_(image_3HW)
 
     def _blur(self, image_3HW: Tensor, sigma: float) -> Tensor:
-        size, first = image_3HW.shape[-1], self.sizes[0]
-        return blur(image_3HW, sigma * size / first, augmentation.blur_radius(size, first))
+        side, reference = image_3HW.shape[-1], self.reference
+        radius = augmentation.blur_radius(side, reference)
+        return blur(image_3HW, sigma * side / reference, radius)
 
 
 def decode(encoded: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> Tensor:
