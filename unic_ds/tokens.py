@@ -8,6 +8,7 @@ A suffix spells a tensor's axes in order; flattened axes are one group (`x_BN_C`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,16 @@ class Tokens(NamedTuple):
     def copies(self) -> Tokens:
         """Views of the tokens, which autograd tells from these."""
         return Tokens(*(x.view_as(x) for x in self))
+
+
+class Resolution(NamedTuple):
+    """Sides of an optimiser step's images in pixels, and their split into micro batches."""
+
+    size: int  # of the student's images
+    grid: int  # side of the student's patch grid
+    sides: Mapping[str, int]  # of the images of each teacher that is run
+    micro_batch: int  # images of a rank at once
+    micro_batches: int  # of an optimiser step
 
 
 class Shared(NamedTuple):

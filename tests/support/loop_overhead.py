@@ -58,7 +58,7 @@ def bare(run: RunContext, state: TrainState, student: Any, first: int) -> list[f
         for _ in range(student.gradient_accumulation_steps()):
             batch = next(run.stream)
             drop_TB, path_BK, pairs_TB = loop.draw_noise(run, state, batch)
-            target = run.targets_of(batch, pairs_TB)
+            target = run.targets_of(batch, run.resolution_of(step), pairs_TB)
             loss, _ = distill_loss(
                 student(batch.images[cfg.student.size], path_BK),
                 target,

@@ -24,7 +24,11 @@ def show_stages(plans: list[Plan], *, as_json: bool) -> None:
         return
     for number, plan in enumerate(plans, 1):
         position = f"stage {number} of {len(plans)}: " if len(plans) > 1 else ""
-        batch = f"micro batch {plan.micro_batch} x {plan.accumulation}"
+        several = len(plan.splits) > 1
+        batch = "micro batch " + ", ".join(
+            f"{micro} x {count}" + (f" at {size} px" if several else "")
+            for size, (micro, count) in plan.splits.items()
+        )
         print(f"{position}{plan.gpus} x {plan.gpu}, ZeRO-{plan.zero_stage}, {batch}\n")
         show_parts("memory of a GPU", "GB", plan.memory_gb, plan.needs_gb)
         show_parts("FLOPs of an image", "TFLOP", plan.tflop_per_image)

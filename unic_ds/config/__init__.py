@@ -135,6 +135,10 @@ class Config:
             per_image = self.drop.unit == "image" or self.balance.kind != "dropping"
             check(per_image, at, "empty for drop.unit step", shown[0].data)
             self.check_terms(at, "empty", shown[0].data)
+        for row in self.teachers if self.data.sizes else ():
+            where, placement = f"teachers.{row.name}.placement", row.placement
+            want = f"replicate with data.sizes (or give teachers.{row.name}.size)"
+            check(row.own_side or placement == "replicate", where, want, placement)
         for row in self.teachers:
             check(any(self.distance(row)), f"teachers.{row.name}'s losses", "not both none", "none")
             used = row.weight == 1 or self.balance.kind != "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from unic_ds.config.option import check, check_most, option
+from unic_ds.config.option import MOST_PIXELS, check, check_most, option
 
 IMAGENET = 1_281_167
 """Training images of ImageNet-1K."""
@@ -24,6 +24,22 @@ class Data:
     val: str = option(
         "",
         "validation images, in the same forms; empty: data.val_share of the training images",
+        machinery=True,
+    )
+    sizes: tuple[int, ...] = option(
+        (),
+        "multi-resolution training: sides in pixels of the student's images, of which each step"
+        " draws one; empty: student.size in all steps",
+    )
+    size_draw: Literal["shared", "independent"] = option(
+        "shared",
+        "multi-resolution: shared: the teachers' images have the patch grid that the step draws for"
+        " the student; independent: each teacher draws its own, and its map is resized",
+    )
+    tokens: int = option(
+        0,
+        "multi-resolution: patch tokens of the student in a micro batch, at most; 0: those of the"
+        " ds_config's micro batch at student.size",
         machinery=True,
     )
     window: int = option(8, "number of shards whose samples are shuffled together", most=1_000_000)
@@ -95,6 +111,19 @@ class Data:
 
     def __post_init__(self) -> None:
         check_most(self, "data.")
+        pixels = all(0 < size <= MOST_PIXELS for size in self.sizes)
+        check(pixels, "data.sizes", f"from 1 to {MOST_PIXELS}", self.sizes)
+        check(len(set(self.sizes)) == len(self.sizes), "data.sizes", "distinct", self.sizes)
+        check(len(self.sizes) != 1, "data.sizes", "two or more (or empty)", self.sizes)
+        check(self.tokens >= 0, "data.tokens", ">= 0", self.tokens)
+        check(
+            bool(self.sizes) or not self.tokens,
+            "data.tokens",
+            "0 if data.sizes is empty",
+            self.tokens,
+        )
+        alike = bool(self.sizes) or self.size_draw == "shared"
+        check(alike, "data.size_draw", "shared if data.sizes is empty", self.size_draw)
         for key in ("flip", "jitter", "grey", "blur", "solarise", "bad_limit"):
             value = getattr(self, key)
             check(0 <= value <= 1, f"data.{key}", "in [0, 1]", value)

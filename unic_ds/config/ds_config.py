@@ -7,7 +7,7 @@ result; a key of the file that an option decides is refused. Stdlib only.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,12 @@ class DeepSpeedSettings:
             offload_param=Offload.parse(zero.get("offload_param")),
             **same_name,
         )
+
+    def within(self, images: int) -> DeepSpeedSettings:
+        """The same images of an optimiser step, in micro batches of at most so many (>= 1)."""
+        of_rank = self.micro_batch * self.accumulation
+        micro = max(n for n in range(1, min(images, of_rank) + 1) if of_rank % n == 0)
+        return replace(self, micro_batch=micro, accumulation=of_rank // micro)
 
 
 def read(path: str) -> Json:

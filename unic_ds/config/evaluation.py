@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from unic_ds.config.models import MOST_PIXELS
-from unic_ds.config.option import check, check_most, option
+from unic_ds.config.option import MOST_PIXELS, check, check_most, option
 
 TASKS = {
     "knn": "k nearest neighbours on CLS features",

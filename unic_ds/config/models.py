@@ -8,12 +8,11 @@ from typing import Literal
 
 from unic_ds.config import loss_terms
 from unic_ds.config.block_choice import ActivationCheckpointing, RungChoice
-from unic_ds.config.option import check, option
+from unic_ds.config.option import MOST_PIXELS, check, option
 from unic_ds.config.teacher_source import TeacherSource
 
 TEACHER_NAME = re.compile(r"[a-z][a-z0-9_]*")
 DIVIDED = "(images are divided by 255, so divide values of the scale 0 to 255 too)"
-MOST_PIXELS = 16384  # side of an image
 EIGHT_BITS = ("int8", "fp8", "int8_dynamic", "fp8_dynamic")
 
 
@@ -124,6 +123,11 @@ class Teacher:
     def parsed_source(self) -> TeacherSource:
         """The parts of `source`."""
         return TeacherSource.parse(self.source, f"teachers.{self.name}.source")
+
+    @property
+    def own_side(self) -> bool:
+        """True if the side of its images does not depend on the student's, whatever its model."""
+        return bool(self.size) or self.resize != "image"
 
     @property
     def quantised(self) -> bool:

@@ -11,6 +11,9 @@ from unic_ds.files.printable import printable
 
 T = TypeVar("T")
 
+MOST_PIXELS = 16384
+"""The largest side of an image in pixels."""
+
 WIDEST = 2**63 - 1
 """The largest whole number of any option: 64 bits."""
 

@@ -38,7 +38,7 @@ Extras = Mapping[str, Tokens] | None
 class Batch:
     """Images by their side in pixels, with the index and position of each."""
 
-    images: dict[int, Tensor]  # uint8 B3HW on the device
+    images: dict[int, Tensor]  # uint8 B3HW on the device; the student's first
     index_B: NDArray[np.int64]  # of the samples that are shown: the neighbour of a broken one
     position_B: NDArray[np.int64]  # in the global batch, or in the pass
     extras: Extras = None  # of the planned samples, broken or not
@@ -280,8 +280,11 @@ class Prefetcher:
     def _replaced(self, batch: EncodedBatch, b: int) -> EncodedBatch:
         """`batch` with the next readable neighbour in slot `b`, drawn under the slot's key."""
         sample = self._reader.read(batch.samples[b].index)
-        planned = (batch.slots.index_B, batch.slots.epoch_B, batch.slots.position_B)
-        slot = Slots(*(array_B[b : b + 1] for array_B in planned), batch.slots.sides)
+        slots = batch.slots
+        slot = Slots(
+            *(slots.index_B[b : b + 1], slots.epoch_B[b : b + 1], slots.position_B[b : b + 1]),
+            sides=slots.sides,
+        )
         samples = [*batch.samples[:b], sample, *batch.samples[b + 1 :]]
         draws = batch.draws.put(b, self._draw(slot, [sample]))
         return EncodedBatch(batch.slots, samples, draws, batch.extras)

@@ -69,7 +69,8 @@ class Stream:
                 f"batch size {batch_size} is not a multiple of micro batch {micro} x {world} ranks"
             )
         self._reader, self._groups = Reader(source, cfg), source.groups(cfg.window)
-        self._seed, self._sizes, self._device = seed, tuple(dict.fromkeys(sizes)), device
+        self._seed, self._device = seed, device
+        self._sizes = sizes if shape_of else tuple(dict.fromkeys(sizes))
         self._batch_size, self._micro, self._rank, self._world = batch_size, micro, rank, world
         self._views = views or Views(seed)
         self._shape_of = shape_of or (lambda _: StepShape(self._sizes, micro))

@@ -56,19 +56,23 @@ def attention_heads(encoder: VisionTransformer) -> int:
     return encoder.embed_dim // attn.head_dim if narrowed else attn.num_heads
 
 
-def build_encoder(cfg: config.Student) -> VisionTransformer:
+def build_encoder(cfg: config.Student, *, any_size: bool = False) -> VisionTransformer:
     """A timm ViT without a head at `cfg.size`.
+
+    `any_size`: it takes images of other sides too, for which timm resamples its position embeddings
+    in each forward (bicubic, antialiased); its weights are the same.
 
     ValueError for a name that timm does not have, for any model but a plain ViT, and for a size,
     registers, heads or a width of the MLP that the model does not take.
     """
     grid_of(cfg)
-    return create(cfg)
+    return create(cfg, any_size=any_size)
 
 
-def create(cfg: config.Student) -> VisionTransformer:
+def create(cfg: config.Student, *, any_size: bool = False) -> VisionTransformer:
     """The encoder as timm builds it; timm's own errors for arguments that it does not take."""
-    encoder = timm.create_model(architecture(cfg), drop_path_rate=cfg.drop_path, **arguments(cfg))
+    options = arguments(cfg) | ({"dynamic_img_size": True} if any_size else {})
+    encoder = timm.create_model(architecture(cfg), drop_path_rate=cfg.drop_path, **options)
     return cast(VisionTransformer, encoder)  # or a model with its interface: see assert_plain
 
 
@@ -98,6 +102,44 @@ def check_plain(model: str, size: int, registers: int, heads: int, mlp_width: in
     if wrong is not None or registers not in (-1, registers_of(encoder)):
         raise ValueError(refusal(cfg, encoder, wrong)) from wrong
     return encoder.patch_embed.grid_size[0]
+
+
+def grids_of(cfg: config.Config) -> tuple[int, ...]:
+    """Side of the patch grid at each of `data.sizes`, or at `student.size` alone; else ValueError.
+
+    ValueError for a model that does not take them, and as `build_encoder`.
+    """
+    usual = grid_of(cfg.student)
+    if not cfg.data.sizes:
+        return (usual,)
+    return tuple(grid_at(cfg.student, size) for size in cfg.data.sizes)
+
+
+@cache
+def grid_at(cfg: config.Student, size: int) -> int:
+    """Side of the patch grid of images of another side than `cfg.size`, for the same weights.
+
+    ValueError if the model does not take them. It runs once on the meta device.
+    """
+    patch = cfg.size // grid_of(cfg)
+    if size % patch:
+        raise ValueError(
+            f"data.sizes has {size}, which is not a multiple of {cfg.model}'s patch size {patch}"
+        )
+    if wrong := attempt(lambda: assert_any_size(cfg, size)):
+        raise ValueError(
+            f"student.model {cfg.model!r} takes images of one side alone; leave data.sizes empty,"
+            " or choose another of timm's vit_ models"
+        ) from wrong
+    return size // patch
+
+
+def assert_any_size(cfg: config.Student, size: int) -> None:
+    """An error unless the model of `cfg.size` takes images of `size` px with the same weights."""
+    usual, encoder = outline(lambda: create(cfg)), outline(lambda: create(cfg, any_size=True))
+    shapes, others = ({k: x.shape for k, x in of.state_dict().items()} for of in (usual, encoder))
+    assert shapes == others
+    assert_tokens(encoder, size, size // (cfg.size // grid_of(cfg)))
 
 
 def refusal(
@@ -157,17 +199,23 @@ def assert_plain(encoder: VisionTransformer, size: int) -> None:
     Its blocks give a square grid of patch tokens and a prefix, and its state has no buffers, which
     an export would lack.
     """
-    image_B3HW, blocks = torch.empty(2, 3, size, size, device="meta"), range(len(encoder.blocks))
     (rows, columns), width = encoder.patch_embed.grid_size, encoder.embed_dim
     assert rows == columns and size % encoder.patch_embed.patch_size[0] == 0
     assert encoder.patch_embed.proj.weight.is_floating_point()  # its type is the student's
     assert width % attention_heads(encoder) == 0
     assert dict(encoder.named_parameters()).keys() == encoder.state_dict().keys()
+    assert_tokens(encoder, size, rows)
+
+
+@torch.no_grad()
+def assert_tokens(encoder: VisionTransformer, size: int, grid: int) -> None:
+    """AssertionError, or an error of the model's own, unless its blocks give tokens on the grid."""
+    image_B3HW, blocks = torch.empty(2, 3, size, size, device="meta"), range(len(encoder.blocks))
     tokens = [*residuals(encoder, image_B3HW, blocks), features(encoder, image_B3HW)]
     assert len(tokens) == len(blocks) + 1
     for cls_BC, patch_BNC in tokens:
-        assert cls_BC.shape == (2, width)
-        assert patch_BNC.shape == (2, rows * columns, width)
+        assert cls_BC.shape == (2, encoder.embed_dim)
+        assert patch_BNC.shape == (2, grid * grid, encoder.embed_dim)
 
 
 def residuals(encoder: VisionTransformer, x_B3HW: Tensor, blocks: Sequence[int]) -> list[Tokens]:

@@ -45,14 +45,15 @@ class Student(nn.Module):
         ops: Ops = FUSED,
         gathered: Gathered = lambda _: nullcontext(True),
         compiled: bool = False,
+        any_size: bool = False,
     ):
         """`heads` is keyed by teacher; weights are a function of (seed, published name).
 
         `gathered` makes a parameter writable that is partitioned; `compiled`: blocks run through
-        torch.compile.
+        torch.compile. `any_size`: images may have other sides than `cfg.size`.
         """
         super().__init__()
-        self.encoder = build_encoder(cfg)
+        self.encoder = build_encoder(cfg, any_size=any_size)
         self.normalise = Normalise(cfg.mean, cfg.std)
         self.ladder = ladder_on(self.encoder, ladder, heads, ops)
         self.paths = give_drop_paths(self.encoder)

@@ -39,6 +39,7 @@ class Plan:
     gpus: int
     zero_stage: int
     micro_batch: int
+    splits: dict[int, tuple[int, int]]  # side of the student's images -> micro batch, accumulation
     checkpoint: str  # student.activation_checkpointing
     accumulation: int
     placement: dict[str, str]  # of each teacher's weights
@@ -335,6 +336,7 @@ def make(
         gpus=gpus,
         zero_stage=stage,
         micro_batch=micro,
+        splits={cfg.student.size: (micro, accumulation)},
         checkpoint=cfg.student.activation_checkpointing,
         accumulation=accumulation,
         placement={row.name: row.placement for row in cfg.teachers},
@@ -351,5 +353,10 @@ def make(
         days=steps * total / 86400,
         steps=steps,
         checkpoint_gb=(copies * FP32 * trained + 2 * (trained + traced.frozen)) / 1e9,
-        cache_gb_per_view=per_epoch * traced.features * 2 / 1e9,
+        cache_gb_per_view=cache_gb(traced, per_epoch=per_epoch),
     )
+
+
+def cache_gb(traced: Trace, *, per_epoch: int) -> float:
+    """GB of the teachers' features of one view of all images, in bf16."""
+    return per_epoch * traced.features * 2 / 1e9

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from unic_ds.config import Config, ds_config, job
-from unic_ds.planning import estimate
+from unic_ds.planning import estimate, multi_resolution
 from unic_ds.planning.gpus import Efficiency, Gpu
-from unic_ds.planning.trace import between, trace
+from unic_ds.planning.trace import Trace, between, trace
 
 MICRO = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CHECKPOINTS = ("none", "every:2", "full")
@@ -32,10 +33,10 @@ def plan_stages(
     found = []
     for stage, _ in job.staged(cfg, Path()):
         settings = ds_config.merge(file, stage, count)
-        traced = trace(stage, settings.micro_batch, bf16=settings.bf16)
+        trace_of = partial(trace, bf16=settings.bf16)
         found.append(
-            estimate.make(
-                stage, settings, traced, gpu, count, per_epoch=images, efficiency=efficiency
+            multi_resolution.make(
+                stage, settings, trace_of, gpu, count, per_epoch=images, efficiency=efficiency
             )
         )
     return found
@@ -65,15 +66,20 @@ def search(
             settings = ds_config.merge(
                 with_zero_stage(file, stage, micro, offload=offload), chosen, count
             )
-            few, many = (trace(chosen, n, bf16=dtype) for n in (FEW, MANY))
-            traced = between(few, many, micro)
-            row = estimate.make(
-                chosen, settings, traced, gpu, count, per_epoch=images, efficiency=efficiency
+            trace_of = partial(trace_between, bf16=dtype)
+            row = multi_resolution.make(
+                chosen, settings, trace_of, gpu, count, per_epoch=images, efficiency=efficiency
             )
             if row.fits:
                 found.append(row)
                 break
     return sorted(found, key=lambda p: -p.images_per_s)
+
+
+def trace_between(cfg: Config, images: int, *, bf16: bool) -> Trace:
+    """The trace of a micro batch, on the line through those of `FEW` and `MANY` images."""
+    few, many = (trace(cfg, n, bf16=bf16) for n in (FEW, MANY))
+    return between(few, many, images)
 
 
 def candidates(cfg: Config, file: dict[str, Any], gpus: int) -> list[tuple[int, int]]:

@@ -81,8 +81,7 @@ class Teacher(nn.Module):
         self.width, self.own_grid = probe.measure(
             row, self.size, self.on_own_grid, device=device, single=not sources.has_outline(row)
         )
-        larger = row.resize == "larger" and self.own_grid > grid
-        self.target_grid = self.own_grid if larger else grid
+        self.target_grid = self.target_grid_at(grid)
         self.fidelity = self.quantise(device, sample) if row.quantised else {}
         self.patch = model.patch or self.size // self.own_grid
 
@@ -91,48 +90,51 @@ class Teacher(nn.Module):
         """True if its summary is a CLS token."""
         return self.summary == TOKEN
 
+    def target_grid_at(self, grid: int) -> int:
+        """Side of its targets' grid for a student's patch grid: that one, or its own if larger."""
+        larger = self.row.resize == "larger" and self.own_grid > grid
+        return self.own_grid if larger else grid
+
     def train(self, mode: bool = True) -> Teacher:
         """Stay in evaluation mode, whatever `mode` is."""
         return super().train(False)
 
     # Not inference_mode: its tensors cannot be saved for the loss's backward.
     @torch.no_grad()
-    def forward(self, image_B3HW: Tensor, row_R: Tensor | None = None) -> Tokens:
+    def forward(
+        self, image_B3HW: Tensor, row_R: Tensor | None = None, *, grid: int | None = None
+    ) -> Tokens:
         """Tokens of uint8 images [B, 3, size, size] in its precision, on the target's grid.
 
-        Of the images `row_R` alone, if given: those of no image are empty. At least two are run,
-        since compiled code of one image would be another.
+        The student's patch grid is `grid`, or that of the constructor. With `row_R` only those
+        images count: the tokens of no image are empty. At least two are run, since compiled code of
+        one image would be another.
         """
         assert image_B3HW.shape[1:] == (3, self.size, self.size), (self.name, image_B3HW.shape)
         micro = self.row.micro or len(image_B3HW)
+        grid = self.target_grid_at(grid or self.grid)
         if row_R is None:
-            return self.encode_each(image_B3HW.split(micro))
+            return self.encode_each(image_B3HW.split(micro), grid)
         # All ranks gather sharded weights together: all run as often, if on fewer images each.
         calls = -(-len(image_B3HW) // micro)
         if self.row.placement == "replicate":
             calls = -(-len(row_R) // micro)
             if not calls:
-                return self.no_tokens()
+                return self.no_tokens(grid)
         filler_F = row_R.new_zeros(max(0, calls - len(row_R), 2 - len(row_R)))
         chosen = image_B3HW[torch.cat([row_R, filler_F])]
-        tokens = self.encode_each(chosen.tensor_split(calls))
+        tokens = self.encode_each(chosen.tensor_split(calls), grid)
         return Tokens(*(x[: len(row_R)] for x in tokens))
 
-    def encode_each(self, parts: Sequence[Tensor]) -> Tokens:
-        """Tokens of all parts of the images, which are encoded one after another."""
-        found = [self.encode(part) for part in parts]
+    def encode_each(self, parts: Sequence[Tensor], grid: int) -> Tokens:
+        """Tokens on a grid of all parts of the images, which are encoded one after another."""
+        found = [to_grid(self.on_own_grid(part), grid) for part in parts]
         return found[0] if len(found) == 1 else Tokens(*map(torch.cat, zip(*found, strict=True)))
 
-    def no_tokens(self) -> Tokens:
+    def no_tokens(self, grid: int) -> Tokens:
         """Tokens of no image."""
         like = self.normalise.mean_311.new_empty(0, dtype=self.dtype)
-        return Tokens(
-            like.new_empty(0, self.width), like.new_empty(0, self.target_grid**2, self.width)
-        )
-
-    def encode(self, image_B3HW: Tensor) -> Tokens:
-        """Tokens of at most `row.micro` images, on the target's grid."""
-        return to_grid(self.on_own_grid(image_B3HW), self.target_grid)
+        return Tokens(like.new_empty(0, self.width), like.new_empty(0, grid**2, self.width))
 
     def on_own_grid(self, image_B3HW: Tensor) -> Tokens:
         """The tower's tokens of uint8 images."""
@@ -171,6 +173,20 @@ class Teacher(nn.Module):
             "licence": self.licence,
         }
         return cast(TeacherFacts, facts)
+
+    @torch.no_grad()
+    def share_weights(self, other: Teacher) -> None:
+        """Use the parameters of `other` in place of equal ones, which are then freed.
+
+        Those in eight bits are kept: torch cannot compare them.
+        """
+        theirs = dict(other.tower.named_parameters())
+        for name, ours in list(self.tower.named_parameters()):
+            same = theirs.get(name)
+            plain = type(ours.data) is type(getattr(same, "data", None)) is Tensor
+            if same is not None and plain and torch.equal(ours, same):
+                module, _, key = name.rpartition(".")
+                setattr(self.tower.get_submodule(module), key, same)
 
 
 def load(

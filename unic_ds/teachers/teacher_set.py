@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.phi_s import PhiS
 from unic_ds.teachers.standardise import Standardiser
 from unic_ds.teachers.teacher import Teacher, TeacherFacts, load
-from unic_ds.tokens import Target, Tokens
+from unic_ds.tokens import Resolution, Target, Tokens, to_grid
 from unic_kernels.ops import FUSED, Ops
 
 CachedTokens = Mapping[str, Tokens] | None
@@ -47,8 +47,12 @@ class TeacherSet:
         ops: Ops = FUSED,
         cache: FeatureCache | None = None,
         sample: quantisation.Sample | None = None,
+        grids: Sequence[int] = (),
     ):
         """Teachers that `cache` has are not run: their tokens come with each batch.
+
+        `grids` are further patch grids that the student will have (multi-resolution): a teacher
+        whose side follows the student's is built for each side, with shared weights.
 
         RuntimeError if a quantised teacher's tokens differ too much from its bf16 tokens on the
         images of `sample`.
@@ -56,17 +60,20 @@ class TeacherSet:
         if not rows:
             raise ValueError("no teachers; name some with --teachers NAME=SOURCE,...")
         self.device, self.cached = device, cache.facts if cache else {}
+        self.resizes = {row.name: row.resize for row in rows}
         online = [row for row in rows if row.name not in self.cached]
         for row in online:
             sources.locate(row)
             quantisation.check_device(row, device)
-        self.teachers = {}
+        self.teachers: dict[str, Teacher] = {}
+        self.by_grid: dict[str, dict[int, Teacher]] = {}
         for row in online:
             with dist.local_main_first():
                 model = sources.read(row, grid)
             teacher = Teacher(row, model, grid=grid, device=device, sample=sample)
             quantisation.check_agreement(row.name, row.precision, teacher.fidelity)
             self.teachers[row.name] = teacher
+            self.by_grid[row.name] = self.at_grids(teacher, grids)
         self.widths = {row.name: self.width_of(row.name) for row in rows}  # in config order
         kind = KINDS[standardise.kind if standardise.on else "channel"]
         self.norms = {}
@@ -74,6 +81,26 @@ class TeacherSet:
             with blaming(name):
                 self.norms[name] = kind(width, standardise, ops).to(device)
         self.standardise = standardise
+
+    def at_grids(self, teacher: Teacher, grids: Sequence[int]) -> dict[int, Teacher]:
+        """A teacher for each patch grid of the student; those of one side are one."""
+        found, by_size = {teacher.grid: teacher}, {teacher.size: teacher}
+        for grid in () if teacher.row.own_side else grids:
+            with dist.local_main_first():
+                model = sources.read(teacher.row, grid)
+            if model.size not in by_size:
+                made = Teacher(teacher.row, model, grid=grid, device=self.device)
+                made.share_weights(teacher)
+                by_size[model.size] = made
+            found[grid] = by_size[model.size]
+        return dict.fromkeys(grids, teacher) | found
+
+    def sides_of(self, grids: Sequence[int]) -> dict[str, dict[int, int]]:
+        """Side in pixels of each running teacher's images, at patch grids of the student."""
+        return {
+            name: {grid: by_grid[grid].size for grid in grids}
+            for name, by_grid in self.by_grid.items()
+        }
 
     def width_of(self, name: str) -> int:
         """Channels of a teacher that is cached or run."""
@@ -91,16 +118,18 @@ class TeacherSet:
         *,
         pairs_TB: NDArray[np.bool_] | None = None,
         observe: bool = True,
+        resolution: Resolution | None = None,
     ) -> dict[str, Target]:
         """Targets of uint8 images [B, 3, H, H], keyed by side H in pixels.
 
-        `cached` holds the tokens of the cached teachers. Each teacher runs on its images in
-        `pairs_TB` alone, if given, in config order. `observe` adds what is computed to running
-        statistics: off in validation. No host sync.
+        `resolution` has the student's patch grid and the teachers' sides, if they are not those of
+        the constructor. `cached` holds the tokens of the cached teachers. Each teacher runs on its
+        images in `pairs_TB` alone, if given, in config order. `observe` adds what is computed to
+        running statistics: off in validation. No host sync.
         """
         rows = self.rows_of(pairs_TB)
         targets = {}
-        for name, tokens in self.features(images, cached, rows).items():
+        for name, tokens in self.features(images, cached, rows, resolution).items():
             norm = self.norms[name]
             if observe and self.standardise.running and len(tokens.cls_BC):
                 norm.observe(tokens)
@@ -129,27 +158,44 @@ class TeacherSet:
         images: dict[int, Tensor],
         cached: CachedTokens = None,
         rows: Mapping[str, Tensor] | None = None,
+        resolution: Resolution | None = None,
     ) -> dict[str, Tokens]:
         """Tokens of each teacher on its target's grid, not standardised, in its precision.
 
-        `rows` are the indices of each teacher's images, by name; empty: all images.
+        `rows` are the indices of each teacher's images, by name; empty: all images. Cached maps,
+        which are of the constructor's grid, are resized to that of `resolution`.
         """
         found = {}
         for name, tokens in (cached or {}).items():
             there = Tokens(*(x.to(self.device, non_blocking=True) for x in tokens))
-            found[name] = Tokens(*(x[rows[name]] for x in there)) if rows else there
+            there = Tokens(*(x[rows[name]] for x in there)) if rows else there
+            found[name] = self.resized(name, there, resolution.grid) if resolution else there
         for name, teacher in self.teachers.items():
-            found[name] = teacher(images[teacher.size], rows[name] if rows else None)
+            if resolution:
+                teacher = self.of_side(name, resolution.sides[name])
+            grid = resolution.grid if resolution else None
+            found[name] = teacher(images[teacher.size], rows[name] if rows else None, grid=grid)
         return {name: found[name] for name in self.widths if name in found}
+
+    def of_side(self, name: str, side: int) -> Teacher:
+        """The teacher that takes images of so many pixels."""
+        return next(found for found in self.by_grid[name].values() if found.size == side)
+
+    def resized(self, name: str, tokens: Tokens, grid: int) -> Tokens:
+        """Cached tokens on the grid of the student, or on their own if that one is the target's."""
+        own = round(tokens.patch_BNC.shape[1] ** 0.5)
+        keeps = self.resizes[name] == "larger" and own > grid
+        return tokens if keeps or not len(tokens.cls_BC) else to_grid(tokens, grid)
 
     def compile(self, *, varying: bool = False) -> None:
         """Compile the teachers' blocks; report teachers that have no equal blocks.
 
         `varying`: the number of images varies from call to call.
         """
-        for name, teacher in self.teachers.items():
-            blocks = equal_blocks(teacher.tower.blocks(), of=teacher.tower)
-            compile_each(blocks, varying=varying)
+        for name, by_grid in self.by_grid.items():
+            for teacher in set(by_grid.values()):
+                blocks = equal_blocks(teacher.tower.blocks(), of=teacher.tower)
+                compile_each(blocks, varying=varying)
             if not blocks:
                 console.say(f"teacher {name} is not compiled: it has no row of equal blocks")
 

@@ -23,7 +23,7 @@ from unic_ds.harness import image_sets
 from unic_ds.losses import balance
 from unic_ds.losses.balance import BALANCERS
 from unic_ds.losses.terms import TERMS
-from unic_ds.models.encoder import build_encoder, grid_of
+from unic_ds.models.encoder import build_encoder, grid_of, grids_of
 from unic_ds.models.meta import NoInit
 from unic_ds.planning import trace
 from unic_ds.process import console
@@ -95,6 +95,7 @@ def accept_teachers(
     `located`: their weights must be on this machine, which must be able to run them.
     """
     grid, widths = grid_of(cfg.student), {row.name: UNKNOWN for row in cfg.teachers}
+    grids = set(grids_of(cfg)) - {grid}
     stored = trace.stored(cfg)
     for row in cfg.teachers:
         if row.name in stored:
@@ -103,7 +104,10 @@ def accept_teachers(
             sources.locate(row)
             quantisation.check_device(row, dist.device())
         if outlined and (called or sources.has_outline(row)):
-            widths[row.name] = width_of(replace(row, placement="replicate", micro=0), grid)
+            plain = replace(row, placement="replicate", micro=0)
+            widths[row.name] = width_of(plain, grid)
+            for other in () if row.own_side else sorted(grids):
+                width_of(plain, other)
         if called:
             sources.check_weights(row, grid)
     return widths

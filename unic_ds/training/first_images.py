@@ -13,9 +13,9 @@ from unic_ds.data import Batch
 class FirstImages:
     """Iterator over micro batches that copies the first one's images on rank 0; no host read."""
 
-    def __init__(self, batches: Iterator[Batch], *, size: int, count: int):
-        """Keep at most `count` images (0: none) of `size` px."""
-        self.batches, self.size = batches, size
+    def __init__(self, batches: Iterator[Batch], *, count: int):
+        """Keep at most `count` images (0: none), as the student sees them."""
+        self.batches = batches
         self.count = count if dist.rank() == 0 else 0
         self.image_B3HW: Tensor | None = None
 
@@ -25,7 +25,7 @@ class FirstImages:
     def __next__(self) -> Batch:
         batch = next(self.batches)
         if self.count:
-            self.image_B3HW = batch.images[self.size][: self.count].clone()
+            self.image_B3HW = next(iter(batch.images.values()))[: self.count].clone()
             self.count = 0
         return batch
 

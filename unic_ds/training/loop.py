@@ -59,15 +59,16 @@ def train_step(run: RunContext, state: TrainState) -> list[Metrics]:
     """
     cfg, engine = run.cfg, state.engine
     optim.apply(engine.optimizer, optim.learning_rate(state.step, cfg.optim, run.train.per_epoch))
-    metrics = []
-    for _ in range(engine.gradient_accumulation_steps()):
+    metrics, resolution = [], run.resolution_of(state.step)
+    for left in reversed(range(resolution.micro_batches)):
+        engine.set_gradient_accumulation_boundary(left == 0)
         batch = next(run.batches)
         drop_TB, path_BK, pairs_TB = draw_noise(run, state, batch)
-        target = run.targets_of(batch, pairs_TB)  # frozen teachers, standardised per channel
-        pred = engine(batch.images[cfg.student.size], path_BK)
+        target = run.targets_of(batch, resolution, pairs_TB)  # standardised per channel
+        pred = engine(batch.images[resolution.size], path_BK)
         loss, micro_metrics = compute_loss(run, state, pred, target, drop_TB)
         state.guard.observe(loss)
-        engine.backward(loss)
+        engine.backward(loss / resolution.micro_batches, scale_wrt_gas=False)
         engine.step()  # after the last micro batch: AdamW, unless the guard skips the step
         metrics.append(micro_metrics)
     taken = state.guard.end_step()
@@ -95,8 +96,9 @@ def train_loop(
         images = unreadable or UnreadableImages(run.out, run.stream)
         periodic = cadences(run, state, log, votes=votes, unreadable=images)
         for state.step in range(first, run.last_step + 1):
-            for metrics in train_step(run, state):
-                log.add(metrics)
+            metrics = train_step(run, state)
+            for micro_metrics in metrics:
+                log.add(micro_metrics, weight=1 / len(metrics) if run.cfg.data.sizes else 1.0)
             if state.step == first:
                 seconds = console.since_start()
                 console.say(f"first optimiser step done {seconds:.0f} s after the start")

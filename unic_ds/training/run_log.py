@@ -134,9 +134,10 @@ class RunLog:
         if self.writer:
             self.trackers.each(lambda tracker: tracker.text(name, text, step=step))
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
+    def add(self, metrics: dict[str, Tensor], *, weight: float = 1.0) -> None:
         """Add a micro batch's finite metrics to the sums; nothing leaves the device.
 
+        `weight` is that of its values, if steps have different numbers of micro batches.
         Of those per image [B] the log line has none; the trackers get those of its last batch.
         """
         means = {name: value for name, value in metrics.items() if value.dim() == 0}
@@ -144,6 +145,7 @@ class RunLog:
         value_M = torch.stack(list(means.values()))
         finite_M = value_M.isfinite()
         sums_2M = torch.stack([torch.where(finite_M, value_M, 0.0), finite_M.to(value_M)])
+        sums_2M = sums_2M if weight == 1 else weight * sums_2M
         self.names = list(means)
         self.sums = sums_2M if self.sums is None else self.sums + sums_2M
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -25,8 +25,9 @@ from unic_ds.files.printable import printable
 from unic_ds.harness import session
 from unic_ds.harness.image_sets import can_evaluate, find_images
 from unic_ds.losses import balance, dispersion
-from unic_ds.models.encoder import grid_of
+from unic_ds.models.encoder import grid_of, grids_of
 from unic_ds.models.ladder import heads_of
+from unic_ds.models.resolutions import Resolutions, at_size
 from unic_ds.models.student import Student
 from unic_ds.planning.counters import flop_counter
 from unic_ds.planning.trace import forward_flops
@@ -34,7 +35,7 @@ from unic_ds.process import console, entry_point
 from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.teacher import TeacherFacts
 from unic_ds.teachers.teacher_set import TeacherSet
-from unic_ds.tokens import Target, Tokens
+from unic_ds.tokens import Resolution, Target, Tokens
 from unic_ds.training import pictures, probes
 from unic_ds.training.first_images import FirstImages
 from unic_ds.training.phases import Phases, SetPhase
@@ -66,16 +67,18 @@ def build(job: Job, set_phase: SetPhase) -> tuple[RunContext, TrainState]:
     cache = open_cache(cfg, train)
     teachers, manifest = find_teachers(cfg, train, cache)
     student, init = start_student(job, teachers)
+    resolutions = find_resolutions(job, teachers)
     flops = count_flops(cfg, teachers, device)
     if cfg.run.compiles("teachers"):
         teachers.compile(varying=cfg.chooses_pairs)
     cost = f"{flops / 1e9:.1f} GFLOP an image for the whole step"
-    console.say(f"student {cfg.student.model}, {cfg.student.size} px; {cost}")
+    sides = ", ".join(map(str, cfg.data.sizes)) or cfg.student.size
+    console.say(f"student {cfg.student.model}, {sides} px; {cost}")
     state = build_state(job, student, teachers, device)
-    stream = open_stream(job, train, teachers.sizes, device, cache)
+    stream = open_stream(job, train, resolutions, device, cache)
     phases = announce_phases(state, set_phase, compiles=cfg.run.compile != "none")
     kept = pictures.AUGMENTED if cfg.probe.pictures else 0
-    first_images = FirstImages(stream, size=cfg.student.size, count=kept)
+    first_images = FirstImages(stream, count=kept)
     run = RunContext(
         job=job,
         train=train,
@@ -83,6 +86,7 @@ def build(job: Job, set_phase: SetPhase) -> tuple[RunContext, TrainState]:
         stream=stream,
         batches=phases.announced_items("reading data", first_images),
         first_images=first_images,
+        resolutions=resolutions,
         targets_of=phases.announced("teachers", partial(targets_of, teachers)),
         cache=cache,
         manifest=manifest,
@@ -142,13 +146,25 @@ def announce_phases(state: TrainState, set_phase: SetPhase, *, compiles: bool) -
 
 
 def targets_of(
-    teachers: TeacherSet, batch: Batch, pairs_TB: NDArray[np.bool_] | None = None
+    teachers: TeacherSet,
+    batch: Batch,
+    resolution: Resolution,
+    pairs_TB: NDArray[np.bool_] | None = None,
 ) -> dict[str, Target]:
     """The teachers' standardised targets of a batch, which is added to their statistics.
 
     `pairs_TB` are the pairs of teacher and image to compute, all by default.
     """
-    return teachers(batch.images, batch.extras, pairs_TB=pairs_TB)
+    return teachers(batch.images, batch.extras, pairs_TB=pairs_TB, resolution=resolution)
+
+
+def find_resolutions(job: Job, teachers: TeacherSet) -> Resolutions:
+    """The resolution of each step of a run with these teachers."""
+    sides_of = teachers.sides_of(grids_of(job.cfg))
+    if cached := ", ".join(teachers.cached) if job.cfg.data.sizes else "":
+        side = job.cfg.student.size
+        console.say(f"from the feature cache, so of images for {side} px in all steps: {cached}")
+    return Resolutions(job.cfg, job.settings, sides_of)
 
 
 def open_cache(cfg: config.Config, train: Source) -> FeatureCache | None:
@@ -170,6 +186,7 @@ def find_teachers(
         ops=KERNELS[cfg.kernels],
         cache=cache,
         sample=sample_images(cfg, train),
+        grids=grids_of(cfg),
     )
     manifest = dist.on_rank_0(teachers.manifest)
     for name, facts in manifest.items():
@@ -204,6 +221,7 @@ def start_student(job: Job, teachers: TeacherSet) -> tuple[Student, Init]:
         ops=KERNELS[cfg.kernels],
         compiled=cfg.run.compiles("student"),
         gathered=deepspeed_engine.gathered,
+        any_size=bool(cfg.data.sizes),
     )
     student = deepspeed_engine.partitioned(make, job.settings).to(dist.device())
     return student, warm_start.start(job.init, student, teachers) if job.init else None
@@ -302,6 +320,8 @@ def augmentation_key(cfg: config.Config, train: Source) -> dict[str, Any]:
     """Everything that the images and their augmentation depend on, except the seed."""
     science = overrides.science(cfg)
     key: dict[str, Any] = {k: v for k, v in science.items() if k.startswith("data.")}
+    for name in ("data.sizes", "data.size_draw"):  # a cache has views for student.size
+        del key[name]
     key |= {"student.size": cfg.student.size, "grid": grid_of(cfg.student)}
     return key | {"images": train.fingerprint(), "decoder": decoder_of(cfg)}
 
@@ -315,11 +335,11 @@ def decoder_of(cfg: config.Config) -> str:
 def open_stream(
     job: Job,
     train: Source,
-    sizes: tuple[int, ...],
+    resolutions: Resolutions,
     device: torch.device,
     cache: FeatureCache | None = None,
 ) -> Stream:
-    """This rank's batches of the training images, at the student's size and the teachers'.
+    """This rank's batches of the training images, at the student's sides and the teachers'.
 
     With a cache only its views are read, and each batch has their features.
     """
@@ -333,28 +353,35 @@ def open_stream(
         train,
         job.cfg.data,
         seed=job.cfg.seed,
-        sizes=(job.cfg.student.size, *sizes),
+        sizes=(job.cfg.student.size, *resolutions.shape_of(1).sides[1:]),
         batch_size=job.cfg.optim.batch_size,
-        micro=job.settings.micro_batch,
+        micro=resolutions.most,
         rank=dist.rank(),
         world=dist.world(),
         device=device,
         views=views,
+        shape_of=resolutions.shape_of,
     )
 
 
 def count_flops(cfg: config.Config, teachers: TeacherSet, device: torch.device) -> float:
     """FLOPs of one image's step, counted: teachers forward, student forward, (twice) backward.
 
-    Teachers count as often as dropping lets them compute an image.
+    Teachers count as often as dropping lets them compute an image; with `data.sizes` it is the mean
+    over all sides.
 
     The student's are counted on the meta device, since ZeRO-3 has partitioned its weights.
     """
-    images = {s: torch.zeros(1, 3, s, s, dtype=torch.uint8, device=device) for s in teachers.sizes}
+    grids = grids_of(cfg)
     with torch.no_grad(), flop_counter() as counter:
-        teachers.features(images)
-    share = cfg.computed_share
-    return share * counter.get_total_flops() + 3 * forward_flops(cfg, teachers.widths)
+        for by_grid in teachers.by_grid.values():
+            for teacher in (by_grid[grid] for grid in grids):
+                side = teacher.size
+                teacher(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
+    frozen = cfg.computed_share * counter.get_total_flops() / len(grids)
+    sizes = cfg.data.sizes or (cfg.student.size,)
+    forwards = [forward_flops(at_size(cfg, size), teachers.widths) for size in sizes]
+    return frozen + 3 * sum(forwards) / len(forwards)
 
 
 def fit_statistics(run: RunContext, state: TrainState) -> None:
@@ -362,15 +389,17 @@ def fit_statistics(run: RunContext, state: TrainState) -> None:
     steps, start, teachers = run.cfg.standardise.fit_steps, time.monotonic(), state.teachers
     images = steps * run.cfg.optim.batch_size
     console.say(f"fitting the teachers' statistics to {images} images ({steps} batches)")
-    count = steps * state.engine.gradient_accumulation_steps()
+    resolutions = map(run.resolutions.of_step, range(1, steps + 1))
+    count = sum(resolution.micro_batches for resolution in resolutions)
     # A separate stream, so that its waits do not count in the log's data_wait_share.
-    stream = open_stream(run.job, run.train, teachers.sizes, dist.device(), run.cache)
+    stream = open_stream(run.job, run.train, run.resolutions, dist.device(), run.cache)
 
-    def features(batch: Batch) -> dict[str, Tokens]:
-        rows = teachers.rows_of(run.seen_pairs(batch))
-        return teachers.features(batch.images, batch.extras, rows)
+    def features() -> Iterator[dict[str, Tokens]]:
+        for resolution in map(run.resolutions.of_step, range(1, steps + 1)):
+            for batch in islice(stream, resolution.micro_batches):
+                rows = teachers.rows_of(run.seen_pairs(batch))
+                yield teachers.features(batch.images, batch.extras, rows, resolution)
 
-    tokens = (features(batch) for batch in islice(stream, count))
-    teachers.fit(console.track(tokens, count, "statistics"))
+    teachers.fit(console.track(features(), count, "statistics"))
     stream.close()
     console.say(f"statistics fitted in {time.monotonic() - start:.1f} s")

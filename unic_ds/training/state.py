@@ -16,11 +16,12 @@ from unic_ds.data import Batch, Source, Stream
 from unic_ds.engine.protocol import Engine
 from unic_ds.losses.balancer import Balancer
 from unic_ds.losses.dispersion import Dispersions
+from unic_ds.models.resolutions import Resolutions
 from unic_ds.models.student import Student
 from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.teacher import TeacherFacts
 from unic_ds.teachers.teacher_set import TeacherSet
-from unic_ds.tokens import Target
+from unic_ds.tokens import Resolution, Target
 from unic_ds.training.checkpoint import RollbackRow
 from unic_ds.training.first_images import FirstImages
 from unic_ds.training.phases import Phases
@@ -50,8 +51,10 @@ class RunContext:
     stream: Stream
     batches: Iterator[Batch]  # of `first_images`
     first_images: FirstImages  # of `stream`, with a copy of the first batch
-    # of (batch, pairs of teacher and image to compute), by the frozen teachers, standardised
-    targets_of: Callable[[Batch, NDArray[np.bool_] | None], dict[str, Target]]
+    resolutions: Resolutions  # of each step of the order
+    # of (batch, its resolution, pairs of teacher and image to compute), by the frozen teachers,
+    # standardised
+    targets_of: Callable[[Batch, Resolution, NDArray[np.bool_] | None], dict[str, Target]]
     cache: FeatureCache | None  # features of teachers that are not run
     manifest: dict[str, TeacherFacts]  # the teachers' sources, hashes and preprocessing
     init: dict[str, dict[str, str]] | None  # hashes of the files that the student starts from
@@ -78,6 +81,10 @@ class RunContext:
     def last_step(self) -> int:
         """The last step of this start."""
         return min(self.cfg.run.stop_at or self.steps, self.steps)
+
+    def resolution_of(self, step: int) -> Resolution:
+        """Sides and micro batches of the images of optimiser step `step` (from 1)."""
+        return self.resolutions.of_step(self.stream.data_step(step))
 
     def seen_pairs(self, batch: Batch) -> NDArray[np.bool_] | None:
         """True for the pairs (T, B) of teacher and image that are trained on; None: all."""

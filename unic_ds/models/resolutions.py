@@ -1,0 +1,112 @@
+"""Multi-resolution training: sides and micro batches of each step, a function of (seed, step).
+
+A step draws one of `data.sizes` for the student, by the step of the order that it reads, so that a
+sample keeps its side when steps are skipped. The number of images of a step does not change: at
+each side they are split into the largest micro batches that `data.tokens` allows, so memory stays,
+and neither sample order, schedules nor the answer depend on the split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from unic_ds import rng
+from unic_ds.config import Config
+from unic_ds.config.ds_config import DeepSpeedSettings
+from unic_ds.data import StepShape
+from unic_ds.models.encoder import grid_of, grids_of
+from unic_ds.tokens import Resolution
+
+
+class Resolutions:
+    """The resolution of each step; `student.size` in all without `data.sizes`."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        settings: DeepSpeedSettings,
+        sides_of: Mapping[str, Mapping[int, int]] | None = None,
+    ):
+        """`sides_of` has the side of each teacher's images at each grid of the student.
+
+        ValueError for sizes that the student does not take, and for `data.tokens` below one image.
+        """
+        self.cfg, self.sides_of = cfg, sides_of or {}
+        self.sizes = cfg.data.sizes or (cfg.student.size,)
+        self.grids = grids_of(cfg)
+        self.settings = [settings_at(cfg, settings, grid) for grid in self.grids]
+        self.places = {row.name: t for t, row in enumerate(cfg.teachers, 1)}
+        self.decoded = self.find_decoded()
+
+    @property
+    def most(self) -> int:
+        """Images of the largest micro batch."""
+        return max(settings.micro_batch for settings in self.settings)
+
+    def find_decoded(self) -> list[str]:
+        """A teacher of each row of sides that images are decoded at, besides the student's."""
+        independent = self.cfg.data.size_draw == "independent"
+        found: dict[tuple[tuple[int, ...], str], str] = {}
+        for name, by_grid in self.sides_of.items():
+            row = tuple(by_grid[grid] for grid in self.grids)
+            found.setdefault((row, name if independent and len(set(row)) > 1 else ""), name)
+        found.pop((self.sizes, ""), None)
+        return [found[key] for key in sorted(found)]
+
+    def choices(self, data_step: int) -> tuple[int, ...]:
+        """Index in `sizes` of the student, then of each teacher, at a step of the order."""
+        count = len(self.sizes)
+        if count == 1:
+            return (0,) * (1 + len(self.places))
+        uniform = rng.uniform(self.cfg.seed, "size", 1 + len(self.places), data_step)
+        if self.cfg.data.size_draw == "shared":
+            uniform[:] = uniform[0]
+        return tuple(int(u * count) for u in uniform)
+
+    def of_step(self, data_step: int) -> Resolution:
+        """The resolution of a step of the order (from 1)."""
+        chosen = self.choices(data_step)
+        settings = self.settings[chosen[0]]
+        return Resolution(
+            size=self.sizes[chosen[0]],
+            grid=self.grids[chosen[0]],
+            sides={
+                name: by_grid[self.grids[chosen[self.places[name]]]]
+                for name, by_grid in self.sides_of.items()
+            },
+            micro_batch=settings.micro_batch,
+            micro_batches=settings.accumulation,
+        )
+
+    def shape_of(self, data_step: int) -> StepShape:
+        """Sides of the images that are decoded, the student's first, and the micro batch."""
+        found = self.of_step(data_step)
+        others = (found.sides[name] for name in self.decoded)
+        return StepShape((found.size, *others), found.micro_batch)
+
+
+def at_size(cfg: Config, size: int) -> Config:
+    """The settings of a run whose student has images of that side in all steps."""
+    data = replace(cfg.data, sizes=(), size_draw="shared", tokens=0)
+    return replace(cfg, data=data, student=replace(cfg.student, size=size))
+
+
+def settings_at(cfg: Config, settings: DeepSpeedSettings, grid: int) -> DeepSpeedSettings:
+    """The settings with the micro batch of a step in which the student has that patch grid.
+
+    ValueError if `data.tokens` is below one image.
+    """
+    if not cfg.data.sizes:
+        return settings
+    budget = cfg.data.tokens or settings.micro_batch * grid_of(cfg.student) ** 2
+    if budget < grid**2:
+        raise ValueError(
+            f"data.tokens {cfg.data.tokens} is less than the {grid**2} patch tokens of one image of"
+            f" {max(cfg.data.sizes)} px; raise it, or drop it for the ds_config's micro batch"
+            if cfg.data.tokens
+            else f"the ds_config's micro batch of {settings.micro_batch} has {budget} patch tokens"
+            f" at student.size {cfg.student.size}, less than one image of {max(cfg.data.sizes)} px"
+            f" ({grid**2}); give --data.tokens {max(grids_of(cfg)) ** 2} or more"
+        )
+    return settings.within(budget // grid**2)
