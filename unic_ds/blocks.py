@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 VARIANTS = 8
-"""Compiled variants of one code object: torch's default, which an import of timm.optim raises."""
+"""Compiled variants of one code object and number of tokens: torch's default, which an import of
+timm.optim raises."""
 
 
 def compile_each(blocks: nn.Module | list[nn.Module], *, varying: bool = False) -> None:
@@ -33,12 +34,14 @@ def with_any_images(forward: Callable[..., Tensor], x: Tensor, *args: Any, **mor
 
 
 @contextmanager
-def from_scratch(on: bool) -> Iterator[None]:
+def from_scratch(on: bool, *, sizes: int = 1) -> Iterator[None]:
     """Context manager that drops compiled code and forbids a fallback to eager, if `on`.
 
+    Each of `sizes` numbers of tokens has variants of its own.
+
     Dynamo keeps compiled code by code object, which models of one class share over all stages of a
-    run. After the 8th variant (`recompile_limit`) it warns and runs eagerly; here RuntimeError with
-    the remedy.
+    run. After the last variant (`recompile_limit`) it warns and runs eagerly; here RuntimeError
+    with the remedy.
     """
     if not on:
         yield
@@ -46,12 +49,13 @@ def from_scratch(on: bool) -> Iterator[None]:
     import torch._dynamo  # seconds
 
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=VARIANTS):
+    limit = sizes * VARIANTS
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=limit):
         try:
             yield
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise RuntimeError(
-                f"torch.compile needs more than {VARIANTS} variants of a block (TORCH_LOGS="
+                f"torch.compile needs more than {limit} variants of a block (TORCH_LOGS="
                 "recompiles names them), and the others would run uncompiled; start the same"
                 " command with --run.compile none, student or teachers"
             ) from error

@@ -104,6 +104,8 @@ def to_grid(tokens: Tokens, grid: int) -> Tokens:
         raise ValueError(f"{patch_BNC.shape[1]} patch tokens do not form a square grid")
     if side == grid:
         return tokens
+    if not len(patch_BNC):  # which torch does not resize
+        return Tokens(tokens.cls_BC, patch_BNC.new_empty(0, grid**2, patch_BNC.shape[-1]))
     map_BCHW = patch_BNC.transpose(1, 2).unflatten(2, (side, side)).float()
     map_BCHW = F.interpolate(
         map_BCHW, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False

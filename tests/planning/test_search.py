@@ -11,7 +11,7 @@ from runs import ROOT, SUPPORT, launch, run
 
 from unic_ds import cli, config
 from unic_ds.config import ds_config
-from unic_ds.planning import gpus, step_time
+from unic_ds.planning import gpus, search, step_time
 from unic_ds.planning.counters import Meter, flop_counter
 from unic_ds.process import entry_point
 
@@ -70,6 +70,32 @@ def test_a_search_spreads_and_offloads_only_what_does_not_fit_without(capfd, tmp
     for plan in (p for plans in found for p in plans):
         for part in ("PCIe", "waits for the GPU"):
             assert (plan["seconds"][part] > 0) == (plan["optimiser"] == "CPU")
+
+
+def test_a_run_that_draws_its_resolution_has_the_memory_of_the_largest(capfd):
+    """Its times are means over the sides, each with its micro batches."""
+    drawn = ("--gpus", "8", "--json", "--data.sizes", "32,64,96")
+    (plan,) = json.loads(ask(capfd, *drawn)[1])
+    assert plan["splits"] == {"32": [64, 1], "64": [32, 2], "96": [8, 8]}
+    alone = []
+    for size, (micro, _) in plan["splits"].items():
+        file = ds_config.read("ds_configs/zero2.json") | {"train_micro_batch_size_per_gpu": micro}
+        cfg = config.Config(
+            teachers=(config.Teacher(name="t", source="timm:vit_tiny_patch16_224"),),
+            student=config.Student(model="vit_tiny_patch16_224", size=int(size)),
+        )
+        made = search.plan_stages(
+            cfg, file, gpus.get("h100-80"), 8, images=10_000, efficiency=gpus.Efficiency()
+        )
+        alone.append(made[0])
+    assert plan["needs_gb"] == pytest.approx(max(one.needs_gb for one in alone))
+    seconds = [sum(one.seconds.values()) for one in alone]
+    assert sum(plan["seconds"].values()) == pytest.approx(sum(seconds) / 3)
+    assert plan["images_per_s"] == pytest.approx(512 / (sum(seconds) / 3))
+    _, out = ask(capfd, *drawn, "--search")
+    assert min(found["micro_batch"] for found in json.loads(out)) >= 1
+    code, out = ask(capfd, *drawn[:2], *drawn[3:])
+    assert code == 0 and "micro batch 64 x 1 at 32 px, 32 x 2 at 64 px, 8 x 8 at 96 px" in out
 
 
 def test_a_compiled_student_is_not_searched_under_zero3(capfd):

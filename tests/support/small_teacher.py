@@ -24,6 +24,16 @@ class Small(nn.Module):
         return Tokens(patch_BNC.mean(1), patch_BNC)
 
 
+class AnySide(Small):
+    """The same on images of any side: those of the student's patch grid."""
+
+    image_size = None
+
+
+def following():
+    return AnySide(24)
+
+
 def narrow():
     return Small(24)
 

@@ -103,7 +103,10 @@ def test_training_on_stored_features_is_training_with_the_teachers(images, store
 
 @pytest.mark.slow
 def test_some_stored_and_some_online(images, stored, tmp_path):
-    """Under lazy dropping, which reads all that is stored and computes a part of the rest."""
+    """Under lazy dropping, which reads all that is stored and computes a part of the rest.
+
+    Maps of both are resized to the grid that each step draws.
+    """
     folder, _ = stored
     part = tmp_path / "part"
     part.mkdir()
@@ -112,7 +115,9 @@ def test_some_stored_and_some_online(images, stored, tmp_path):
     (part / cache.MANIFEST).write_text(json.dumps(manifest))
     (part / "dinov2").symlink_to(folder / "dinov2")
     lazy = {"drop__lazy": "true", "drop__full_every": 4, "run__stop_at": 6}
-    run(train(images, tmp_path / "all", teachers__cache=folder, **lazy))
+    lazy |= {"data__sizes": "32,48"}
+    said = run(train(images, tmp_path / "all", teachers__cache=folder, **lazy))
+    assert "from the feature cache, so of images for 32 px in all steps: " in said
     run(train(images, tmp_path / "some", teachers__cache=part, **lazy))
     whole, mixed = curve(tmp_path / "all"), curve(tmp_path / "some")
     for step in range(1, 7):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from unic_ds.config import Config
 from unic_ds.config.ds_config import DeepSpeedSettings
 from unic_ds.models.encoder import grids_of
-from unic_ds.models.resolutions import at_size, settings_at
+from unic_ds.models.step_resolutions import at_size, settings_at
 from unic_ds.planning import estimate
 from unic_ds.planning.estimate import Plan
 from unic_ds.planning.gpus import Efficiency, Gpu

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unic_ds.config import Config, ds_config, job
+from unic_ds.models.encoder import grid_of, grids_of
 from unic_ds.planning import estimate, multi_resolution
 from unic_ds.planning.gpus import Efficiency, Gpu
 from unic_ds.planning.trace import Trace, between, trace
@@ -87,6 +88,9 @@ def candidates(cfg: Config, file: dict[str, Any], gpus: int) -> list[tuple[int, 
     whole = cfg.run.compiles("student") or cfg.balance.compares_gradients
     stages = (1, 2) if whole else (1, 2, 3)
     micros = [micro for micro in MICRO if cfg.optim.batch_size % (micro * gpus) == 0]
+    largest, usual = max(grids_of(cfg)), grid_of(cfg.student)
+    if cfg.data.sizes and not cfg.data.tokens:  # the micro batch decides the tokens
+        micros = [micro for micro in micros if micro * usual**2 >= largest**2]
     return list(product(stages, micros))
 
 

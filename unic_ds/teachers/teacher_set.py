@@ -185,7 +185,7 @@ class TeacherSet:
         """Cached tokens on the grid of the student, or on their own if that one is the target's."""
         own = round(tokens.patch_BNC.shape[1] ** 0.5)
         keeps = self.resizes[name] == "larger" and own > grid
-        return tokens if keeps or not len(tokens.cls_BC) else to_grid(tokens, grid)
+        return tokens if keeps else to_grid(tokens, grid)
 
     def compile(self, *, varying: bool = False) -> None:
         """Compile the teachers' blocks; report teachers that have no equal blocks.

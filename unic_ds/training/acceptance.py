@@ -25,6 +25,7 @@ from unic_ds.losses.balance import BALANCERS
 from unic_ds.losses.terms import TERMS
 from unic_ds.models.encoder import build_encoder, grid_of, grids_of
 from unic_ds.models.meta import NoInit
+from unic_ds.models.step_resolutions import StepResolutions
 from unic_ds.planning import trace
 from unic_ds.process import console
 from unic_ds.teachers import quantisation, sources, teacher_set
@@ -53,6 +54,9 @@ def accept(stages: Sequence[job.Job], *, starting: bool = False) -> None:
             data.backend(stage.cfg.data)
             trackers.check(stage.cfg.run.track)
     accept_models([stage.cfg for stage in stages], located=True, starting=starting)
+    for number, stage in enumerate(stages, 1):
+        with naming_stage(number, len(stages)):
+            StepResolutions(stage.cfg, stage.settings)
     for number, stage in enumerate([] if starting else stages, 1):
         with naming_stage(number, len(stages)):
             accept_files(stage)
@@ -133,6 +137,11 @@ def width_of(row: config.Teacher, grid: int) -> int:
 
 def accept_student(cfg: config.Config, widths: dict[str, int]) -> None:
     """ValueError if a student, ladder or standardisation cannot be built."""
+    if cfg.run.deterministic and cfg.data.sizes and dist.device().type == "cuda":
+        raise ValueError(
+            f"run.deterministic must be false with data.sizes {cfg.data.sizes} on a GPU: torch has"
+            " no deterministic backward of resized position embeddings there"
+        )
     trace.outline(cfg, widths)
     balance.build(cfg)
     kind = teacher_set.KINDS[cfg.standardise.kind if cfg.standardise.on else "channel"]

@@ -332,7 +332,7 @@ def run_stages(job: Job, stages: list[Job]) -> None:
         refuse_early(job, stages)
     for stage in stages:
         announce_stage(stage, job)
-        with start_watchdog(stage) as dog, kernel_errors_explained(stage.cfg.run):
+        with start_watchdog(stage) as dog, kernel_errors_explained(stage.cfg):
             finished = run_stage(stage, dog.set_phase, parent_job=job)
         if not finished:
             break
@@ -372,7 +372,8 @@ def start_watchdog(stage: Job) -> watchdog.Watchdog:
 
 
 @contextmanager
-def kernel_errors_explained(run: config.Run) -> Iterator[None]:
+def kernel_errors_explained(cfg: config.Config) -> Iterator[None]:
     """Context manager of a stage: errors of its kernels name the setting to change."""
-    with blocks.from_scratch(run.compile != "none"), determinism.explained():
+    sizes = max(1, len(cfg.data.sizes))
+    with blocks.from_scratch(cfg.run.compile != "none", sizes=sizes), determinism.explained():
         yield

@@ -27,7 +27,7 @@ from unic_ds.harness.image_sets import can_evaluate, find_images
 from unic_ds.losses import balance, dispersion
 from unic_ds.models.encoder import grid_of, grids_of
 from unic_ds.models.ladder import heads_of
-from unic_ds.models.resolutions import Resolutions, at_size
+from unic_ds.models.step_resolutions import StepResolutions, at_size
 from unic_ds.models.student import Student
 from unic_ds.planning.counters import flop_counter
 from unic_ds.planning.trace import forward_flops
@@ -158,13 +158,17 @@ def targets_of(
     return teachers(batch.images, batch.extras, pairs_TB=pairs_TB, resolution=resolution)
 
 
-def find_resolutions(job: Job, teachers: TeacherSet) -> Resolutions:
+def find_resolutions(job: Job, teachers: TeacherSet) -> StepResolutions:
     """The resolution of each step of a run with these teachers."""
     sides_of = teachers.sides_of(grids_of(job.cfg))
+    for name, by_grid in sides_of.items():
+        sides = list(dict.fromkeys(by_grid.values()))
+        if len(sides) > 1:
+            console.say(f"teacher {name} runs at {', '.join(map(str, sides))} px")
     if cached := ", ".join(teachers.cached) if job.cfg.data.sizes else "":
         side = job.cfg.student.size
         console.say(f"from the feature cache, so of images for {side} px in all steps: {cached}")
-    return Resolutions(job.cfg, job.settings, sides_of)
+    return StepResolutions(job.cfg, job.settings, sides_of)
 
 
 def open_cache(cfg: config.Config, train: Source) -> FeatureCache | None:
@@ -335,7 +339,7 @@ def decoder_of(cfg: config.Config) -> str:
 def open_stream(
     job: Job,
     train: Source,
-    resolutions: Resolutions,
+    resolutions: StepResolutions,
     device: torch.device,
     cache: FeatureCache | None = None,
 ) -> Stream:

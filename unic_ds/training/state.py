@@ -16,7 +16,7 @@ from unic_ds.data import Batch, Source, Stream
 from unic_ds.engine.protocol import Engine
 from unic_ds.losses.balancer import Balancer
 from unic_ds.losses.dispersion import Dispersions
-from unic_ds.models.resolutions import Resolutions
+from unic_ds.models.step_resolutions import StepResolutions
 from unic_ds.models.student import Student
 from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.teacher import TeacherFacts
@@ -51,7 +51,7 @@ class RunContext:
     stream: Stream
     batches: Iterator[Batch]  # of `first_images`
     first_images: FirstImages  # of `stream`, with a copy of the first batch
-    resolutions: Resolutions  # of each step of the order
+    resolutions: StepResolutions  # of each step of the order
     # of (batch, its resolution, pairs of teacher and image to compute), by the frozen teachers,
     # standardised
     targets_of: Callable[[Batch, Resolution, NDArray[np.bool_] | None], dict[str, Target]]

@@ -19,7 +19,7 @@ from unic_ds.models.encoder import grid_of, grids_of
 from unic_ds.tokens import Resolution
 
 
-class Resolutions:
+class StepResolutions:
     """The resolution of each step; `student.size` in all without `data.sizes`."""
 
     def __init__(
@@ -100,13 +100,16 @@ def settings_at(cfg: Config, settings: DeepSpeedSettings, grid: int) -> DeepSpee
     if not cfg.data.sizes:
         return settings
     budget = cfg.data.tokens or settings.micro_batch * grid_of(cfg.student) ** 2
-    if budget < grid**2:
+    needed, largest = max(grids_of(cfg)) ** 2, f"one image of {max(cfg.data.sizes)} px"
+    if budget < needed and cfg.data.tokens:
         raise ValueError(
-            f"data.tokens {cfg.data.tokens} is less than the {grid**2} patch tokens of one image of"
-            f" {max(cfg.data.sizes)} px; raise it, or drop it for the ds_config's micro batch"
-            if cfg.data.tokens
-            else f"the ds_config's micro batch of {settings.micro_batch} has {budget} patch tokens"
-            f" at student.size {cfg.student.size}, less than one image of {max(cfg.data.sizes)} px"
-            f" ({grid**2}); give --data.tokens {max(grids_of(cfg)) ** 2} or more"
+            f"data.tokens {budget} is less than the {needed} patch tokens of {largest}; raise it,"
+            " or drop it for the ds_config's micro batch"
+        )
+    if budget < needed:
+        raise ValueError(
+            f"the ds_config's micro batch of {settings.micro_batch} has {budget} patch tokens at"
+            f" student.size {cfg.student.size}, less than {largest} ({needed}); give --data.tokens"
+            f" {needed} or more"
         )
     return settings.within(budget // grid**2)
