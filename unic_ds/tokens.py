@@ -17,6 +17,9 @@ from torch.nn import functional as F
 
 KINDS = ("cls", "patch")
 
+Overlaps = tuple[tuple[slice, slice], tuple[slice, slice]]
+"""Rows and columns of the student's patch grid, and of the teachers', that are compared."""
+
 
 class Tokens(NamedTuple):
     """One model's tokens of an image batch: a global token and a grid of patch tokens.
@@ -32,6 +35,26 @@ class Tokens(NamedTuple):
         return Tokens(*(x.view_as(x) for x in self))
 
 
+class Shift(NamedTuple):
+    """Places of the student's and the teachers' images in the decoded ones: patches down, right.
+
+    The decoded images have `margin` patches more than the grid.
+    """
+
+    margin: int
+    student: tuple[int, int]
+    teachers: tuple[int, int]
+
+    def overlaps(self, grid: int) -> Overlaps:
+        """The rows and columns of the two grids that show the same patches of an image."""
+        ours, theirs = [], []
+        for student, teachers in zip(self.student, self.teachers, strict=True):
+            ahead = teachers - student
+            ours.append(slice(max(0, ahead), grid + min(0, ahead)))
+            theirs.append(slice(max(0, -ahead), grid + min(0, -ahead)))
+        return (ours[0], ours[1]), (theirs[0], theirs[1])
+
+
 class Resolution(NamedTuple):
     """Sides of an optimiser step's images in pixels, and their split into micro batches."""
 
@@ -40,6 +63,28 @@ class Resolution(NamedTuple):
     sides: Mapping[str, int]  # of the images of each teacher that is run
     micro_batch: int  # images of a rank at once
     micro_batches: int  # of an optimiser step
+    shift: Shift | None = None
+
+    def decoded(self, side: int) -> int:
+        """Side of the decoded images that a model's images of side `side` are cut from."""
+        return round(side * (self.grid + self.shift.margin) / self.grid) if self.shift else side
+
+    def student_images(self, images: Mapping[int, Tensor]) -> Tensor:
+        """The student's images [B, 3, size, size] of a batch, keyed by their decoded side."""
+        at = self.shift.student if self.shift else (0, 0)
+        return self.cut(images[self.decoded(self.size)], self.size, at)
+
+    def teacher_images(self, images: Mapping[int, Tensor], name: str) -> Tensor:
+        """A teacher's images of a batch."""
+        at = self.shift.teachers if self.shift else (0, 0)
+        return self.cut(images[self.decoded(self.sides[name])], self.sides[name], at)
+
+    def cut(self, image_B3HW: Tensor, side: int, at: tuple[int, int]) -> Tensor:
+        """The part of the images that begins so many patches of the grid below and right."""
+        if not self.shift:
+            return image_B3HW
+        top, left = (round(patches * side / self.grid) for patches in at)
+        return image_B3HW[:, :, top : top + side, left : left + side].contiguous()
 
 
 class Shared(NamedTuple):
@@ -111,6 +156,13 @@ def to_grid(tokens: Tokens, grid: int) -> Tokens:
         map_BCHW, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False
     )
     return Tokens(tokens.cls_BC, map_BCHW.flatten(2).transpose(1, 2).to(patch_BNC.dtype))
+
+
+def part_of_map(patch_BNC: Tensor, part: tuple[slice, slice]) -> Tensor:
+    """The patch tokens [..., N, C] in some rows and columns of a square map."""
+    side = round(patch_BNC.shape[-2] ** 0.5)
+    rows, columns = part
+    return patch_BNC.unflatten(-2, (side, side))[..., rows, columns, :].flatten(-3, -2)
 
 
 def enlarged(patch_BNC: Tensor, grid: int) -> Tensor:

@@ -28,6 +28,14 @@ DRAWN = {
     "run.save_every": 3,
 }
 
+SHIFTED = {
+    "data__size_draw": "independent",
+    "loss__shift": 1,
+    "drop__lazy": "true",
+    "drop__full_every": 4,
+}
+"""Further levers that choose what a step sees."""
+
 
 def resolutions(**changes: Any) -> StepResolutions:
     """Those of a run with one teacher that follows the student's grid, and one that does not."""
@@ -103,14 +111,13 @@ def train(images: Path, name: str, ranks: int, runs: list[list[str]]) -> None:
 @pytest.fixture(scope="module")
 def whole(images: Path) -> dict[int, dict[str, Any]]:
     """The curve of one process; it also makes the other runs of one process."""
-    lazy = {"drop__lazy": "true", "drop__full_every": 4}
     runs = [
         words(images, "whole", micro=8, stage=1, data__tokens=256),
         words(images, "budget", micro=8, stage=2, data__tokens=16),
         words(images, "resumed", micro=8, stage=1, data__tokens=256, run__stop_at=5),
         words(images, "resumed", micro=8, stage=1, data__tokens=40),
         words(images, "fixed", micro=8, stage=1, data__sizes="", optim__steps=3),
-        words(images, "own", micro=8, stage=2, data__size_draw="independent", **lazy),
+        words(images, "own", micro=8, stage=2, **SHIFTED),
         words(images, "fitted", micro=4, stage=0, standardise__fit_steps=2),
     ]
     train(images, "alone", 1, runs)
@@ -163,16 +170,7 @@ def test_ranks_and_stages_do_not_change_it(images: Path, whole: dict[int, dict[s
         words(images, "zero2", micro=2, stage=2, data__tokens=64),
         words(images, "zero3", micro=4, stage=3),
         words(images, "zero1", micro=4, stage=1, data__tokens=16),
-        words(
-            images,
-            "own2",
-            micro=2,
-            stage=3,
-            data__tokens=32,
-            data__size_draw="independent",
-            drop__lazy="true",
-            drop__full_every=4,
-        ),
+        words(images, "own2", micro=2, stage=3, data__tokens=32, **SHIFTED),
         words(images, "fitted2", micro=4, stage=2, standardise__fit_steps=2),
     ]
     train(images, "pair", 2, runs)
@@ -199,6 +197,15 @@ def test_ranks_and_stages_do_not_change_it(images: Path, whole: dict[int, dict[s
             {"micro": 1},
             "the ds_config's micro batch of 1 has 4 patch tokens at student.size 32, less than one"
             " image of 64 px (16); give --data.tokens 16 or more",
+        ),
+        ({"loss__shift": 2}, "loss.shift must be below 2 patches, the student's grid, got 2"),
+        (
+            {"loss__shift": 1, "teachers__wide__resize": "larger"},
+            "loss.shift must be 0 with teachers.wide.resize larger",
+        ),
+        (
+            {"loss__shift": 1, "teachers__cache": "features"},
+            "loss.shift must be 0 with teachers.cache",
         ),
         ({"data__sizes": "32"}, "data.sizes must be two or more (or empty), got (32,)"),
         ({"data__sizes": "32,32"}, "data.sizes must be distinct, got (32, 32)"),

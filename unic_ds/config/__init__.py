@@ -135,6 +135,14 @@ class Config:
             per_image = self.drop.unit == "image" or self.balance.kind != "dropping"
             check(per_image, at, "empty for drop.unit step", shown[0].data)
             self.check_terms(at, "empty", shown[0].data)
+        if self.loss.shift:
+            cached = "0 with teachers.cache, which has features of images that are not shifted"
+            check(not self.cache, "loss.shift", cached, self.loss.shift)
+            for row in self.teachers:
+                want = (
+                    f"0 with teachers.{row.name}.resize larger, whose patches are not the student's"
+                )
+                check(row.resize != "larger", "loss.shift", want, self.loss.shift)
         for row in self.teachers if self.data.sizes else ():
             where, placement = f"teachers.{row.name}.placement", row.placement
             want = f"replicate with data.sizes (or give teachers.{row.name}.size)"

@@ -44,6 +44,12 @@ class Loss:
         "loss of patch tokens: a weighted sum of cosine, smooth_l1 and mse, or none",
     )
     temperature: float = option(0.07, "temperature of the contrastive term")
+    shift: int = option(
+        0,
+        "shift-equivariant patch loss: teachers and student see parts of an image that are shifted"
+        " by up to this many patches, drawn for each step, and patch tokens of the common part are"
+        " compared; 0: off",
+    )
     divisor: Literal["expected", "kept"] = option(
         "expected",
         "divide the loss by the expected number of kept (teacher, image) pairs, or by their number"
@@ -54,6 +60,7 @@ class Loss:
         loss_terms.parse(self.cls, "loss.cls", cls=True)
         loss_terms.parse(self.patch, "loss.patch", cls=False)
         check(self.temperature > 0, "loss.temperature", "positive", self.temperature)
+        check(0 <= self.shift <= 64, "loss.shift", "from 0 to 64", self.shift)
 
     @property
     def distance(self) -> Distance:

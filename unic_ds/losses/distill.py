@@ -18,7 +18,7 @@ from unic_ds import config
 from unic_ds.losses.balancer import Balancer
 from unic_ds.losses.mgda import gram
 from unic_ds.losses.terms import TERMS, AllGather, Context, no_dispersion
-from unic_ds.tokens import KINDS, Shared, Target, Tokens, enlarged
+from unic_ds.tokens import KINDS, Overlaps, Shared, Target, Tokens, enlarged, part_of_map
 from unic_kernels.distill_loss import Distilled
 from unic_kernels.image_losses.arguments import TERMS as FUSED_TERMS
 from unic_kernels.ops import FUSED, Ops
@@ -45,6 +45,17 @@ class Row(NamedTuple):
         if own.shape[-2] >= count:
             return self
         return self._replace(pred=Tokens(self.pred.cls_BC, enlarged(own, round(count**0.5))))
+
+    def on_overlaps(self, overlaps: Overlaps | None) -> Row:
+        """The same with the patches that student and teacher both see, if their images differ."""
+        if overlaps is None or not self.distance.patch:
+            return self
+        (cls_BC, patch_BNC), features = self.pred, self.target.features
+        theirs = features._replace(patch_BNC=part_of_map(features.patch_BNC, overlaps[1]))
+        return self._replace(
+            pred=Tokens(cls_BC, part_of_map(patch_BNC, overlaps[0])),
+            target=self.target._replace(features=theirs),
+        )
 
     def rungs(self) -> list[Tokens]:
         """Predictions with a loss each: those along a leading rung axis, or the one."""
@@ -114,6 +125,7 @@ def distill_loss(
     ops: Ops = FUSED,
     shared: Shared | None = None,
     dispersions: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    overlaps: Overlaps | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a micro batch and its metrics, detached on the device.
 
@@ -122,8 +134,9 @@ def distill_loss(
     batch's images: average it over ranks and accumulation. A leading rung axis in `pred` is
     averaged: with `ladder.combine = each` every rung has its own loss. `shared` is what `pred` was
     copied from, for balancers that compare the teachers' gradients there. `dispersions` are those
-    of teachers that have the term. A predicted map is
-    resized to the target's grid, if that is larger.
+    of teachers that have the term. A predicted map is resized to the target's grid, if that is
+    larger. With `overlaps`, rows and columns of the student's grid and of the teachers', the losses
+    of patch tokens compare those alone.
     """
     if shared:
         pred = {name: tokens.copies() for name, tokens in pred.items()}
@@ -134,7 +147,9 @@ def distill_loss(
             target[name],
             distances.get(name, loss.distance),
             dispersions.get(name, no_dispersion),
-        ).on_larger_grid()
+        )
+        .on_larger_grid()
+        .on_overlaps(overlaps)
         for name, tokens in pred.items()
     }
     rungs = [row.rungs() for row in rows.values()]

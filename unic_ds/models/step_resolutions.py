@@ -1,4 +1,4 @@
-"""Multi-resolution training: sides and micro batches of each step, a function of (seed, step).
+"""Sides, micro batches and shift of each step's images, a function of (seed, step).
 
 A step draws one of `data.sizes` for the student, by the step of the order that it reads, so that a
 sample keeps its side when steps are skipped. The number of images of a step does not change: at
@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from unic_ds import rng
-from unic_ds.config import Config
+from unic_ds.config import Config, check
 from unic_ds.config.ds_config import DeepSpeedSettings
 from unic_ds.data import StepShape
 from unic_ds.models.encoder import grid_of, grids_of
-from unic_ds.tokens import Resolution
+from unic_ds.tokens import Resolution, Shift
 
 
 class StepResolutions:
@@ -30,11 +30,19 @@ class StepResolutions:
     ):
         """`sides_of` has the side of each teacher's images at each grid of the student.
 
-        ValueError for sizes that the student does not take, and for `data.tokens` below one image.
+        ValueError for sizes that the student does not take, for `data.tokens` below one image, and
+        for a shift after which two images may have nothing in common.
         """
         self.cfg, self.sides_of = cfg, sides_of or {}
         self.sizes = cfg.data.sizes or (cfg.student.size,)
         self.grids = grids_of(cfg)
+        smallest = min(self.grids)
+        check(
+            cfg.loss.shift < smallest,
+            "loss.shift",
+            f"below {smallest} patches, the student's grid",
+            cfg.loss.shift,
+        )
         self.settings = [settings_at(cfg, settings, grid) for grid in self.grids]
         self.places = {row.name: t for t, row in enumerate(cfg.teachers, 1)}
         self.decoded = self.find_decoded()
@@ -64,6 +72,15 @@ class StepResolutions:
             uniform[:] = uniform[0]
         return tuple(int(u * count) for u in uniform)
 
+    def shift_of(self, data_step: int) -> Shift | None:
+        """The shift of a step of the order; None without `loss.shift`."""
+        margin = self.cfg.loss.shift
+        if not margin:
+            return None
+        uniform = rng.uniform(self.cfg.seed, "shift", 4, data_step)
+        down, right, *teachers = (int(u * (margin + 1)) for u in uniform)
+        return Shift(margin, (down, right), (teachers[0], teachers[1]))
+
     def of_step(self, data_step: int) -> Resolution:
         """The resolution of a step of the order (from 1)."""
         chosen = self.choices(data_step)
@@ -77,13 +94,21 @@ class StepResolutions:
             },
             micro_batch=settings.micro_batch,
             micro_batches=settings.accumulation,
+            shift=self.shift_of(data_step),
         )
 
     def shape_of(self, data_step: int) -> StepShape:
         """Sides of the images that are decoded, the student's first, and the micro batch."""
         found = self.of_step(data_step)
-        others = (found.sides[name] for name in self.decoded)
-        return StepShape((found.size, *others), found.micro_batch)
+        sides = (found.size, *(found.sides[name] for name in self.decoded))
+        return StepShape(tuple(map(found.decoded, sides)), found.micro_batch)
+
+    @property
+    def reference(self) -> int:
+        """Side of the decoded images of which a part are the student's of `student.size`."""
+        grid = grid_of(self.cfg.student)
+        usual = Resolution(self.cfg.student.size, grid, {}, 1, 1, self.shift_of(1))
+        return usual.decoded(usual.size)
 
 
 def at_size(cfg: Config, size: int) -> Config:

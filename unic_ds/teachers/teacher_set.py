@@ -171,10 +171,13 @@ class TeacherSet:
             there = Tokens(*(x[rows[name]] for x in there)) if rows else there
             found[name] = self.resized(name, there, resolution.grid) if resolution else there
         for name, teacher in self.teachers.items():
+            at_once = rows[name] if rows else None
             if resolution:
                 teacher = self.of_side(name, resolution.sides[name])
-            grid = resolution.grid if resolution else None
-            found[name] = teacher(images[teacher.size], rows[name] if rows else None, grid=grid)
+                image_B3HW = resolution.teacher_images(images, name)
+                found[name] = teacher(image_B3HW, at_once, grid=resolution.grid)
+            else:
+                found[name] = teacher(images[teacher.size], at_once)
         return {name: found[name] for name in self.widths if name in found}
 
     def of_side(self, name: str, side: int) -> Teacher:

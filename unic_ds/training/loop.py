@@ -24,7 +24,7 @@ from unic_ds.data import Batch
 from unic_ds.engine import deepspeed_engine, determinism, optim
 from unic_ds.losses.distill import distill_loss
 from unic_ds.process import console, entry_point
-from unic_ds.tokens import Target, Tokens
+from unic_ds.tokens import Resolution, Target, Tokens
 from unic_ds.training import (
     acceptance,
     events,
@@ -65,8 +65,8 @@ def train_step(run: RunContext, state: TrainState) -> list[Metrics]:
         batch = next(run.batches)
         drop_TB, path_BK, pairs_TB = draw_noise(run, state, batch)
         target = run.targets_of(batch, resolution, pairs_TB)  # standardised per channel
-        pred = engine(batch.images[resolution.size], path_BK)
-        loss, micro_metrics = compute_loss(run, state, pred, target, drop_TB)
+        pred = engine(resolution.student_images(batch.images), path_BK)
+        loss, micro_metrics = compute_loss(run, state, pred, target, drop_TB, resolution)
         state.guard.observe(loss)
         engine.backward(loss / resolution.micro_batches, scale_wrt_gas=False)
         engine.step()  # after the last micro batch: AdamW, unless the guard skips the step
@@ -195,6 +195,7 @@ def compute_loss(
     pred: Mapping[str, Tokens],
     target: Mapping[str, Target],
     drop_TB: Tensor,
+    resolution: Resolution,
 ) -> tuple[Tensor, Metrics]:
     """The distillation loss of a micro batch, by the settings of the run, and its metrics."""
     cfg = run.cfg
@@ -209,6 +210,7 @@ def compute_loss(
         ops=KERNELS[cfg.kernels],
         shared=state.engine.module.take_shared(),
         dispersions=state.dispersions.by_name(),
+        overlaps=resolution.shift.overlaps(resolution.grid) if resolution.shift else None,
     )
 
 

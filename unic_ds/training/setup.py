@@ -357,7 +357,7 @@ def open_stream(
         train,
         job.cfg.data,
         seed=job.cfg.seed,
-        sizes=(job.cfg.student.size, *resolutions.shape_of(1).sides[1:]),
+        sizes=(resolutions.reference, *resolutions.shape_of(1).sides[1:]),
         batch_size=job.cfg.optim.batch_size,
         micro=resolutions.most,
         rank=dist.rank(),
