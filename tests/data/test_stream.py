@@ -20,9 +20,10 @@ import torch
 from pictures import encode, folder, orientation, photo
 
 from unic_ds.config import Data
-from unic_ds.data import StepShape, Stream, passes, scan
+from unic_ds.data import Stream, passes, scan
 from unic_ds.data.reader import Reader, measure
 from unic_ds.data.source import MAX_MB, Source
+from unic_ds.models.resolution import StepShape
 
 CPU = torch.device("cpu")
 COUNT = 24

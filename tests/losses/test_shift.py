@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from unic_ds.config import Balance, Config, Drop, Loss, Standardise, Teacher
 from unic_ds.losses import balance
 from unic_ds.losses.distill import distill_loss
+from unic_ds.models.resolution import Resolution, Shift
 from unic_ds.teachers.teacher_set import TeacherSet
-from unic_ds.tokens import Resolution, Shift, Target, Tokens, part_of_map
+from unic_ds.tokens import Target, Tokens, part_of_map
 
 GRID, MARGIN = 4, 2
 PLACES = list(itertools.product(range(MARGIN + 1), repeat=2))

@@ -10,9 +10,9 @@ from runs import DEMONSTRATION
 
 from unic_ds.config import Standardise, Teacher
 from unic_ds.demo import root
+from unic_ds.models.resolution import Resolution
 from unic_ds.teachers.teacher import load
 from unic_ds.teachers.teacher_set import TeacherSet
-from unic_ds.tokens import Resolution
 
 CPU = torch.device("cpu")
 GRIDS = (4, 3, 6)

@@ -4,7 +4,7 @@ from unic_ds.data.decoders import backend
 from unic_ds.data.prefetch import Batch
 from unic_ds.data.scan import scan
 from unic_ds.data.source import Source, split
-from unic_ds.data.stream import StepShape, Stream, Views, drawn, passes
+from unic_ds.data.stream import Stream, Views, drawn, passes
 
 __all__ = [
     "Batch",

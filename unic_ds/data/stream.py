@@ -16,6 +16,7 @@ from unic_ds.data import malloc, order
 from unic_ds.data.prefetch import Batch, ExtrasReader, Prefetcher, Slots
 from unic_ds.data.reader import Reader
 from unic_ds.data.source import Source
+from unic_ds.models.resolution import StepShape
 
 
 class Views(NamedTuple):
@@ -28,13 +29,6 @@ class Views(NamedTuple):
     def view_of(self, epoch_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """The view that each epoch shows."""
         return epoch_B % self.views if self.views else epoch_B
-
-
-class StepShape(NamedTuple):
-    """The images of an optimiser step: their sides, and how many a rank has at once."""
-
-    sides: tuple[int, ...]  # in pixels, the student's first
-    micro: int
 
 
 class Stream:

@@ -18,7 +18,8 @@ from unic_ds import config
 from unic_ds.losses.balancer import Balancer
 from unic_ds.losses.mgda import gram
 from unic_ds.losses.terms import TERMS, AllGather, Context, no_dispersion
-from unic_ds.tokens import KINDS, Overlaps, Shared, Target, Tokens, enlarged, part_of_map
+from unic_ds.models.resolution import Overlaps
+from unic_ds.tokens import KINDS, Shared, Target, Tokens, enlarged, part_of_map
 from unic_kernels.distill_loss import Distilled
 from unic_kernels.image_losses.arguments import TERMS as FUSED_TERMS
 from unic_kernels.ops import FUSED, Ops

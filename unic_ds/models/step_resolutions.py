@@ -14,9 +14,8 @@ from dataclasses import replace
 from unic_ds import rng
 from unic_ds.config import Config, check
 from unic_ds.config.ds_config import DeepSpeedSettings
-from unic_ds.data import StepShape
 from unic_ds.models.encoder import grid_of, grids_of
-from unic_ds.tokens import Resolution, Shift
+from unic_ds.models.resolution import Resolution, Shift, StepShape
 
 
 class StepResolutions:

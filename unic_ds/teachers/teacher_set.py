@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from unic_ds import config, dist
 from unic_ds.blocks import compile_each, equal_blocks
+from unic_ds.models.resolution import Resolution
 from unic_ds.process import console
 from unic_ds.teachers import quantisation, sources
 from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.phi_s import PhiS
 from unic_ds.teachers.standardise import Standardiser
 from unic_ds.teachers.teacher import Teacher, TeacherFacts, load
-from unic_ds.tokens import Resolution, Target, Tokens, to_grid
+from unic_ds.tokens import Target, Tokens, to_grid
 from unic_kernels.ops import FUSED, Ops
 
 CachedTokens = Mapping[str, Tokens] | None

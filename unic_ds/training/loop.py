@@ -23,8 +23,9 @@ from unic_ds.config.job import Job, stop_files
 from unic_ds.data import Batch
 from unic_ds.engine import deepspeed_engine, determinism, optim
 from unic_ds.losses.distill import distill_loss
+from unic_ds.models.resolution import Resolution
 from unic_ds.process import console, entry_point
-from unic_ds.tokens import Resolution, Target, Tokens
+from unic_ds.tokens import Target, Tokens
 from unic_ds.training import (
     acceptance,
     events,

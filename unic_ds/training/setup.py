@@ -27,6 +27,7 @@ from unic_ds.harness.image_sets import can_evaluate, find_images
 from unic_ds.losses import balance, dispersion
 from unic_ds.models.encoder import grid_of, grids_of
 from unic_ds.models.ladder import heads_of
+from unic_ds.models.resolution import Resolution
 from unic_ds.models.step_resolutions import StepResolutions, at_size
 from unic_ds.models.student import Student
 from unic_ds.planning.counters import flop_counter
@@ -35,7 +36,7 @@ from unic_ds.process import console, entry_point
 from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.teacher import TeacherFacts
 from unic_ds.teachers.teacher_set import TeacherSet
-from unic_ds.tokens import Resolution, Target, Tokens
+from unic_ds.tokens import Target, Tokens
 from unic_ds.training import pictures, probes
 from unic_ds.training.first_images import FirstImages
 from unic_ds.training.phases import Phases, SetPhase

@@ -16,12 +16,13 @@ from unic_ds.data import Batch, Source, Stream
 from unic_ds.engine.protocol import Engine
 from unic_ds.losses.balancer import Balancer
 from unic_ds.losses.dispersion import Dispersions
+from unic_ds.models.resolution import Resolution
 from unic_ds.models.step_resolutions import StepResolutions
 from unic_ds.models.student import Student
 from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.teacher import TeacherFacts
 from unic_ds.teachers.teacher_set import TeacherSet
-from unic_ds.tokens import Resolution, Target
+from unic_ds.tokens import Target
 from unic_ds.training.checkpoint import RollbackRow
 from unic_ds.training.first_images import FirstImages
 from unic_ds.training.phases import Phases
