@@ -151,6 +151,71 @@ def test_a_weighted_sum_of_terms_is_its_formula(cls, patch):
     assert any("cls" in key for key in metrics) == (cls != "none")
 
 
+def plain_kind(rungs, target, terms):
+    """Loss of one kind of token per image, by its formula, and cosine; means over the rungs."""
+    images = range(len(target))
+    of_rungs = [
+        sum(weight * plain_distance(p, target, term, 0.2) for term, weight in terms.items())
+        for p in rungs.detach()
+    ]
+    cosines = [1 - plain_distance(p, target, "cosine", 0.2) for p in rungs.detach()]
+    return [np.array([x[i].mean() for i in images]) for x in np.mean([of_rungs, cosines], 1)]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(
+    ("cls", "patch"), [("cosine", "0.9 cosine + 0.1 smooth_l1"), (".3 contrastive + mse", "mse")]
+)
+def test_an_image_has_the_losses_of_its_kinds_of_token_alone(cls, patch, kernels):
+    """Their mean, over the kinds that the teacher has too; for a teacher's computed images."""
+    pred, target, uniform_TB = random_batch(6, teachers=3)
+    other, _, _ = random_batch(6, teachers=3, seed=9)
+    for name, tokens in pred.items():
+        rungs = zip(tokens, other[name], strict=True)
+        pred[name] = Tokens(*(torch.stack(pair).requires_grad_() for pair in rungs))
+    kinds_2B = torch.tensor([[1, 1, 0, 0, 1, 0], [1, 0, 1, 1, 1, 1]]).bool()
+    computed_TB = torch.stack([torch.tensor([1, 1, 1, 0, 0, 1]).bool(), *kinds_2B])
+    for name, computed_B in zip(target, computed_TB, strict=True):
+        target[name] = target[name]._replace(computed_B=computed_B)
+    both = Loss(cls=cls, patch=patch, temperature=0.2)
+    one = {"t1": Loss(cls=cls, patch="none"), "t2": Loss(cls="none", patch=patch)}
+    distances = {name: loss.distance for name, loss in one.items()}
+    given = {"loss": both, "distances": distances, "balance": Balancer(torch.ones(3))}
+    given |= {"ops": KERNELS[kernels], "kinds_2B": kinds_2B}
+    found, metrics = distill_loss(pred, target, uniform_TB, **given)
+    found.backward()
+    total = 0.0
+    for name, computed_B in zip(pred, computed_TB, strict=True):
+        terms_2, want_6 = distances.get(name, both.distance), [[] for _ in range(6)]
+        for k, kind in enumerate(terms_2._fields):
+            counted_B = (computed_B & kinds_2B[k]).numpy()
+            if not terms_2[k]:
+                continue
+            loss_B, cosine_B = plain_kind(pred[name][k], target[name].features[k], terms_2[k])
+            for i in np.flatnonzero(counted_B):
+                want_6[i].append(loss_B[i])
+            logged = metrics[f"{name}/{kind}_cosine"].item()
+            assert logged == pytest.approx(cosine_B[counted_B].mean(), abs=1e-6)
+            moved_B = pred[name][k].grad.flatten(2).abs().amax((0, 2)) > 0
+            assert moved_B.tolist() == counted_B.tolist()
+        want_B = np.array([np.mean(values) if values else np.nan for values in want_6])
+        np.testing.assert_allclose(metrics[f"{name}/image_loss"], want_B, rtol=1e-5)
+        total += np.nansum(want_B)
+    assert found.item() == pytest.approx(total / computed_TB.numel(), rel=1e-5)
+
+
+def test_a_kind_of_token_without_images_has_no_distance():
+    pred, target, uniform_TB = random_batch(4, teachers=1)
+    balance, mask_2B = Balancer(torch.ones(1)), torch.tensor([[False], [True]]).expand(2, 4)
+    kinds = {"loss": Loss(), "balance": balance}
+    found, metrics = distill_loss(pred, target, uniform_TB, **kinds, kinds_2B=mask_2B)
+    alone = {"loss": Loss(cls="none"), "balance": balance}
+    want, wanted = distill_loss(pred, target, uniform_TB, **alone)
+    assert found.item() == want.item()
+    assert metrics["t0/cls_cosine"].isnan() and metrics["t0/cls_smooth_l1"].isnan()
+    assert all(torch.equal(metrics[key], value) for key, value in wanted.items())
+
+
 @pytest.mark.parametrize("term", ["contrastive", "relational"])
 def test_other_images_come_from_all_ranks(term):
     """The loss and its gradient are those of one rank with all images."""

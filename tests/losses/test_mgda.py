@@ -102,7 +102,7 @@ def batch():
     return image, target
 
 
-def loss_of(student, image, target, balancer, kernels="fused"):
+def loss_of(student, image, target, balancer, kernels="fused", **more):
     pred = student(image)
     return distill_loss(
         pred,
@@ -110,9 +110,9 @@ def loss_of(student, image, target, balancer, kernels="fused"):
         torch.zeros(len(target), len(image)),
         loss=Loss(),
         balance=balancer,
-        distances=DISTANCES,
         ops=KERNELS[kernels],
         shared=student.take_shared(),
+        **{"distances": DISTANCES} | more,
     )[0]
 
 
@@ -213,6 +213,17 @@ def test_a_step_has_the_same_weights_however_it_is_split(parts):
     assert whole.share_T.sum().item() == pytest.approx(3) and whole.share_T.std() > 0.1
 
 
+def test_images_without_a_kind_of_token_have_the_gradients_of_the_other():
+    student, (image, target) = student_of("test_vit", "sum", "fused", {}), batch()
+    masked, alone = Mgda(torch.ones(3), 0.9), Mgda(torch.ones(3), 0.9)
+    kinds_2B = torch.tensor([[False], [True]]).expand(2, IMAGES)
+    loss_of(student, image, target, masked, distances={}, kinds_2B=kinds_2B)
+    patch = Loss(cls="none").distance
+    loss_of(student, image, target, alone, distances=dict.fromkeys(WIDTHS, patch))
+    torch.testing.assert_close(masked.sum_TT, alone.sum_TT, rtol=1e-6, atol=0)
+    assert masked.sum_TT.diagonal().min() > 0
+
+
 @pytest.mark.parametrize("kind", ["adaloss", "famo", "mgda"])
 def test_a_step_reads_nothing_back_from_the_device(kind):
     rows = tuple(Teacher(name=name, source="timm:x", cls_loss=TERMS) for name in WIDTHS)
@@ -234,6 +245,7 @@ def test_a_step_reads_nothing_back_from_the_device(kind):
             ops=KERNELS["reference"],
             shared=student.take_shared(),
             dispersions=found.by_name(),
+            kinds_2B=torch.ones(2, IMAGES, dtype=torch.bool),
         )
         balancer.track(torch.ones((), dtype=torch.bool))
         found.track(torch.ones((), dtype=torch.bool))

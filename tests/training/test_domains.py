@@ -1,4 +1,4 @@
-"""Teachers that see some sources of a mixture alone."""
+"""Teachers that see some sources of a mixture alone, and kinds of token per source."""
 
 from __future__ import annotations
 
@@ -29,7 +29,15 @@ LAZY = {
     "drop.lazy": "true",
     "drop.full_every": 3,
     "loss.divisor": "expected",
+    "loss.tokens": "drawings=patch",
     "standardise.fit_steps": 0,
+}
+KINDS = {
+    "teachers.wide.data": "",
+    "loss.tokens": "photos=cls,drawings=patch",
+    "loss.cls": "cosine",
+    "loss.patch": "cosine",
+    "ladder.combine": "each",
 }
 
 
@@ -61,10 +69,12 @@ def curves(images: Path) -> dict[str, dict[int, dict[str, Any]]]:
         1: {
             "whole": words(images, "whole", micro=8, stage=1),
             "lazy": words(images, "lazy", micro=8, stage=1, **LAZY),
+            "kinds": words(images, "kinds", micro=8, stage=1, **KINDS),
         },
         2: {
             "split": words(images, "split", micro=2, stage=3, **shard),
             "lazy split": words(images, "lazy split", micro=2, stage=2, **LAZY),
+            "kinds split": words(images, "kinds split", micro=2, stage=3, **KINDS, **shard),
         },
     }
     for ranks, runs in launches.items():
@@ -90,7 +100,8 @@ def test_a_teacher_counts_on_its_images_alone(
 @pytest.mark.dist
 def test_ranks_do_not_change_it(images: Path, curves: dict[str, dict[int, dict[str, Any]]]) -> None:
     """Neither the losses nor the statistics, which are those of a teacher's own images."""
-    for one, other in (("whole", "split"), ("lazy", "lazy split")):
+    for one in ("whole", "lazy", "kinds"):
+        other = {"whole": "split"}.get(one, f"{one} split")
         for step, row in curves[one].items():
             for name in ("loss", "wide/kept", "narrow/kept"):
                 assert curves[other][step][name] == pytest.approx(row[name], rel=1e-5), (one, step)
@@ -109,6 +120,25 @@ def test_with_lazy_dropping_a_teacher_is_chosen_for_its_images_alone(
         assert row["wide/kept"] <= curves["whole"][step]["wide/kept"]
         assert row["wide/kept"] + row["narrow/kept"] >= 1
     assert any(row["narrow/kept"] < 1 for row in curves["lazy"].values())
+
+
+@pytest.mark.dist
+def test_images_of_a_source_have_the_loss_of_their_kind_of_token(
+    curves: dict[str, dict[int, dict[str, Any]]],
+) -> None:
+    """Photographs that of CLS tokens, drawings that of patch tokens; all logged distances count."""
+    for step, row in curves["kinds"].items():
+        photos = curves["whole"][step]["wide/kept"]  # in the same order
+        kinds = [("cls", photos), ("patch", 1 - photos)]
+        want = [
+            share * (1 - row[f"{name}/{kind}_cosine"])
+            for name in ("narrow", "wide")
+            for kind, share in kinds
+            if share
+        ]
+        assert row["loss"] == pytest.approx(sum(want) / 2, rel=1e-5)
+        assert ("narrow/cls_cosine" in row) == (photos > 0)
+        assert row["narrow/kept"] == row["wide/kept"] == 1
 
 
 def test_parts_of_a_mixture_are_found_by_index(images: Path) -> None:
@@ -138,6 +168,30 @@ def test_parts_of_a_mixture_are_found_by_index(images: Path) -> None:
             {"teachers.wide.data": "photos", "loss.cls": "contrastive"},
             "teachers.wide.data must be empty for the term contrastive",
         ),
+        ({"loss.tokens": "photo=cls"}, "loss.tokens: 'photo' stands for no source of"),
+        ({"loss.tokens": "photos"}, "loss.tokens must be SOURCE=patch or SOURCE=cls, .*'photos'"),
+        ({"loss.tokens": "photos=both"}, "loss.tokens must be SOURCE=patch or SOURCE=cls"),
+        ({"loss.tokens": "photos=cls,photos=patch"}, "loss.tokens must be one kind of token for"),
+        (
+            {"loss.tokens": "photos=cls,photos/=patch"},
+            "loss.tokens gives '.*photos' two kinds of token",
+        ),
+        (
+            {"loss.tokens": "photos=cls", "teachers.narrow.cls_loss": "none"},
+            "teacher 'narrow' has no loss of cls tokens, .*photos'; give --teachers.narrow.data",
+        ),
+        (
+            {"loss.tokens": "photos=patch,drawings=patch"},
+            "no images with a loss of cls tokens; give --teachers.narrow.cls_loss none",
+        ),
+        (
+            {"loss.tokens": "photos=patch", "teachers.wide.cls_loss": "contrastive"},
+            "loss.tokens must be without =patch for the term contrastive",
+        ),
+        (
+            {"stages": "loss.tokens=photo=cls"},
+            "loss.tokens: 'photo' stands for no source of",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(images: Path, more: dict[str, str], says: str) -> None:
@@ -154,5 +208,13 @@ def test_a_name_of_two_sources_is_refused(images: Path) -> None:
         job.resolve(given | {"teachers.wide.data": "photos"})
     assert job.resolve(given | {"teachers.wide.data": "more/photos"}).cfg.teachers[1].domains
     given["data.train"] = str(images / "photos")
-    with pytest.raises(ValueError, match="needs a mixture of sources"):
-        job.resolve(given | {"teachers.wide.data": "photos"})
+    for option in ({"teachers.wide.data": "photos"}, {"loss.tokens": "photos=cls"}):
+        with pytest.raises(ValueError, match="needs a mixture of sources"):
+            job.resolve(given | option)
+
+
+def test_a_teacher_of_a_domain_needs_a_loss_on_its_own_images_alone(images: Path) -> None:
+    given = {key: str(value) for key, value in TINY.items()} | {"data.train": mixture(images)}
+    given |= {"loss.tokens": "photos=cls", "teachers.narrow.cls_loss": "none"}
+    given |= {"teachers.narrow.data": "drawings", "out": str(images / "out")}
+    assert job.resolve(given).cfg.loss.kind_of_source == {"photos": "cls"}

@@ -135,6 +135,8 @@ class Config:
             per_image = self.drop.unit == "image" or self.balance.kind != "dropping"
             check(per_image, at, "empty for drop.unit step", shown[0].data)
             self.check_terms(at, "empty", shown[0].data)
+        if "patch" in self.loss.kind_of_source.values():
+            self.check_terms("loss.tokens", "without =patch", self.loss.tokens)
         if self.loss.shift:
             cached = "0 with teachers.cache, which has features of images that are not shifted"
             check(not self.cache, "loss.shift", cached, self.loss.shift)
@@ -174,6 +176,11 @@ class Config:
     def chooses_pairs(self) -> bool:
         """True if a teacher may run on a part of the images of a step."""
         return self.drop.lazy or any(row.domains for row in self.teachers)
+
+    @property
+    def metrics_vary(self) -> bool:
+        """True if a step may have no image for some of its metrics."""
+        return self.chooses_pairs or bool(self.loss.kind_of_source)
 
     @property
     def computed_share(self) -> float:

@@ -158,7 +158,9 @@ def check_inputs(cfg: Config, out: Path) -> None:
             except OSError as error:  # a name that is too long, for one
                 name = printable(given)
                 raise ValueError(f"--data.{key} {name!r}: {error.strerror}") from None
-    check_domains(cfg)
+    for stage, _ in staged(cfg, out):
+        check_domains(stage)
+        check_token_kinds(stage)
     for teacher in cfg.teachers:
         if teacher.parsed_source.kind == "run":
             refuse_itself(teacher, out)
@@ -173,31 +175,73 @@ def check_domains(cfg: Config) -> None:
     """Raise ValueError unless teachers name sources of the images, and each has a teacher."""
     if not any(row.domains for row in cfg.teachers):
         return
-    sources = [str(part.path) for part in data_spec.parts(cfg.data.train)]
-    known = ", ".join(map(printable, sources))
-    if len(sources) < 2:
-        raise ValueError(
-            "teachers.NAME.data needs a mixture of sources; give --data.train A,B, got"
-            f" {known!r} alone"
-        )
-    seen: set[int] = set()
-    for row in cfg.teachers:
-        seen |= set() if row.domains else set(range(len(sources)))
-        for name in row.domains:
-            found = data_spec.indices_of(name, sources)
-            if len(found) != 1:
-                several = "several sources" if found else "no source"
-                raise ValueError(
-                    f"teachers.{row.name}.data: {printable(name)!r} stands for {several} of"
-                    f" --data.train; give as much of the end of a path as tells them apart: {known}"
-                )
-            seen.add(found[0])
+    sources = mixed_sources(cfg, "teachers.NAME.data")
+    seen = {i for row in cfg.teachers for i in seen_sources(row, sources)}
     for i, path in enumerate(sources):
         if i not in seen:
             raise ValueError(
                 f"no teacher sees the images of {printable(path)!r}; add it to a"
                 " --teachers.NAME.data, or leave it out of --data.train"
             )
+
+
+def check_token_kinds(cfg: Config) -> None:
+    """Raise ValueError unless loss.tokens names sources and leaves every teacher a loss there."""
+    if not cfg.loss.kind_of_source:
+        return
+    sources = mixed_sources(cfg, "loss.tokens")
+    only: dict[int, str] = {}
+    for name, kind in cfg.loss.kind_of_source.items():
+        i = source_named(name, sources, "loss.tokens")
+        if only.setdefault(i, kind) != kind:
+            raise ValueError(
+                f"loss.tokens gives {printable(sources[i])!r} two kinds of token; give it one"
+            )
+    for row in cfg.teachers:
+        kinds, seen = cfg.distance(row).kinds, seen_sources(row, sources)
+        for i in seen:
+            if i in only and only[i] not in kinds:
+                raise ValueError(
+                    f"teacher {row.name!r} has no loss of {only[i]} tokens, but loss.tokens leaves"
+                    f" no others on {printable(sources[i])!r}; give --teachers.{row.name}.data"
+                    " without this source, or change --loss.tokens"
+                )
+        for kind in kinds:
+            if all(only.get(i, kind) != kind for i in seen):
+                raise ValueError(
+                    f"loss.tokens leaves teacher {row.name!r} no images with a loss of {kind}"
+                    f" tokens; give --teachers.{row.name}.{kind}_loss none"
+                )
+
+
+def mixed_sources(cfg: Config, option: str) -> list[str]:
+    """Paths of the training images' sources; ValueError unless they are several."""
+    sources = [str(part.path) for part in data_spec.parts(cfg.data.train)]
+    if len(sources) < 2:
+        raise ValueError(
+            f"{option} needs a mixture of sources; give --data.train A,B, got"
+            f" {printable(', '.join(sources))!r} alone"
+        )
+    return sources
+
+
+def seen_sources(row: Teacher, sources: list[str]) -> list[int]:
+    """Indices of the sources whose images a teacher sees; ValueError for a name of none."""
+    option = f"teachers.{row.name}.data"
+    named = [source_named(name, sources, option) for name in row.domains]
+    return named or list(range(len(sources)))
+
+
+def source_named(name: str, sources: list[str], option: str) -> int:
+    """Index of the source that a name stands for; ValueError unless it is one."""
+    found = data_spec.indices_of(name, sources)
+    if len(found) != 1:
+        several = "several sources" if found else "no source"
+        raise ValueError(
+            f"{option}: {printable(name)!r} stands for {several} of --data.train; give as much of"
+            f" the end of a path as tells them apart: {', '.join(map(printable, sources))}"
+        )
+    return found[0]
 
 
 def weight_file(row: Teacher) -> Path:

@@ -43,6 +43,11 @@ class Loss:
         "0.5 cosine + 0.5 smooth_l1",
         "loss of patch tokens: a weighted sum of cosine, smooth_l1 and mse, or none",
     )
+    tokens: str = option(
+        "",
+        "kind of token that alone is distilled on the images of some sources of data.train:"
+        " NAME=patch or NAME=cls, comma-separated, each named by the end of its path; empty: both",
+    )
     temperature: float = option(0.07, "temperature of the contrastive term")
     shift: int = option(
         0,
@@ -59,8 +64,20 @@ class Loss:
     def __post_init__(self) -> None:
         loss_terms.parse(self.cls, "loss.cls", cls=True)
         loss_terms.parse(self.patch, "loss.patch", cls=False)
+        for part in _parts(self.tokens):
+            name, _, kind = part.rpartition("=")
+            valid = bool(name.strip()) and kind.strip() in Distance._fields
+            check(valid, "loss.tokens", "SOURCE=patch or SOURCE=cls, comma-separated", self.tokens)
+        twice = len(self.kind_of_source) < len(_parts(self.tokens))
+        check(not twice, "loss.tokens", "one kind of token for each source", self.tokens)
         check(self.temperature > 0, "loss.temperature", "positive", self.temperature)
         check(0 <= self.shift <= 64, "loss.shift", "from 0 to 64", self.shift)
+
+    @property
+    def kind_of_source(self) -> dict[str, str]:
+        """The kind of token that alone has a loss, by the names in `tokens`."""
+        pairs = [part.rpartition("=") for part in _parts(self.tokens)]
+        return {name.strip(): kind.strip() for name, _, kind in pairs}
 
     @property
     def distance(self) -> Distance:
@@ -69,6 +86,11 @@ class Loss:
             cls=loss_terms.parse(self.cls, "loss.cls", cls=True),
             patch=loss_terms.parse(self.patch, "loss.patch", cls=False),
         )
+
+
+def _parts(text: str) -> list[str]:
+    """The texts between commas, without those that are empty."""
+    return [part for part in map(str.strip, text.split(",")) if part]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,15 @@
 """The distillation loss: distances between predictions and targets per (teacher, image), balanced.
 
 A token's loss is a weighted sum of `TERMS` (method: section 3); per teacher and image it is the
-mean of the CLS loss and the mean patch loss. The terms that `unic_kernels` has are one op; all
-others are added in plain torch. Tensors in, tensors out, no host read.
+mean of the CLS loss and the mean patch loss, or one of both. The terms that `unic_kernels` has are
+one op; all others are added in plain torch. Tensors in, tensors out, no host read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class Row(NamedTuple):
     target: Target
     distance: config.Distance
     dispersion: Callable[[Tensor], Tensor] = no_dispersion
+    counted_B: Tensor | None = None  # True for images that have the loss; None: all
 
     def on_larger_grid(self) -> Row:
         """The same with the prediction's patch map on the target's grid, if that is larger."""
@@ -57,6 +59,18 @@ class Row(NamedTuple):
             pred=Tokens(cls_BC, part_of_map(patch_BNC, overlaps[0])),
             target=self.target._replace(features=theirs),
         )
+
+    def by_kind(self, kinds_2B: Tensor | None) -> list[Row]:
+        """A row per kind of token, with the images that have its loss; of None this row alone."""
+        if kinds_2B is None:
+            return [self]
+        rows = []
+        for kind, counted_B, terms in zip(KINDS, kinds_2B.unbind(), self.distance, strict=True):
+            if terms:
+                distance = config.Distance({}, {})._replace(**{kind: terms})
+                both_B = counted_B if self.counted_B is None else counted_B & self.counted_B
+                rows.append(self._replace(distance=distance, counted_B=both_B))
+        return rows
 
     def rungs(self) -> list[Tokens]:
         """Predictions with a loss each: those along a leading rung axis, or the one."""
@@ -105,13 +119,20 @@ def mean_of_rungs(x_E: Tensor, counts: Sequence[int]) -> Tensor:
     return torch.stack([part.mean(0) for part in x_E.split(list(counts))])
 
 
-def add_other_terms(loss_TB: Tensor, rows: Iterable[Row], context: Context) -> Tensor:
-    """Losses per teacher and image with the terms that are not in the fused op."""
+def mean_of_kinds(loss_RB: Tensor, counted_RB: Tensor, counts: Sequence[int]) -> Tensor:
+    """Means over neighbours, `counts` of them for each teacher, that have the image; 0 if none."""
+    kept_RB = torch.where(counted_RB, loss_RB, 0.0)
+    groups = zip(kept_RB.split(list(counts)), counted_RB.split(list(counts)), strict=True)
+    return torch.stack([x_KB.sum(0) / has_KB.sum(0).clamp(min=1) for x_KB, has_KB in groups])
+
+
+def add_other_terms(loss_RB: Tensor, rows: Iterable[Row], context: Context) -> Tensor:
+    """Losses per row and image with the terms that are not in the fused op."""
     others = [row.other_loss(context) for row in rows]
     if all(other_B is None for other_B in others):
-        return loss_TB
-    none_B = torch.zeros_like(loss_TB[0])
-    return loss_TB + torch.stack([none_B if x_B is None else x_B for x_B in others])
+        return loss_RB
+    none_B = torch.zeros_like(loss_RB[0])
+    return loss_RB + torch.stack([none_B if x_B is None else x_B for x_B in others])
 
 
 def distill_loss(
@@ -127,6 +148,7 @@ def distill_loss(
     shared: Shared | None = None,
     dispersions: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     overlaps: Overlaps | None = None,
+    kinds_2B: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a micro batch and its metrics, detached on the device.
 
@@ -137,7 +159,8 @@ def distill_loss(
     copied from, for balancers that compare the teachers' gradients there. `dispersions` are those
     of teachers that have the term. A predicted map is resized to the target's grid, if that is
     larger. With `overlaps`, rows and columns of the student's grid and of the teachers', the losses
-    of patch tokens compare those alone.
+    of patch tokens compare those alone. `kinds_2B` is True for the kinds of token (cls, patch) that
+    an image's loss has; a teacher's loss is the mean over those that it has too. None: all.
     """
     if shared:
         pred = {name: tokens.copies() for name, tokens in pred.items()}
@@ -148,19 +171,25 @@ def distill_loss(
             target[name],
             distances.get(name, loss.distance),
             dispersions.get(name, no_dispersion),
+            target[name].computed_B,
         )
         .on_larger_grid()
         .on_overlaps(overlaps)
         for name, tokens in pred.items()
     }
-    rungs = [row.rungs() for row in rows.values()]
+    by_kind = {name: row.by_kind(kinds_2B) for name, row in rows.items()}
+    parts = list(chain(*by_kind.values()))
+    rungs = [row.rungs() for row in parts]
     counts = [len(predictions) for predictions in rungs]
-    entries = [row for row, n in zip(rows.values(), counts, strict=True) for _ in range(n)]
+    entries = [row for row, n in zip(parts, counts, strict=True) for _ in range(n)]
     context = Context(loss.temperature, all_gather_fn)
-    computed_TB = computed_pairs(row.target for row in rows.values())
+    computed_TB = counted_images(rows.values())
+    counted_RB = None if kinds_2B is None else counted_images(parts)
 
     def refine(loss_EB: Tensor) -> Tensor:
-        loss_TB = add_other_terms(mean_of_rungs(loss_EB, counts), rows.values(), context)
+        loss_TB = add_other_terms(mean_of_rungs(loss_EB, counts), parts, context)
+        if counted_RB is not None:
+            loss_TB = mean_of_kinds(loss_TB, counted_RB, [len(rows) for rows in by_kind.values()])
         if shared:
             balance.compare(gram(filled(loss_TB, computed_TB, 0.0), pred, shared), loss_TB.shape[1])
         return loss_TB
@@ -177,10 +206,9 @@ def distill_loss(
         clamp=entries[0].target.clamp,
         eps=0.0,  # the divisor has it
     )
-    computed_EB = computed_pairs(row.target for row in entries)
-    gap_T22 = mean_of_rungs(mean_gaps(found, computed_EB), counts)
+    gap_R22 = mean_of_rungs(mean_gaps(found, counted_images(entries)), counts)
     loss_TB = found.loss_TB.detach()
-    logged = metrics(rows, found, filled(loss_TB, computed_TB, torch.nan), gap_T22)
+    logged = metrics(by_kind, found, filled(loss_TB, computed_TB, torch.nan), gap_R22)
     return found.loss, logged | balance.metrics(filled(loss_TB, computed_TB, -torch.inf))
 
 
@@ -197,44 +225,47 @@ def filled(x_TB: Tensor, computed_TB: Tensor | None, value: float) -> Tensor:
     return x_TB if computed_TB is None else torch.where(computed_TB, x_TB, value)
 
 
-def computed_pairs(targets: Iterable[Target]) -> Tensor | None:
-    """True for the pairs (T, B) whose features are computed; None: all."""
-    masks = [(target.computed_B, target.features.cls_BC) for target in targets]
-    if all(computed_B is None for computed_B, _ in masks):
+def counted_images(rows: Iterable[Row]) -> Tensor | None:
+    """True for the images [R, B] that have the loss of a row; None: all."""
+    masks = [(row.counted_B, row.target.features.cls_BC) for row in rows]
+    if all(counted_B is None for counted_B, _ in masks):
         return None
     return torch.stack(
         [
-            torch.ones_like(cls_BC[:, 0], dtype=torch.bool) if computed_B is None else computed_B
-            for computed_B, cls_BC in masks
+            torch.ones_like(cls_BC[:, 0], dtype=torch.bool) if counted_B is None else counted_B
+            for counted_B, cls_BC in masks
         ]
     )
 
 
-def mean_gaps(found: Distilled, computed_TB: Tensor | None) -> Tensor:
-    """Distances per entry, means over its computed images; NaN if it has none. No host read."""
-    if computed_TB is None:
+def mean_gaps(found: Distilled, counted_EB: Tensor | None) -> Tensor:
+    """Distances per entry, means over its counted images; NaN if it has none. No host read."""
+    if counted_EB is None:
         return found.gap_T22
-    counted_TB11 = computed_TB[:, :, None, None]
-    return torch.where(counted_TB11, found.gap_TB22, 0.0).sum(1) / counted_TB11.sum(1)
+    counted_EB11 = counted_EB[:, :, None, None]
+    return torch.where(counted_EB11, found.gap_TB22, 0.0).sum(1) / counted_EB11.sum(1)
 
 
 def metrics(
-    rows: Mapping[str, Row], found: Distilled, image_TB: Tensor, gap_T22: Tensor
+    rows: Mapping[str, Sequence[Row]], found: Distilled, image_TB: Tensor, gap_R22: Tensor
 ) -> dict[str, Tensor]:
     """Logged values of a micro batch, keyed `loss` and `{teacher}/{name}`.
 
     `loss_share` is a teacher's share of the loss as weighed, so of what is kept after dropping;
     `image_loss` is the loss of each image [B], before it is weighed. Distances are means over the
-    images that a teacher has computed (NaN without one); other images have no `image_loss`: NaN.
+    images that a teacher has computed and whose loss has the kind of token (NaN without one);
+    images that it has not computed have no `image_loss`: NaN.
     """
     values = {"loss": found.loss.detach()}
     kept_T, weight_T = (found.weight_TB > 0).float().mean(1), found.weight_TB.sum(1)
     loss_TB = found.loss_TB.detach()
     share_T = (loss_TB * found.weight_TB).sum(1) / values["loss"]
-    for t, (name, row) in enumerate(rows.items()):
-        for kind in row.distance.kinds:
-            gap_2 = gap_T22[t, KINDS.index(kind)]
-            values |= {f"{name}/{kind}_cosine": gap_2[0], f"{name}/{kind}_smooth_l1": gap_2[1]}
+    gaps = gap_R22.split([len(group) for group in rows.values()])
+    for t, (name, group) in enumerate(rows.items()):
+        for row, gap_22 in zip(group, gaps[t].unbind(), strict=True):
+            for kind in row.distance.kinds:
+                gap_2 = gap_22[KINDS.index(kind)]
+                values |= {f"{name}/{kind}_cosine": gap_2[0], f"{name}/{kind}_smooth_l1": gap_2[1]}
         values |= {f"{name}/kept": kept_T[t], f"{name}/weight": weight_T[t]}
         values |= {f"{name}/loss_share": share_T[t], f"{name}/image_loss": image_TB[t]}
     return values

@@ -67,7 +67,8 @@ def train_step(run: RunContext, state: TrainState) -> list[Metrics]:
         drop_TB, path_BK, pairs_TB = draw_noise(run, state, batch)
         target = run.targets_of(batch, resolution, pairs_TB)  # standardised per channel
         pred = engine(resolution.student_images(batch.images), path_BK)
-        loss, micro_metrics = compute_loss(run, state, pred, target, drop_TB, resolution)
+        kinds_2B = run.distilled_kinds(batch)
+        loss, micro_metrics = compute_loss(run, state, pred, target, drop_TB, resolution, kinds_2B)
         state.guard.observe(loss)
         engine.backward(loss / resolution.micro_batches, scale_wrt_gas=False)
         engine.step()  # after the last micro batch: AdamW, unless the guard skips the step
@@ -184,7 +185,7 @@ def draw_noise(
     return to_device(drop_TB, device), to_device(path_BK, device), pairs_TB
 
 
-def to_device(values: NDArray[np.floating], device: torch.device) -> Tensor:
+def to_device(values: NDArray[np.floating | np.bool_], device: torch.device) -> Tensor:
     """Values as fp32 on the device; the host does not wait for the copy."""
     tensor = torch.from_numpy(values).float()
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
@@ -197,6 +198,7 @@ def compute_loss(
     target: Mapping[str, Target],
     drop_TB: Tensor,
     resolution: Resolution,
+    kinds_2B: NDArray[np.bool_] | None = None,
 ) -> tuple[Tensor, Metrics]:
     """The distillation loss of a micro batch, by the settings of the run, and its metrics."""
     cfg = run.cfg
@@ -212,6 +214,7 @@ def compute_loss(
         shared=state.engine.module.take_shared(),
         dispersions=state.dispersions.by_name(),
         overlaps=resolution.shift.overlaps(resolution.grid) if resolution.shift else None,
+        kinds_2B=None if kinds_2B is None else to_device(kinds_2B, drop_TB.device) > 0,
     )
 
 

@@ -85,7 +85,7 @@ class RunLog:
         self.probed: dict[str, float] = {}
         self.shown = ""  # the latest probe's values
         self.logged_step, self.logged_time, self.logged_wait = first - 1, time.monotonic(), 0.0
-        self.sparse = bool(cfg and cfg.chooses_pairs)  # not every step has every metric
+        self.sparse = bool(cfg and cfg.metrics_vary)  # not every step has every metric
         self.stops = stops
         self.writer = dist.rank() == 0
         self.bar: progress.Progress | None = None

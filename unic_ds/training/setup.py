@@ -36,7 +36,7 @@ from unic_ds.process import console, entry_point
 from unic_ds.teachers.cache import FeatureCache
 from unic_ds.teachers.teacher import TeacherFacts
 from unic_ds.teachers.teacher_set import TeacherSet
-from unic_ds.tokens import Target, Tokens
+from unic_ds.tokens import KINDS, Target, Tokens
 from unic_ds.training import pictures, probes
 from unic_ds.training.first_images import FirstImages
 from unic_ds.training.phases import Phases, SetPhase
@@ -95,6 +95,7 @@ def build(job: Job, set_phase: SetPhase) -> tuple[RunContext, TrainState]:
         flops_per_image=flops,
         phases=phases,
         sees_TM=sees(cfg, train),
+        kinds_2M=token_kinds(cfg, train),
     )
     return run, state
 
@@ -117,6 +118,20 @@ def domains_of(row: config.Teacher, sources: Sequence[str]) -> list[bool]:
     """True for each source of the images that a teacher sees."""
     chosen = {i for name in row.domains for i in data_spec.indices_of(name, sources)}
     return [not row.domains or i in chosen for i in range(len(sources))]
+
+
+def token_kinds(cfg: config.Config, train: Source) -> NDArray[np.bool_] | None:
+    """True for each kind of token and source on whose images it is distilled; None: all.
+
+    A source that has no images left for training is left out.
+    """
+    if not cfg.loss.kind_of_source:
+        return None
+    kinds_2M = np.ones((len(KINDS), len(train.part_names)), dtype=np.bool_)
+    for name, only in cfg.loss.kind_of_source.items():
+        for i in data_spec.indices_of(name, train.part_names):
+            kinds_2M[:, i] = [kind == only for kind in KINDS]
+    return kinds_2M
 
 
 def build_state(

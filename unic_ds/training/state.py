@@ -62,6 +62,7 @@ class RunContext:
     flops_per_image: float
     phases: Phases
     sees_TM: NDArray[np.bool_] | None  # for each teacher and source of the images; None: all
+    kinds_2M: NDArray[np.bool_] | None  # for each kind of token and source; None: all
 
     @property
     def cfg(self) -> Config:
@@ -92,3 +93,9 @@ class RunContext:
         if self.sees_TM is None:
             return None
         return self.sees_TM[:, self.train.part_of(batch.index_B)]
+
+    def distilled_kinds(self, batch: Batch) -> NDArray[np.bool_] | None:
+        """True for the kinds of token (cls, patch) that an image's loss has [2, B]; None: all."""
+        if self.kinds_2M is None:
+            return None
+        return self.kinds_2M[:, self.train.part_of(batch.index_B)]
