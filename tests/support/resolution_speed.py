@@ -1,6 +1,6 @@
 """Compares steps of a run that draws its resolution with those of runs of one resolution.
 
-`resolution_speed.py OPTIONS` trains a ViT-S at 96, 112 and 144 px from two ViT-S teachers of random
+`resolution_speed.py OPTIONS` trains a ViT-Ti at 96, 112 and 144 px from two ViT-Ti of random
 weights, in turns of a run that draws these sides and a run for each of them. Prints one JSON
 object: the median step at each side of either, and the ratio of their means. The options are those
 of unic_ds/train.py; `--data.train` is needed.
@@ -32,17 +32,17 @@ SETTINGS = {
     "--ds_config": "ds_configs/zero1.json",
     "--recipe": "unic_b",
     "--teachers": TEACHERS,
-    "--student.model": "vit_small_patch16_224",
+    "--student.model": "vit_tiny_patch16_224",
     "--student.size": "112",
     "--data.sizes": ",".join(map(str, SIZES)),
-    "--optim.batch_size": "16",
+    "--optim.batch_size": "32",
     "--eval.on": "false",
     "--resume": "never",
 }
 
 
 class AnySide(nn.Module):
-    """timm's ViT-S/16 of random weights, for images of any side."""
+    """timm's ViT-Ti/16 of random weights, for images of any side."""
 
     patch_size = 16
     mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -50,7 +50,7 @@ class AnySide(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.vit = timm.create_model("vit_small_patch16_224", num_classes=0, dynamic_img_size=True)
+        self.vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True)
 
     def forward(self, images: torch.Tensor) -> Tokens:
         """CLS and patch tokens."""

@@ -20,7 +20,6 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 GROUND = (
     "files",
     "rng",
-    "resolution",
     "tokens",
     "blocks",
     "process",
