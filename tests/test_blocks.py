@@ -117,7 +117,10 @@ def test_blocks_on_any_number_of_images_are_one_variant() -> None:
         compile_each([block], varying=True)
         for count, x_BNC in images.items():
             torch.testing.assert_close(block(x_BNC), eager[count], rtol=1e-4, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        for tokens in (9, 16, 9, 5):  # of other resolutions: a variant each, static in the tokens
+            block(torch.randn(4, tokens, 64)), block(torch.randn(3, tokens, 64))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
 def test_more_variants_than_torch_keeps_are_an_error_and_a_new_stage_has_none() -> None:

@@ -55,7 +55,7 @@ def test_every_option_named_is_one(file):
         others |= PIP
     others |= {"shard_mb", "max_side", "images", "rounds", "master_port", *own}
     others |= {"readers", "latency_ms", "only", "minutes", "op", "case", "check", "arch"}
-    for name in re.findall(r"--([a-z_]+(?:\.[A-Za-z_]+)*)", (ROOT / file).read_text()):
+    for name in re.findall(r"--([a-z_]+(?:\.[A-Za-z_]\w*)*)", (ROOT / file).read_text()):
         general = re.sub(r"^teachers\.\w+\.", "teachers.NAME.", name)
         assert general in known or name in others, name
 

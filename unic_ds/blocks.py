@@ -30,6 +30,7 @@ def with_any_images(forward: Callable[..., Tensor], x: Tensor, *args: Any, **mor
     """Call a compiled forward whose code does not depend on the number of images of `x`."""
     if len(x) > 1:
         torch._dynamo.maybe_mark_dynamic(x, 0)
+        torch._dynamo.mark_static(x, 1)  # else a second resolution would make tokens dynamic too
     return forward(x, *args, **more)
 
 

@@ -96,6 +96,17 @@ def test_the_loss_is_that_of_the_common_patches() -> None:
     assert loss.item() == pytest.approx(torch.stack(squares).mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(("side", "grid"), [(385, 14), (455, 14), (91, 14), (96, 7), (260, 16)])
+@pytest.mark.parametrize("margin", [1, 2, 3])
+def test_every_place_lies_in_the_decoded_image(side: int, grid: int, margin: int) -> None:
+    """Whatever the side of a teacher's images is."""
+    for at in range(margin + 1):
+        step = Resolution(16 * grid, grid, {"a": side}, 1, 1, Shift(margin, (0, 0), (at, margin)))
+        decoded = step.decoded(side)
+        image_B3HW = torch.zeros(1, 3, decoded, decoded)
+        assert step.teacher_images({decoded: image_B3HW}, "a").shape[2:] == (side, side)
+
+
 def test_sides_that_no_patch_divides_are_rounded() -> None:
     """A CNN's image has the place of the student's to half a pixel."""
     step = resolution((0, 0), (1, 2), side=90)

@@ -93,7 +93,9 @@ def test_a_run_that_draws_its_resolution_has_the_memory_of_the_largest(capfd):
     assert sum(plan["seconds"].values()) == pytest.approx(sum(seconds) / 3)
     assert plan["images_per_s"] == pytest.approx(512 / (sum(seconds) / 3))
     _, out = ask(capfd, *drawn, "--search")
-    assert min(found["micro_batch"] for found in json.loads(out)) >= 1
+    assert min(found["micro_batch"] for found in json.loads(out)) >= 4  # 36 of 16 tokens
+    _, out = ask(capfd, *drawn, "--search", "--data.tokens", "72")
+    assert len({found["micro_batch"] for found in json.loads(out)}) == 1
     code, out = ask(capfd, *drawn[:2], *drawn[3:])
     assert code == 0 and "micro batch 64 x 1 at 32 px, 32 x 2 at 64 px, 8 x 8 at 96 px" in out
 

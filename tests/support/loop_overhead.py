@@ -55,12 +55,14 @@ def bare(run: RunContext, state: TrainState, student: Any, first: int) -> list[f
     for step in range(first, first + STEPS):
         begun, state.step = time.perf_counter(), step
         optim.apply(student.optimizer, optim.learning_rate(step, cfg.optim, run.train.per_epoch))
-        for _ in range(student.gradient_accumulation_steps()):
+        resolution = run.resolution_of(step)
+        for left in reversed(range(resolution.micro_batches)):
+            student.set_gradient_accumulation_boundary(left == 0)
             batch = next(run.stream)
             drop_TB, path_BK, pairs_TB = loop.draw_noise(run, state, batch)
-            target = run.targets_of(batch, run.resolution_of(step), pairs_TB)
+            target = run.targets_of(batch, resolution, pairs_TB)
             loss, _ = distill_loss(
-                student(batch.images[cfg.student.size], path_BK),
+                student(resolution.student_images(batch.images), path_BK),
                 target,
                 drop_TB,
                 loss=cfg.loss,
@@ -68,7 +70,7 @@ def bare(run: RunContext, state: TrainState, student: Any, first: int) -> list[f
                 distances=cfg.distances,
                 ops=KERNELS[cfg.kernels],
             )
-            student.backward(loss)
+            student.backward(loss / resolution.micro_batches, scale_wrt_gas=False)
             student.step()
         state.teachers.track(optim.momentum(step, cfg.standardise, run.steps), taken)
         seconds.append(time.perf_counter() - begun)

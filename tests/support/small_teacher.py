@@ -30,6 +30,13 @@ class AnySide(Small):
     image_size = None
 
 
+def changing():
+    """The same with other weights at each call."""
+    model = AnySide(24)
+    torch.nn.init.normal_(model.patches.weight)
+    return model
+
+
 def following():
     return AnySide(24)
 

@@ -17,17 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "unic_ds"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = (
-    "files",
-    "rng",
-    "tokens",
-    "blocks",
-    "process",
-    "demo",
-    "config",
-    "dist",
-    "models",
-)
+GROUND = ("files", "rng", "tokens", "blocks", "process", "demo", "config", "dist", "models")
 """Rooms that everything stands on; each may import those before it."""
 
 FLOORS: tuple[Collection[str], ...] = (

@@ -79,6 +79,12 @@ def test_a_side_of_its_own_gives_a_map_of_the_students_grid(teachers: TeacherSet
         assert torch.equal(ours, theirs)
 
 
+def test_a_source_that_makes_another_model_at_each_call_is_refused() -> None:
+    row = Teacher(name="a", source="python:small_teacher:changing")
+    with pytest.raises(ValueError, match="'a' has other weights at 48 px than at 32 px"):
+        TeacherSet((row,), grid=2, grids=(2, 3), standardise=Standardise(), device=CPU)
+
+
 @DEMONSTRATION
 def test_a_teacher_of_larger_maps_keeps_them(teachers: TeacherSet) -> None:
     row = rows(resize="larger")[:1]

@@ -71,6 +71,8 @@ def test_teachers_may_draw_their_own_size() -> None:
     for pair in {(size, 14 * other // 16) for size in SIZES for other in SIZES}:
         assert 115 < pairs.count(pair) < 220  # 167 +- 4 deviations
     assert drawn.shape_of(1).sides == (found[0].size, found[0].sides["a"], 96)
+    for one in found:  # 4 patch tokens of 8 images, of student or teacher
+        assert one.micro_batch * max(one.grid, one.sides["a"] // 14) ** 2 <= 32
 
 
 @pytest.mark.parametrize(
@@ -214,6 +216,11 @@ def test_ranks_and_stages_do_not_change_it(images: Path, whole: dict[int, dict[s
             {"teachers__wide__placement": "shard"},
             "teachers.wide.placement must be replicate with data.sizes (or give"
             " teachers.wide.size), got 'shard'",
+        ),
+        (
+            {"teachers__following__precision": "int8"},
+            "teachers.following.precision must be bf16 or fp32 with data.sizes (or give"
+            " teachers.following.size), got 'int8'",
         ),
         (
             {"student__model": "beit_base_patch16_224"},

@@ -178,7 +178,7 @@ def test_the_first_batch_is_kept_and_none_is_lost() -> None:
         Batch({4: torch.full((3, 3, 4, 4), n + 1, dtype=torch.uint8)}, np.arange(3), np.arange(3))
         for n in range(4)
     ]
-    first = FirstImages(iter(batches), count=2)
+    first = FirstImages(iter(batches), count=2, images_of=lambda batch: batch.images[4])
     assert first.take() is None
     for batch in batches:
         with HostReads({}) as reads:

@@ -147,8 +147,10 @@ class Config:
                 check(row.resize != "larger", "loss.shift", want, self.loss.shift)
         for row in self.teachers if self.data.sizes else ():
             where, placement = f"teachers.{row.name}.placement", row.placement
-            want = f"replicate with data.sizes (or give teachers.{row.name}.size)"
-            check(row.own_side or placement == "replicate", where, want, placement)
+            given = f"with data.sizes (or give teachers.{row.name}.size)"
+            check(row.own_side or placement == "replicate", where, f"replicate {given}", placement)
+            where = f"teachers.{row.name}.precision"
+            check(row.own_side or not row.quantised, where, f"bf16 or fp32 {given}", row.precision)
         for row in self.teachers:
             check(any(self.distance(row)), f"teachers.{row.name}'s losses", "not both none", "none")
             used = row.weight == 1 or self.balance.kind != "none"

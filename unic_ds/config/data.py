@@ -111,6 +111,7 @@ class Data:
 
     def __post_init__(self) -> None:
         check_most(self, "data.")
+        none = "if data.sizes is empty (in --stages beside 'data.sizes=')"
         pixels = all(0 < size <= MOST_PIXELS for size in self.sizes)
         check(pixels, "data.sizes", f"from 1 to {MOST_PIXELS}", self.sizes)
         check(len(set(self.sizes)) == len(self.sizes), "data.sizes", "distinct", self.sizes)
@@ -119,11 +120,11 @@ class Data:
         check(
             bool(self.sizes) or not self.tokens,
             "data.tokens",
-            "0 if data.sizes is empty",
+            f"0 {none}",
             self.tokens,
         )
         alike = bool(self.sizes) or self.size_draw == "shared"
-        check(alike, "data.size_draw", "shared if data.sizes is empty", self.size_draw)
+        check(alike, "data.size_draw", f"shared {none}", self.size_draw)
         for key in ("flip", "jitter", "grey", "blur", "solarise", "bad_limit"):
             value = getattr(self, key)
             check(0 <= value <= 1, f"data.{key}", "in [0, 1]", value)

@@ -158,9 +158,13 @@ def check_inputs(cfg: Config, out: Path) -> None:
             except OSError as error:  # a name that is too long, for one
                 name = printable(given)
                 raise ValueError(f"--data.{key} {name!r}: {error.strerror}") from None
-    for stage, _ in staged(cfg, out):
-        check_domains(stage)
-        check_token_kinds(stage)
+    for stage, folder in staged(cfg, out):
+        try:
+            check_domains(stage)
+            check_token_kinds(stage)
+        except ValueError as error:
+            where = f"{folder.name}: " if folder != out else ""
+            raise ValueError(f"{where}{error}") from None
     for teacher in cfg.teachers:
         if teacher.parsed_source.kind == "run":
             refuse_itself(teacher, out)

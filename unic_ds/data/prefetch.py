@@ -38,7 +38,7 @@ Extras = Mapping[str, Tokens] | None
 class Batch:
     """Images by their side in pixels, with the index and position of each."""
 
-    images: dict[int, Tensor]  # uint8 B3HW on the device; the student's first
+    images: dict[int, Tensor]  # uint8 B3HW on the device
     index_B: NDArray[np.int64]  # of the samples that are shown: the neighbour of a broken one
     position_B: NDArray[np.int64]  # in the global batch, or in the pass
     extras: Extras = None  # of the planned samples, broken or not

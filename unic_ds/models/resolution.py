@@ -6,6 +6,7 @@ Axes of tensors are those of `tokens`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 from typing import NamedTuple
 
 from torch import Tensor
@@ -53,7 +54,7 @@ class Resolution(NamedTuple):
 
     def decoded(self, side: int) -> int:
         """Side of the decoded images that a model's images of side `side` are cut from."""
-        return round(side * (self.grid + self.shift.margin) / self.grid) if self.shift else side
+        return side + ceil(side * self.shift.margin / self.grid) if self.shift else side
 
     def student_images(self, images: Mapping[int, Tensor]) -> Tensor:
         """The student's images [B, 3, size, size] of a batch, keyed by their decoded side."""
@@ -66,7 +67,10 @@ class Resolution(NamedTuple):
         return self.cut(images[self.decoded(self.sides[name])], self.sides[name], at)
 
     def cut(self, image_B3HW: Tensor, side: int, at: tuple[int, int]) -> Tensor:
-        """The part of the images that begins so many patches of the grid below and right."""
+        """The part of the images that begins so many patches of the grid below and right.
+
+        To a pixel, if the side is no multiple of the grid, as with a CNN.
+        """
         if not self.shift:
             return image_B3HW
         top, left = (round(patches * side / self.grid) for patches in at)

@@ -2,8 +2,9 @@
 
 A step draws one of `data.sizes` for the student, by the step of the order that it reads, so that a
 sample keeps its side when steps are skipped. The number of images of a step does not change: at
-each side they are split into the largest micro batches that `data.tokens` allows, so memory stays,
-and neither sample order, schedules nor the answer depend on the split.
+each side they are split into the largest micro batches that `data.tokens` allows, for the largest
+grid that the student or a teacher draws. So memory stays, and neither sample order, schedules nor
+the answer depend on the split.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class StepResolutions:
             cfg.loss.shift,
         )
         self.settings = [settings_at(cfg, settings, grid) for grid in self.grids]
-        self.places = {row.name: t for t, row in enumerate(cfg.teachers, 1)}
+        self.places = {row.name: t for t, row in enumerate(cfg.teachers)}
+        self.following = [name for name, at in self.sides_of.items() if len(set(at.values())) > 1]
         self.decoded = self.find_decoded()
 
     @property
@@ -82,14 +84,15 @@ class StepResolutions:
 
     def of_step(self, data_step: int) -> Resolution:
         """The resolution of a step of the order (from 1)."""
-        chosen = self.choices(data_step)
-        settings = self.settings[chosen[0]]
+        student, *teachers = self.choices(data_step)
+        theirs = {name: teachers[self.places[name]] for name in self.sides_of}
+        drawn = {student, *(theirs[name] for name in self.following)}
+        settings = self.settings[max(drawn, key=lambda choice: self.grids[choice])]
         return Resolution(
-            size=self.sizes[chosen[0]],
-            grid=self.grids[chosen[0]],
+            size=self.sizes[student],
+            grid=self.grids[student],
             sides={
-                name: by_grid[self.grids[chosen[self.places[name]]]]
-                for name, by_grid in self.sides_of.items()
+                name: by_grid[self.grids[theirs[name]]] for name, by_grid in self.sides_of.items()
             },
             micro_batch=settings.micro_batch,
             micro_batches=settings.accumulation,

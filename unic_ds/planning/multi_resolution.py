@@ -1,7 +1,7 @@
 """The plan of a run whose steps draw their resolution: a plan at each side, put together.
 
 Memory is that of the side that needs most, times are means, since all sides are drawn as often. A
-teacher that draws its own side has the same mean.
+teacher that draws its own side has the same mean, but for the smaller micro batches of such steps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from unic_ds.config import Config
 from unic_ds.config.ds_config import DeepSpeedSettings
 from unic_ds.models.encoder import grids_of
-from unic_ds.models.step_resolutions import at_size, settings_at
+from unic_ds.models.step_resolutions import StepResolutions, at_size, settings_at
 from unic_ds.planning import estimate
 from unic_ds.planning.estimate import Plan
 from unic_ds.planning.gpus import Efficiency, Gpu
@@ -31,13 +31,15 @@ def make(
 ) -> Plan:
     """The plan of a run; `trace_of` traces so many images of a run of one side.
 
-    ValueError for sides that the student does not take or that exceed `data.tokens`.
+    ValueError for sides that the student does not take or that exceed `data.tokens`. The micro
+    batch of the plan is the ds_config's, `splits` has those of the sides.
     """
 
     def plan_of(at: Config, own: DeepSpeedSettings) -> Plan:
         traced = trace_of(at, own.micro_batch)
         return estimate.make(at, own, traced, gpu, gpus, per_epoch=per_epoch, efficiency=efficiency)
 
+    StepResolutions(cfg, settings)
     if not cfg.data.sizes:
         return plan_of(cfg, settings)
     plans = [
@@ -45,7 +47,12 @@ def make(
         for size, grid in zip(cfg.data.sizes, grids_of(cfg), strict=True)
     ]
     cached = trace_of(at_size(cfg, cfg.student.size), settings.micro_batch)
-    return replace(mean_of(plans), cache_gb_per_view=estimate.cache_gb(cached, per_epoch=per_epoch))
+    return replace(
+        mean_of(plans),
+        micro_batch=settings.micro_batch,
+        accumulation=settings.accumulation,
+        cache_gb_per_view=estimate.cache_gb(cached, per_epoch=per_epoch),
+    )
 
 
 def mean_of(plans: Sequence[Plan]) -> Plan:

@@ -89,14 +89,19 @@ def candidates(cfg: Config, file: dict[str, Any], gpus: int) -> list[tuple[int, 
     stages = (1, 2) if whole else (1, 2, 3)
     micros = [micro for micro in MICRO if cfg.optim.batch_size % (micro * gpus) == 0]
     largest, usual = max(grids_of(cfg)), grid_of(cfg.student)
-    if cfg.data.sizes and not cfg.data.tokens:  # the micro batch decides the tokens
+    if cfg.data.tokens:  # which decide the micro batches
+        micros = micros[:1]
+    elif cfg.data.sizes:
         micros = [micro for micro in micros if micro * usual**2 >= largest**2]
     return list(product(stages, micros))
 
 
 def placements(cfg: Config) -> list[Literal["", "shard", "offload"]]:
     """Placements of all teachers' weights to try; empty: those of the Config."""
-    movable = not any(row.quantised or row.channels_last for row in cfg.teachers)
+    movable = not any(
+        row.quantised or row.channels_last or (cfg.data.sizes and not row.own_side)
+        for row in cfg.teachers
+    )
     return ["", "shard", "offload"] if movable else [""]
 
 

@@ -176,17 +176,23 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def share_weights(self, other: Teacher) -> None:
-        """Use the parameters of `other` in place of equal ones, which are then freed.
+        """Use the parameters of `other` in place of those of the same shape, which are then freed.
 
-        Those in eight bits are kept: torch cannot compare them.
+        ValueError if they are not equal.
         """
         theirs = dict(other.tower.named_parameters())
         for name, ours in list(self.tower.named_parameters()):
             same = theirs.get(name)
-            plain = type(ours.data) is type(getattr(same, "data", None)) is Tensor
-            if same is not None and plain and torch.equal(ours, same):
-                module, _, key = name.rpartition(".")
-                setattr(self.tower.get_submodule(module), key, same)
+            if same is None or same.shape != ours.shape:
+                continue
+            if not torch.equal(ours, same):
+                raise ValueError(
+                    f"teacher {self.name!r} has other weights at {self.size} px than at"
+                    f" {other.size} px ({printable(name, 60)}); give teachers.{self.name}.size, or"
+                    " a source that makes the same model every time"
+                )
+            module, _, key = name.rpartition(".")
+            setattr(self.tower.get_submodule(module), key, same)
 
 
 def load(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -87,6 +87,10 @@ class TeacherSet:
         """A teacher for each patch grid of the student; those of one side are one."""
         found, by_size = {teacher.grid: teacher}, {teacher.size: teacher}
         for grid in () if teacher.row.own_side else grids:
+            facts = sources.architecture_facts(teacher.row, grid)
+            if known := by_size.get(cast(int, facts.get("size"))):
+                found[grid] = known
+                continue
             with dist.local_main_first():
                 model = sources.read(teacher.row, grid)
             if model.size not in by_size:
@@ -197,8 +201,9 @@ class TeacherSet:
         `varying`: the number of images varies from call to call.
         """
         for name, by_grid in self.by_grid.items():
-            for teacher in set(by_grid.values()):
-                blocks = equal_blocks(teacher.tower.blocks(), of=teacher.tower)
+            towers = {id(found.tower): found.tower for found in by_grid.values()}
+            for tower in towers.values():
+                blocks = equal_blocks(tower.blocks(), of=tower)
                 compile_each(blocks, varying=varying)
             if not blocks:
                 console.say(f"teacher {name} is not compiled: it has no row of equal blocks")

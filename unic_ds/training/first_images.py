@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -13,9 +13,11 @@ from unic_ds.data import Batch
 class FirstImages:
     """Iterator over micro batches that copies the first one's images on rank 0; no host read."""
 
-    def __init__(self, batches: Iterator[Batch], *, count: int):
-        """Keep at most `count` images (0: none), as the student sees them."""
-        self.batches = batches
+    def __init__(
+        self, batches: Iterator[Batch], *, count: int, images_of: Callable[[Batch], Tensor]
+    ):
+        """Keep at most `count` images (0: none) of `images_of` the first batch, the student's."""
+        self.batches, self.images_of = batches, images_of
         self.count = count if dist.rank() == 0 else 0
         self.image_B3HW: Tensor | None = None
 
@@ -25,7 +27,7 @@ class FirstImages:
     def __next__(self) -> Batch:
         batch = next(self.batches)
         if self.count:
-            self.image_B3HW = next(iter(batch.images.values()))[: self.count].clone()
+            self.image_B3HW = self.images_of(batch)[: self.count].clone()
             self.count = 0
         return batch
 

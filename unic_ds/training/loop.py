@@ -61,6 +61,7 @@ def train_step(run: RunContext, state: TrainState) -> list[Metrics]:
     cfg, engine = run.cfg, state.engine
     optim.apply(engine.optimizer, optim.learning_rate(state.step, cfg.optim, run.train.per_epoch))
     metrics, resolution = [], run.resolution_of(state.step)
+    run.phases.enter((resolution.size, *resolution.sides.values()))
     for left in reversed(range(resolution.micro_batches)):
         engine.set_gradient_accumulation_boundary(left == 0)
         batch = next(run.batches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -18,18 +18,26 @@ class Phases:
     """Sets the watchdog's phase when an announced part of the step is called."""
 
     def __init__(self, set_phase: SetPhase, current_step: Callable[[], int], *, compiles: bool):
-        """`compiles`: the first step of a start waits for torch.compile."""
+        """`compiles`: the first step of a start waits for torch.compile.
+
+        So does the first of each resolution.
+        """
         self.set_phase, self.current_step, self.compiles = set_phase, current_step, compiles
         self.first_step = 1
+        self.compiling_at: dict[Hashable, int] = {}  # resolution -> its first step in this start
 
     def restart(self, first_step: int) -> None:
         """Set the first step of a start."""
         self.first_step = first_step
 
+    def enter(self, resolution: Hashable) -> None:
+        """Note the sides of the current step's images, for which blocks compile the first time."""
+        self.compiling_at.setdefault(resolution, self.current_step())
+
     def begin(self, phase: str) -> None:
         """Set the phase of the current step; while blocks compile it is `compiling` throughout."""
         step = self.current_step()
-        waits = self.compiles and step == self.first_step
+        waits = self.compiles and step in (self.first_step, *self.compiling_at.values())
         self.set_phase("compiling" if waits else phase, step)
 
     def announced(self, phase: str, call: Callable[Params, Result]) -> Callable[Params, Result]:

@@ -234,7 +234,7 @@ class Pictures:
             return
         cells = [Cell(image) for image in image_B3HW.permute(0, 2, 3, 1).cpu().numpy()]
         rows = [Row([], cells[at : at + PER_ROW]) for at in range(0, len(cells), PER_ROW)]
-        size, augment = self.run.cfg.student.size, self.run.cfg.data.augment
+        size, augment = image_B3HW.shape[-1], self.run.cfg.data.augment
         caption = CAPTION_OF_AUGMENTED.format(count=len(cells), size=size, augment=augment)
         grid = Grid("Images as the student sees them", caption, [rows], SIDE, label_width=0)
         self.publish("augmented", grid, step=self.run.phases.first_step)

@@ -79,7 +79,12 @@ def build(job: Job, set_phase: SetPhase) -> tuple[RunContext, TrainState]:
     stream = open_stream(job, train, resolutions, device, cache)
     phases = announce_phases(state, set_phase, compiles=cfg.run.compile != "none")
     kept = pictures.AUGMENTED if cfg.probe.pictures else 0
-    first_images = FirstImages(stream, count=kept)
+
+    def student_images(batch: Batch) -> Tensor:
+        resolution = resolutions.of_step(stream.data_step(state.step))
+        return resolution.student_images(batch.images)
+
+    first_images = FirstImages(stream, count=kept, images_of=student_images)
     run = RunContext(
         job=job,
         train=train,

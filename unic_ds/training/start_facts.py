@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import partial
 
 import torch
 
@@ -10,7 +11,7 @@ from unic_ds import dist
 from unic_ds.config import Config
 from unic_ds.config.ds_config import DeepSpeedSettings
 from unic_ds.files.printable import printable
-from unic_ds.planning import estimate, gpus
+from unic_ds.planning import gpus, multi_resolution
 from unic_ds.planning.gpus import Gpu
 from unic_ds.planning.trace import trace
 from unic_ds.process import console
@@ -49,5 +50,5 @@ def planned_mfu(
 ) -> float:
     """The planner's MFU of a run whose epochs have so many images; no random state changes."""
     with torch.random.fork_rng(devices=[]):
-        traced = trace(cfg, settings.micro_batch, bf16=settings.bf16)
-    return estimate.make(cfg, settings, traced, gpu, ranks, per_epoch=images).mfu
+        trace_of = partial(trace, bf16=settings.bf16)
+        return multi_resolution.make(cfg, settings, trace_of, gpu, ranks, per_epoch=images).mfu
