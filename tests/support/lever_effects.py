@@ -93,7 +93,7 @@ class Lever:
     against: str = "baseline"
     """The row that it is compared with, seed by seed."""
     features: str = "plain"
-    """The name of its stored features."""
+    """The name of its stored features; empty: its teachers run."""
     same_targets: bool = True
     """False if its distances are to other targets than those of the row it is compared with."""
 
@@ -117,6 +117,9 @@ LEVERS = (
     Lever("dispersion", STANDARD | {"loss.cls": "dispersion"}, against="standard-cosine"),
     Lever("resize-target", TARGET, features="target", same_targets=False),
     Lever("resize-larger", LARGER, against="resize-target", features="larger", same_targets=False),
+    Lever("multi-resolution", {"data.sizes": "32,48,64"}),
+    Lever("online", features=""),
+    Lever("shift", {"loss.shift": "1"}, against="online", features=""),
     Lever("big", {"student.heads": "0", "student.mlp_width": "0"}),
     Lever("from-big", BIG_ALONE, features="big"),
     Lever("big-and-teachers", ALL_THREE, features="big"),
@@ -162,12 +165,15 @@ def train(out: Path, lever: Lever, seed: int) -> bool:
     """Store the features of a run unless they are there, then train it; True if it is finished."""
     if ended(folder(out, lever, seed)):
         return True
-    features, logs = out / "features" / lever.features / f"seed{seed}", out / "logs"
-    shared = {"seed": str(seed)}
-    store = words(SHORT | FEATURES[lever.features] | shared, out=out, seed=seed)
-    if not execute(verb("cache", features, *store), logs / f"{lever.features}-features-{seed}.txt"):
-        return False
-    more = {"teachers.cache": str(features), "out": str(folder(out, lever, seed))}
+    shared, logs = {"seed": str(seed)}, out / "logs"
+    more = {"out": str(folder(out, lever, seed))}
+    if lever.features:
+        features = out / "features" / lever.features / f"seed{seed}"
+        store = words(SHORT | FEATURES[lever.features] | shared, out=out, seed=seed)
+        log = logs / f"{lever.features}-features-{seed}.txt"
+        if not execute(verb("cache", features, *store), log):
+            return False
+        more["teachers.cache"] = str(features)
     options = SHORT | TRAINING | lever.options | shared | more
     trained = Forked(1, [TRAIN, *words(options, out=out, seed=seed)])
     return execute(trained, logs / f"{lever.name}-{seed}.txt")

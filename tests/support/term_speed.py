@@ -53,9 +53,10 @@ def micro_batch(
     """Predictions as leaves of the graph, targets and the uniforms of dropping."""
     batch = next(run.batches)
     drop_TB, path_BK, pairs_TB = loop.draw_noise(run, state, batch)
-    target = run.targets_of(batch, pairs_TB)
+    resolution = run.resolution_of(state.step)
+    target = run.targets_of(batch, resolution, pairs_TB)
     with torch.no_grad():
-        pred = state.engine(batch.images[run.cfg.student.size], path_BK)
+        pred = state.engine(resolution.student_images(batch.images), path_BK)
     leaves = {
         name: Tokens(*(x.detach().clone().requires_grad_() for x in tokens))
         for name, tokens in pred.items()
@@ -98,7 +99,9 @@ def main(argv: list[str]) -> int:
         leaves = list(chain.from_iterable(pred.values()))
 
         def loss(name: str) -> None:
-            found, _ = loop.compute_loss(runs[name], state, pred, target, drop_TB)
+            found, _ = loop.compute_loss(
+                runs[name], state, pred, target, drop_TB, run.resolution_of(state.step)
+            )
             torch.autograd.grad(found, leaves)
 
         terms = {name: count_flops(lambda name=name: loss(name)) for name in LOSSES}
