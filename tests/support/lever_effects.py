@@ -41,11 +41,14 @@ SHORT = {
 TRAINING = {
     "ds_config": "ds_configs/zero2.json",
     "data.threads": "1",
-    "eval.tasks": "knn",
+    "eval.on": "false",
     "probe.pictures": "0",
     "run.save_every": "0",
 }
 """Further options of all runs."""
+
+OTHER_SIDES = (32, 64)
+"""Sides in pixels, besides the student's, at which all students are evaluated."""
 
 LINES = 6
 """Lines of the log at the end of a run, of five steps each, over which distances are averaged."""
@@ -133,9 +136,8 @@ class Result:
 
     knn: float
     """Accuracy in %."""
-    before: float
-    """That of the student before training."""
-    pixels: float
+    elsewhere: float
+    """The same at `OTHER_SIDES`, their mean."""
     distance: float | None
     """1 - cosine, mean over kinds of token and the quickstart's teachers; None without these."""
 
@@ -179,16 +181,30 @@ def train(out: Path, lever: Lever, seed: int) -> bool:
     return execute(trained, logs / f"{lever.name}-{seed}.txt")
 
 
-def result(run: Path) -> Result:
-    """Read the result of a finished run."""
-    (row,) = (row for row in comparison.read(run).rows if row.name == "knn")
+def evaluate(out: Path, seed: int) -> dict[str, Result]:
+    """Evaluate `pixels` and the students of all finished runs of a seed, by name of their lever."""
+    runs = {lever.name: folder(out, lever, seed) for lever in LEVERS}
+    runs = {name: run for name, run in runs.items() if ended(run)}
+    named = ",".join(["pixels", *(f"{name}={run}" for name, run in runs.items())])
+    sides, to = ",".join(map(str, OTHER_SIDES)), out / "eval" / f"seed{seed}"
+    given = ["--models", named, "--eval.sizes", sides, "--out", str(to)]
+    if not execute(verb("eval", "knn,resolutions", *given), out / "logs" / f"eval-{seed}.txt"):
+        raise RuntimeError(f"the evaluation failed; {out / 'logs'} has its output")
+    rows = {row.name: row.values for row in comparison.read(to).rows}
+    others = [rows[f"resolutions knn {side}"] for side in OTHER_SIDES]
+    return {
+        name: Result(rows["knn"][name], mean(row[name] for row in others), distance_of(run))
+        for name, run in runs.items()
+    } | {"pixels": Result(rows["knn"]["pixels"], rows["knn"]["pixels"], None)}
+
+
+def distance_of(run: Path) -> float | None:
+    """The distance at the end of a run's log."""
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     keys = [f"{name}/{kind}_cosine" for name in ("effnet", "dinov2") for kind in ("cls", "patch")]
     rows = [line for line in log if "loss" in line][-LINES:]
     found = all(key in row for row in rows for key in keys)
-    distance = mean(1 - row[key] for row in rows for key in keys) if found else None
-    after, before = row.values[comparison.STUDENT_AFTER], row.values["student before"]
-    return Result(after, before, row.values["pixels"], distance)
+    return mean(1 - row[key] for row in rows for key in keys) if found else None
 
 
 Results = dict[str, dict[int, Result]]
@@ -214,8 +230,9 @@ def differences(
 def table(found: Results, levers: Sequence[Lever]) -> str:
     """The results in Markdown."""
     lines = [
-        "| lever | seeds | kNN % | against | kNN, difference | distance | distance, difference |",
-        "|---|---|---|---|---|---|---|",
+        "| lever | seeds | kNN % | against | kNN, difference | at other sides, difference"
+        " | distance | distance, difference |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for lever in levers:
         ours, theirs = found[lever.name], found.get(lever.against, {})
@@ -224,6 +241,7 @@ def table(found: Results, levers: Sequence[Lever]) -> str:
         of_row = [one.distance for one in ours.values() if one.distance is not None]
         first = lever.name == lever.against
         knn = [] if first else differences(ours, theirs, lambda one: one.knn)
+        sides = [] if first else differences(ours, theirs, lambda one: one.elsewhere)
         comparable = lever.same_targets and not first
         distance = [] if not comparable else differences(ours, theirs, lambda one: one.distance)
         cells = [
@@ -232,17 +250,17 @@ def table(found: Results, levers: Sequence[Lever]) -> str:
             spread([one.knn for one in ours.values()], ".1f"),
             "-" if first else f"`{lever.against}`",
             spread(knn, "+.1f"),
+            spread(sides, "+.1f"),
             spread(of_row, ".3f"),
             spread(distance, "+.3f"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    baseline = found["baseline"].values()
-    lines.append("")
-    for name, values in (
-        ("pixels", [one.pixels for one in baseline]),
-        ("student before", [one.before for one in baseline]),
-    ):
-        lines.append(f"kNN % of {name}: {spread(values, '.1f')}")
+    for name in ("pixels", "baseline"):
+        here, elsewhere = (
+            spread([of(one) for one in found[name].values()], ".1f")
+            for of in (lambda one: one.knn, lambda one: one.elsewhere)
+        )
+        lines.append(f"\nkNN % of {name}: {here}; at other sides {elsewhere}")
     return "\n".join(lines)
 
 
@@ -263,11 +281,10 @@ def main(argv: list[str]) -> int:
             console.say(f"{lever.name}, seed {seed}")
             if not train(given.out, lever, seed):
                 failed.append(f"{lever.name}, seed {seed}")
+    by_seed = {seed: evaluate(given.out, seed) for seed in seeds}
     found = {
-        lever.name: {
-            seed: result(run) for seed in seeds if ended(run := folder(given.out, lever, seed))
-        }
-        for lever in LEVERS
+        name: {seed: values[name] for seed, values in by_seed.items() if name in values}
+        for name in ["pixels", *(lever.name for lever in LEVERS)]
     }
     console.say(table(found, LEVERS))
     for run in failed:

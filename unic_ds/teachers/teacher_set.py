@@ -86,7 +86,8 @@ class TeacherSet:
     def at_grids(self, teacher: Teacher, grids: Sequence[int]) -> dict[int, Teacher]:
         """A teacher for each patch grid of the student; those of one side are one."""
         found, by_size = {teacher.grid: teacher}, {teacher.size: teacher}
-        for grid in () if teacher.row.own_side else grids:
+        others = [grid for grid in grids if grid != teacher.grid and not teacher.row.own_side]
+        for grid in others:
             facts = sources.architecture_facts(teacher.row, grid)
             if known := by_size.get(cast(int, facts.get("size"))):
                 found[grid] = known
