@@ -25,7 +25,7 @@ from unic_ds.tokens import Tokens
 from unic_ds.training import loop, setup
 from unic_ds.training.state import RunContext, TrainState
 
-TURNS, STEPS = 6, 5  # the first step of a turn is not counted
+TURNS, STEPS = 4, 4  # the first turn, and the first step of each, are not counted
 SIZES = (96, 112, 144)
 TEACHERS = ",".join(f"t{i}=python:resolution_speed:any_side" for i in range(2))
 SETTINGS = {
@@ -35,7 +35,7 @@ SETTINGS = {
     "--student.model": "vit_tiny_patch16_224",
     "--student.size": "112",
     "--data.sizes": ",".join(map(str, SIZES)),
-    "--optim.batch_size": "32",
+    "--optim.batch_size": "16",
     "--eval.on": "false",
     "--resume": "never",
 }
