@@ -165,6 +165,13 @@ def together(plan, ranks=2, script="many_runs.py"):
     return Forked(ranks, [str(SUPPORT / script), str(plan)])
 
 
+def train_together(folder, name, ranks, runs):
+    """Train runs, each given by its words, in one launch; `folder`/`name`.json lists them."""
+    plan = folder / f"{name}.json"
+    plan.write_text(json.dumps(runs))
+    run(together(plan, ranks))
+
+
 def launched(out, ranks=2, **more):
     """The main command."""
     return launch(TRAIN, *options(out, **more), ranks=ranks)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pictures import folder
-from runs import curve, run, tiny_spread, together
+from runs import curve, tiny_spread, train_together
 
 LAZY = {
     "drop.lazy": "true",
@@ -36,13 +35,6 @@ def words(images: Path, out: str, *, micro: int, stage: int, **more: Any) -> lis
     return tiny_spread(images, out, given, micro=micro, stage=stage)
 
 
-def train(images: Path, name: str, ranks: int, runs: list[list[str]]) -> None:
-    """Train all runs in one launch."""
-    plan = images / f"{name}.json"
-    plan.write_text(json.dumps(runs))
-    run(together(plan, ranks))
-
-
 @pytest.fixture(scope="module")
 def whole(images: Path) -> dict[int, dict[str, Any]]:
     """The curve of one process; it also makes the runs `split`, `resumed` and `eager`."""
@@ -53,7 +45,7 @@ def whole(images: Path) -> dict[int, dict[str, Any]]:
         words(images, "resumed", micro=8, stage=1),
         words(images, "eager", micro=8, stage=1, drop__lazy="false"),
     ]
-    train(images, "alone", 1, runs)
+    train_together(images, "alone", 1, runs)
     return curve(images / "whole")
 
 
@@ -95,6 +87,6 @@ def test_ranks_and_stages_do_not_change_it(images: Path, whole: dict[int, dict[s
         words(images, "zero2", micro=2, stage=2),
         words(images, "zero3", micro=4, stage=3, **sharded),
     ]
-    train(images, "pair", 2, runs)
+    train_together(images, "pair", 2, runs)
     for name in ("zero2", "zero3"):
         assert_same(curve(images / name), whole)

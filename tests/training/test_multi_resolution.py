@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 from pictures import folder
-from runs import curve, run, tiny_spread, together
+from runs import curve, tiny_spread, train_together
 
 from unic_ds.config import Config, Data, Student, Teacher, args, job
 from unic_ds.config.ds_config import DeepSpeedSettings
@@ -103,13 +102,6 @@ def words(images: Path, out: str, *, micro: int, stage: int, **more: Any) -> lis
     return tiny_spread(images, out, given, micro=micro, stage=stage)
 
 
-def train(images: Path, name: str, ranks: int, runs: list[list[str]]) -> None:
-    """Train all runs in one launch."""
-    plan = images / f"{name}.json"
-    plan.write_text(json.dumps(runs))
-    run(together(plan, ranks))
-
-
 @pytest.fixture(scope="module")
 def whole(images: Path) -> dict[int, dict[str, Any]]:
     """The curve of one process; it also makes the other runs of one process."""
@@ -122,7 +114,7 @@ def whole(images: Path) -> dict[int, dict[str, Any]]:
         words(images, "own", micro=8, stage=2, **SHIFTED),
         words(images, "fitted", micro=4, stage=0, standardise__fit_steps=2),
     ]
-    train(images, "alone", 1, runs)
+    train_together(images, "alone", 1, runs)
     return curve(images / "whole")
 
 
@@ -175,7 +167,7 @@ def test_ranks_and_stages_do_not_change_it(images: Path, whole: dict[int, dict[s
         words(images, "own2", micro=2, stage=3, data__tokens=32, **SHIFTED),
         words(images, "fitted2", micro=4, stage=2, standardise__fit_steps=2),
     ]
-    train(images, "pair", 2, runs)
+    train_together(images, "pair", 2, runs)
     for name in ("zero2", "zero3", "zero1"):
         assert_same(curve(images / name), whole)
     # Distances of lazy steps are means over a micro batch's computed images.
