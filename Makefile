@@ -24,7 +24,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-oldest sample-oldest test-long test-faults soak test-gpu test-all \
+.PHONY: help quickstart test test-oldest sample-oldest test-long test-slow test-alone test-faults soak test-gpu test-all \
 	first-hour bench-data bench-eval lint types clean
 
 help:
@@ -77,9 +77,18 @@ sample-oldest: $(VENV)/.demo $(VENV)/.dev
 	tests/training/test_train.py tests/models/test_student.py tests/evaluate/test_products.py \
 	-k "triton or requirements or products or main_command or zero_stage or initial_weights"
 
-test-long: $(VENV)/.demo $(VENV)/.dev
-	$(PYTEST) -m "slow and not alone and not soak and not gpu$(LEFT_OUT)"
-	$(BIN)/python -m pytest -m "slow and alone and not soak and not gpu"
+# LEFT_OUT names a marker of tests that do not run, UNTIL a time (seconds since 1970) after which
+# no test starts: `.ci/run` must end.
+SLOW = slow and not soak and not gpu$(if $(LEFT_OUT), and not $(LEFT_OUT))
+IN_TIME = $(if $(UNTIL),--start-until $(UNTIL))
+
+test-long: test-slow test-alone
+
+test-slow: $(VENV)/.demo $(VENV)/.dev
+	$(PYTEST) $(IN_TIME) -m "$(SLOW) and not alone"
+
+test-alone: $(VENV)/.demo $(VENV)/.dev
+	$(BIN)/python -m pytest $(IN_TIME) -m "$(SLOW) and alone"
 
 test-faults: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python -m pytest -m "fault and not soak"

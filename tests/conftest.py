@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,17 @@ HEAD = "| fault | what the run does | proven |", "|---|---|---|"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option that names the file to write the table of faults to."""
     parser.addoption("--faults-table", type=Path, help="write the table of faults to this file")
+    parser.addoption(
+        "--start-until", type=float, help="skip tests that would start later (seconds since 1970)"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that would start later than `--start-until`."""
+    until = item.config.getoption("--start-until")
+    if until is not None and time.time() > until:
+        pytest.skip("its machine was too slow: there was no time left for this test")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
