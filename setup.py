@@ -74,6 +74,7 @@ setup(
             "ruff>=0.17",
             "torchmetrics>=1.9",
             "webdataset>=0.2.111",
+            "zensical>=0.0.73",
         ],
     },
     entry_points={"console_scripts": ["unic-ds = unic_ds.cli:main"]},

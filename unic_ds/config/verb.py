@@ -67,6 +67,20 @@ class Verb(Generic[Options]):
 
     def help(self) -> str:
         """Text of `unic-ds VERB --help`."""
+        sections = self.sections()
+        if self.takes != "nothing":
+            sections += help_text.run_sections([row.name for part in sections for row in part.rows])
+        summary = f"{self.summary[0].upper()}{self.summary[1:]}."
+        return help_text.render(self.command_line(), summary, sections)
+
+    def command_line(self) -> str:
+        """The verb's usage."""
+        has_options = bool(fields(self.options)) or self.takes != "nothing"  # type: ignore[arg-type]
+        command = " ".join(["unic-ds", self.name, *self.arguments])
+        return self.usage or command + (" [--option value ...]" if has_options else "")
+
+    def sections(self) -> list[help_text.Section]:
+        """Its arguments, lists of words, options and exit codes, without the settings of a run."""
         rows = [row for row, _ in help_text.option_rows(self.options)]
         more = {"nothing": [], "recipe": ["recipe"], "job": list(job.JOB_OPTIONS)}[self.takes]
         rows += [help_text.Row(f"--{name}", "TEXT", job.JOB_OPTIONS[name]) for name in more]
@@ -80,13 +94,7 @@ class Verb(Generic[Options]):
             "options": rows,
             "exit codes": [help_text.Row(str(code), "", text) for code, text in codes.items()],
         }
-        sections = [help_text.Section(title, "", part) for title, part in parts.items() if part]
-        if self.takes != "nothing":
-            sections += help_text.run_sections([row.name for row in rows])
-        command = " ".join(["unic-ds", self.name, *self.arguments])
-        usage = self.usage or command + (" [--option value ...]" if rows else "")
-        summary = f"{self.summary[0].upper()}{self.summary[1:]}."
-        return help_text.render(usage, summary, sections)
+        return [help_text.Section(title, "", part) for title, part in parts.items() if part]
 
     def read(self, argv: Sequence[str]) -> Call[Options]:
         """Read a command line without the verb; ValueError for an unknown or ill-typed option."""
