@@ -169,6 +169,7 @@ def test_what_cannot_be_extended_is_refused(short, tmp_path):
     assert (short / "short" / "results.json").is_file()
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 @pytest.mark.dist
 def test_killed_on_the_way_under_the_launcher_it_goes_on(short):

@@ -16,6 +16,7 @@ from unic_ds.data import backend, pack, scan
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 def test_it_measures_every_way_and_the_index(tmp_path):
     """On shards, which are one of the things that it may be given."""

@@ -53,7 +53,7 @@ def photographs(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["dali", "torch"])
+@pytest.mark.parametrize("backend", ["dali", pytest.param("torch", marks=pytest.mark.lengthy)])
 def test_twenty_epochs_take_no_more_than_one(backend, photographs):
     """Trains from shards; after every epoch a validation pass builds another pipeline."""
     if backend == "dali":

@@ -36,6 +36,7 @@ def test_in_the_interpreter():
     interpreted("-k", "dropped or float16 and not 300")
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 def test_all_in_the_interpreter():
     interpreted()

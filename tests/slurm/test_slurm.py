@@ -441,6 +441,7 @@ def test_a_job_that_cannot_stop_in_time_is_requeued(lab, tmp_path):
     lab.run("scancel", job.number)
 
 
+@pytest.mark.lengthy
 @pytest.mark.fault("a run that its ranks refuse", "ends after one start, with the reason")
 def test_a_job_that_would_end_so_again_is_not_tried_again(lab, whole, tmp_path):
     """Neither by torchrun, which starts the ranks of a failed node again, nor by a requeue."""
@@ -480,6 +481,7 @@ def test_a_job_goes_on_without_a_node_whose_gpus_do_not_come_up(lab, whole, tmp_
     assert curve(out) == curve(whole)
 
 
+@pytest.mark.lengthy
 def test_a_finished_run_that_is_to_train_longer_is_planned_like_any_other(lab, whole, tmp_path):
     out, gpu = Path(shutil.copytree(whole, tmp_path / "run")), tmp_path / "tiny.yaml"
     gpu.write_text("memory_gb: 2\ntflops: 10\nmemory_gb_s: 100\nnode_gb_s: 10\nnet_gb_s: 1\n")
@@ -496,6 +498,7 @@ def test_a_plan_is_a_job_too(lab):
     assert ": fits" in job.printed()
 
 
+@pytest.mark.lengthy
 def test_the_table_or_the_newest_encoder_of_a_run_can_be_had(lab, whole, tmp_path):
     job = lab.submit("slurm/eval.sh", str(whole))
     assert job.ended() == "COMPLETED" and "is finished" in job.printed()
@@ -507,6 +510,7 @@ def test_the_table_or_the_newest_encoder_of_a_run_can_be_had(lab, whole, tmp_pat
     assert newest.read_bytes() == (whole / "student" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.lengthy
 def test_models_are_compared_on_two_nodes(lab, whole, tmp_path):
     """Both nodes have a part of the images; the table is that of one node."""
     words = ["knn", "--models", f"{whole},pixels", "--eval.max_train", "60", "--eval.max_val", "30"]
@@ -521,6 +525,7 @@ def test_models_are_compared_on_two_nodes(lab, whole, tmp_path):
     assert tables[0] == tables[1]
 
 
+@pytest.mark.lengthy
 def test_torchrun_and_deepspeed_start_two_nodes_without_slurm(lab, whole, tmp_path):
     hosts = ("n31", "n32")
     (tmp_path / "hosts").write_text("".join(f"{host} slots=1\n" for host in hosts))

@@ -359,6 +359,7 @@ def test_two_ranks_fit_as_one(rows_of_teachers, tmp_path):
         np.testing.assert_allclose(y_NC.var(0, ddof=1), 1, rtol=1e-3)
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 @pytest.mark.dist
 @DEMONSTRATION

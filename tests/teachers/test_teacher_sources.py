@@ -471,6 +471,7 @@ def test_a_cache_of_another_summary_or_side_is_refused(pooled, vit, tmp_path):
         teachers["t"][key] = good
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 @DEMONSTRATION
 def test_a_checkpoint_of_another_summary_is_not_resumed(pooled, tmp_path):

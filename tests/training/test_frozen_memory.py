@@ -33,7 +33,7 @@ def test_steps_under_zero3_hold_no_more_than_the_first(tmp_path):
     assert min(resident[-2:]) - min(resident[1:3]) < 10e6, resident
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("stage", [pytest.param("zero2", marks=pytest.mark.lengthy), "zero3"])
 def test_steps_leave_no_tensors_to_the_collector(tmp_path, stage):
     """Collection waits for a log line: on a GPU such tensors would fill its memory until then."""
     words = options(
