@@ -163,23 +163,57 @@ def linear_cka(gram_ZZ: Tensor) -> float:
     return both / math.sqrt(alone) if alone > 0 else math.nan
 
 
+class CrossSums(NamedTuple):
+    """Sums over n tokens, of features x and y in C and D channels, from which HSIC follows."""
+
+    cross_CD: Tensor
+    """Of x y^T."""
+    sum_xC: Tensor
+    sum_yD: Tensor
+    scaled_xC: Tensor
+    """Of |y|^2 x."""
+    scaled_yD: Tensor
+    """Of |x|^2 y."""
+    square_x: Tensor
+    square_y: Tensor
+    square_xy: Tensor
+    """Of |x|^2 |y|^2."""
+    tokens: float
+
+
 def hsic(gram_ZZ: Tensor, first: int, second: int) -> float:
-    """Unbiased HSIC of linear kernels K of t and L of p (0: t, 1: p), by their features.
+    """Unbiased HSIC of t and p (0: t, 1: p) by the Gram matrix of `Sums`."""
+    width = (len(gram_ZZ) - 3) // 2
+    x, y = (slice(at * width, (at + 1) * width) for at in (first, second))
+    norm_x, norm_y = 2 * width + first, 2 * width + second
+    sums = CrossSums(
+        cross_CD=gram_ZZ[x, y],
+        sum_xC=gram_ZZ[-1, x],
+        sum_yD=gram_ZZ[-1, y],
+        scaled_xC=gram_ZZ[norm_y, x],
+        scaled_yD=gram_ZZ[norm_x, y],
+        square_x=gram_ZZ[-1, norm_x],
+        square_y=gram_ZZ[-1, norm_y],
+        square_xy=gram_ZZ[norm_x, norm_y],
+        tokens=float(gram_ZZ[-1, -1]),
+    )
+    return unbiased_hsic(sums)
+
+
+def unbiased_hsic(sums: CrossSums) -> float:
+    """Unbiased HSIC of linear kernels K of x and L of y; NaN for fewer than 4 tokens.
 
     With zero diagonals: [tr KL + 1'K1 1'L1 / (n-1)(n-2) - 2 1'KL1 / (n-2)] / n(n-3).
     """
-    width, count = (len(gram_ZZ) - 3) // 2, float(gram_ZZ[-1, -1])
+    count = sums.tokens
     if count < 4:
         return math.nan
-    x, y = (slice(at * width, (at + 1) * width) for at in (first, second))
-    norm_x, norm_y = 2 * width + first, 2 * width + second
-    sum_xC, sum_yC, cross_CC = gram_ZZ[-1, x], gram_ZZ[-1, y], gram_ZZ[x, y]
-    diagonals = gram_ZZ[norm_x, norm_y]  # sum of K_ii L_ii
-    trace = cross_CC.square().sum() - diagonals
-    ones_k = sum_xC @ sum_xC - gram_ZZ[-1, norm_x]
-    ones_l = sum_yC @ sum_yC - gram_ZZ[-1, norm_y]
-    ones_kl = sum_xC @ cross_CC @ sum_yC + diagonals
-    ones_kl -= sum_xC @ gram_ZZ[norm_y, x] + sum_yC @ gram_ZZ[norm_x, y]
+    diagonals = sums.square_xy  # sum of K_ii L_ii
+    trace = sums.cross_CD.square().sum() - diagonals
+    ones_k = sums.sum_xC @ sums.sum_xC - sums.square_x
+    ones_l = sums.sum_yD @ sums.sum_yD - sums.square_y
+    ones_kl = sums.sum_xC @ sums.cross_CD @ sums.sum_yD + diagonals
+    ones_kl -= sums.sum_xC @ sums.scaled_xC + sums.sum_yD @ sums.scaled_yD
     total = trace + ones_k * ones_l / ((count - 1) * (count - 2)) - 2 * ones_kl / (count - 2)
     return float(total / (count * (count - 3)))
 

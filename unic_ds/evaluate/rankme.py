@@ -50,12 +50,16 @@ def effective_rank(x_RC: Tensor, device: torch.device) -> float:
     square_CC = second_moment(x_RC, torch.zeros(x_RC.shape[1], dtype=torch.float64), device)
     value = 0.0
     with raised_on_all_ranks("the effective rank", REMEDY):
-        square_C = torch.linalg.eigvalsh(square_CC).flip(0)[:count]
-        singular_C = square_C.clamp(min=0).sqrt()
-        share_C = singular_C / singular_C.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        share_C = share_C + EPSILON
-        value = float((-share_C * share_C.log()).sum().exp())
+        value = entropy_rank(torch.linalg.eigvalsh(square_CC).flip(0)[:count])
     return dist.broadcast_object(value)
+
+
+def entropy_rank(square_C: Tensor) -> float:
+    """exp of the entropy of the singular values' shares, by the squares of these values."""
+    singular_C = square_C.clamp(min=0).sqrt()
+    share_C = singular_C / singular_C.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    share_C = share_C + EPSILON
+    return float((-share_C * share_C.log()).sum().exp())
 
 
 def second_moment(x_RC: Tensor, origin_C: Tensor, device: torch.device) -> Tensor:

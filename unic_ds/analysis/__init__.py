@@ -1,0 +1,1 @@
+"""Mathematics of comparing frozen models by their features, on one process."""
