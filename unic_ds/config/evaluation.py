@@ -29,6 +29,9 @@ TASKS = {
 PROBES = ("knn", "linear", "retrieval", "teacher", "rankme", "utility")
 """Tasks on a run's own images that take one side of a model: those that a probe may have."""
 
+FEWEST_COMPARED = 20
+"""Images that `unic-ds teachers compare` needs: half fit a regression, ten are neighbours."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalProtocol:

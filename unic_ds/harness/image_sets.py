@@ -72,12 +72,18 @@ class SampledImages:
         *,
         labelled: bool = True,
         name: str = "",
+        balanced: bool = False,
     ):
-        """Choose at most `limit` images (0: all), of those with a label if `labelled`."""
+        """Choose at most `limit` images (0: all), of those with a label if `labelled`.
+
+        `balanced`: equally many of each class, as far as there are.
+        """
         bits_N = rng.random_bits(cfg.seed, "probe", 1, np.arange(len(source)))[:, 0]
         order_N = np.argsort(bits_N, kind="stable")
         if labelled:
             order_N = order_N[source.label_N[order_N] >= 0]
+        if balanced:
+            order_N = order_N[turns(source.label_N[order_N])]
         self.source, self.cfg, self.name = source, cfg, name or source.folder.name
         self.chosen_N = np.sort(order_N[: limit or None])
         self.annotations: frozenset[Annotation] = frozenset({"labels"} if labelled else ())
@@ -160,6 +166,16 @@ class SampledImages:
             place_B = np.where(counted_R[here] & read_B, place_R[here], features.FILLER)
             labels = self.source.label_N[batch.index_B]
             yield EvalBatch(batch.images, place_B, {"labels": labels})
+
+
+def turns(label_N: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Order in which classes take turns: the first image of each class, then each second one."""
+    by_class_N = np.argsort(label_N, kind="stable")
+    count_L = np.unique(label_N, return_counts=True)[1]
+    start_L = np.cumsum(count_L) - count_L
+    turn_N = np.empty(len(label_N), dtype=np.int64)
+    turn_N[by_class_N] = np.arange(len(label_N)) - np.repeat(start_L, count_L)
+    return np.argsort(turn_N, kind="stable")
 
 
 def cropped(cfg: config.Data) -> config.Data:
