@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from unic_ds import __version__
 from unic_ds.files import write_atomic
 from unic_ds.files.printable import printable
-from unic_ds.report import curves, page_pictures, run_record, sections
+from unic_ds.report import curves, page_pictures, run_record, sections, teacher_section
 from unic_ds.report.run_record import RunRecord
 
 FILE = "report.html"
@@ -95,6 +95,7 @@ def render(records: Sequence[RunRecord], now: datetime | None = None) -> str:
             **tables_of(records, labels),
             **curves_of(records, labels),
             **pictures_of(records, labels),
+            compared=teacher_section.read([record.folder for record in records], labels),
         )
     )
     if len(text) > BYTES or len(text.encode("utf-8", "backslashreplace")) > BYTES:

@@ -91,13 +91,22 @@ def picture(label: str, folder: Path, row: Mapping[str, object], *, budget: int)
     if name != Path(name).name or name.startswith("."):
         raise ValueError("its name is no plain file name")
     image = decoded(read_limited(folder / run_files.PICTURES / name, FILE_BYTES))
-    small, webp = compressed(image, budget)
     title = str(row.get("title") or row.get("kind") or name)
+    kind = str(row.get("kind") or "picture")
+    caption = str(row.get("caption") or title)
+    return shown(image, run=label, title=title, caption=caption, kind=kind, budget=budget)
+
+
+def shown(
+    image: Image.Image, *, run: str, title: str, kind: str, budget: int, caption: str = ""
+) -> Picture:
+    """An image as WebP of at most `budget` bytes; ValueError if it does not fit."""
+    small, webp = compressed(image, budget)
     return Picture(
-        run=label,
+        run=run,
         title=title,
-        caption=str(row.get("caption") or title),
-        kind=str(row.get("kind") or "picture"),
+        caption=caption or title,
+        kind=kind,
         uri=f"data:image/webp;base64,{base64.b64encode(webp).decode()}",
         width=small.width,
         height=small.height,
