@@ -54,7 +54,7 @@ def words_of(root: Path, *more: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def first(made: Path) -> tuple[str, dict[str, Any]]:
-    """What the first call prints, and the JSON that it writes."""
+    """Output of the first call, and the JSON that it writes."""
     printed = run(Forked(1, [*COMPARE, *words_of(made, "--out", made / "out")]))
     return printed, json.loads((made / "out" / "teacher_comparison.json").read_text())
 
@@ -145,7 +145,7 @@ def test_gradients_of_a_run_are_those_of_its_losses(made: Path) -> None:
     """Against the losses' own terms and autograd, on the same images."""
     run(Forked(1, [TRAIN, *tiny(made / "images", made / "run", {"eval.on": "false"})]))
     file = made / "run" / "config.yaml"
-    words = ["--recipe", file, "--student", made / "run", "--out", made / "run", "--json"]
+    words = ["--student", made / "run", "--out", made / "run", "--json"]
     printed = run(Forked(1, [*COMPARE, *map(str, words), "--eval.cache", "none"]))
     found = json.loads(printed.splitlines()[-1])["gradients"]
     assert found["teachers"] == ["narrow", "wide"] and found["images"] == IMAGES

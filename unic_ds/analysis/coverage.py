@@ -23,7 +23,7 @@ from unic_ds.evaluate.products import product
 
 COMPONENTS = 256
 """Most principal components of a model's features."""
-PENALTIES = tuple(10.0**power for power in range(-2, 7))
+PENALTIES = tuple(10.0**power for power in (-2, 0, 1, 2, 3, 4, 5))
 
 Features = Mapping[str, Mapping[str, Tensor]]
 """Model -> kind of token -> features (N, M, C) of M tokens of each of N images."""
@@ -49,16 +49,17 @@ class Coverage:
             kind: {name: reduced(features[name][kind], fits_N) for name in self.names}
             for kind in self.kinds
         }
-        self.r2 = cache(self._r2)
+        self.explained = cache(self._explained)
 
-    def _r2(self, chosen: frozenset[str], target: str, kind: str) -> float:
-        """R^2 of a model's features from those of a subset, side by side."""
-        if target in chosen:
-            return 1.0
+    def _explained(self, chosen: frozenset[str], kind: str) -> dict[str, float]:
+        """R^2 of each other model's features from those of a subset, side by side."""
         own = self.halves[kind]
-        parts = [own[name] for name in self.names if name in chosen]
-        joined = Halves(*(torch.cat(side, 1) for side in zip(*parts, strict=True)))
-        return held_out_r2(joined, own[target])
+        targets = {name: halves for name, halves in own.items() if name not in chosen}
+        return held_out_r2(joined([own[name] for name in self.names if name in chosen]), targets)
+
+    def r2(self, chosen: frozenset[str], target: str, kind: str) -> float:
+        """R^2 of a model's features from those of a subset; 1 for a model of the subset."""
+        return 1.0 if target in chosen else self.explained(chosen, kind)[target]
 
     def of(self, chosen: Sequence[str]) -> float:
         """Mean of R^2 over all models and kinds of token; a chosen model has 1. 0 without any."""
@@ -66,7 +67,7 @@ class Coverage:
             return 0.0
         subset = frozenset(chosen)
         values = [self.r2(subset, name, kind) for name in self.names for kind in self.kinds]
-        return float(np.mean(values))
+        return float(np.nanmean(values))  # constant features have no R^2
 
 
 def check_features(features: Features) -> list[str]:
@@ -101,14 +102,27 @@ def reduced(x_NMC: Tensor, fits_N: Tensor) -> Halves:
     return Halves(fit_RC @ axis_CZ, judge_QC @ axis_CZ)
 
 
-def held_out_r2(source: Halves, target: Halves) -> float:
-    """R^2 of the target's features, all channels together, on the half that judges.
+def joined(parts: Sequence[Halves]) -> Halves:
+    """Features of several models side by side."""
+    return Halves(*(torch.cat(side, 1) for side in zip(*parts, strict=True)))
+
+
+def held_out_r2(source: Halves, targets: Mapping[str, Halves]) -> dict[str, float]:
+    """R^2 of each target's features, its channels together, on the half that judges.
 
     1 for an exact prediction, about 0 for one that knows the mean alone; NaN for constant features.
     """
+    if not targets:
+        return {}
+    wanted = joined(list(targets.values()))
     model = RidgeCV(alphas=PENALTIES, alpha_per_target=True)
-    model.fit(source.fit_RZ.numpy(), target.fit_RZ.numpy())
-    wanted_QZ = target.judge_QZ.numpy()
-    error = float(np.square(wanted_QZ - model.predict(source.judge_QZ.numpy())).sum())
-    total = float(np.square(wanted_QZ).sum())  # about the mean of the half that fits
-    return 1 - error / total if total > 0 else float("nan")
+    model.fit(source.fit_RZ.numpy(), wanted.fit_RZ.numpy())
+    pred_QZ = torch.from_numpy(model.predict(source.judge_QZ.numpy())).view_as(wanted.judge_QZ)
+    error_Z = (wanted.judge_QZ - pred_QZ).square().sum(0)
+    total_Z = wanted.judge_QZ.square().sum(0)  # about the mean of the half that fits
+    widths = [halves.judge_QZ.shape[1] for halves in targets.values()]
+    sums = zip(error_Z.split(widths), total_Z.split(widths), strict=True)
+    return {
+        name: float(1 - error_z.sum() / total_z.sum())
+        for name, (error_z, total_z) in zip(targets, sums, strict=True)
+    }

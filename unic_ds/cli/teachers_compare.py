@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unic_ds.cli import comparison_tables
+from unic_ds.cli.eval import recipe_of
 from unic_ds.config import Config, check, data_spec, job
 from unic_ds.config.evaluation import FEWEST_COMPARED
 from unic_ds.config.option import option
@@ -27,7 +28,9 @@ class Options:
         None, "GFLOPs of an image that the chosen teachers may cost together; default: no limit"
     )
     student: str = option(
-        "", "finished run, or its student/: measure the conflict of its teachers' gradients"
+        "",
+        "finished run, or its student/: measure the conflict of its teachers' gradients; its recipe"
+        " is the default",
     )
     out: str = option(
         "", "folder to write teacher_comparison.json and .png to; a run's report then shows them"
@@ -54,7 +57,10 @@ VERB = Verb(
 def run(argv: Sequence[str]) -> int:
     """Compare the teachers of a recipe, print tables or JSON; return the exit code."""
     call = VERB.read(argv)
-    cfg, options = call.config(), call.options
+    options = call.options
+    if options.student:
+        call.overrides.setdefault("recipe", recipe_of([options.student]))
+    cfg = call.config()
     check_inputs(cfg)
     student = Path(options.student).expanduser() if options.student else None
     if student and not job.kind_of(str(student)):
