@@ -44,17 +44,14 @@ def test_cka_of_a_rotated_copy_is_1_and_of_noise_about_0() -> None:
     assert abs(found["x", "noise"]) < 0.02 and abs(found["turned", "noise"]) < 0.02
 
 
-def test_neighbours_are_the_nearest_others_whatever_the_blocks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_neighbours_are_the_nearest_others_whatever_the_blocks() -> None:
     x_NC = noise(60, 8)
     unit_NC = (x_NC / x_NC.norm(dim=1, keepdim=True)).double().numpy()
     cosine_NN = unit_NC @ unit_NC.T
     np.fill_diagonal(cosine_NN, -2)
     want_NK = np.argsort(-cosine_NN, 1)[:, :10]
     for block in (similarity.BLOCK, 60 * 7):
-        monkeypatch.setattr(similarity, "BLOCK", block)
-        found = similarity.nearest_others(x_NC)
+        found = similarity.nearest_others(x_NC, block=block)
         assert found.label_QK.tolist() == want_NK.tolist()
 
 

@@ -55,11 +55,11 @@ def cross_sums(x_NC: Tensor, y_ND: Tensor) -> CrossSums:
     )
 
 
-def nearest_others(x_NC: Tensor, k: int = NEIGHBOURS) -> Neighbours:
+def nearest_others(x_NC: Tensor, k: int = NEIGHBOURS, *, block: int = BLOCK) -> Neighbours:
     """The k other images that are nearest to each by cosine, with places in place of labels."""
     x_NC = F.normalize(x_NC.float())
     k = min(k, len(x_NC) - 1)
-    rows = max(1, block_on(x_NC.device, BLOCK) // len(x_NC))
+    rows = max(1, block_on(x_NC.device, block) // len(x_NC))
     found = []
     for at in range(0, len(x_NC), rows):
         near_QN = product(x_NC[at : at + rows], x_NC)
