@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unic_ds import config, dist, files
 from unic_ds.analysis import comparison, comparison_picture, selection
 from unic_ds.analysis.comparison import Comparison, Labels
 from unic_ds.config.evaluation import FEWEST_COMPARED
 from unic_ds.evaluate.extraction import extract
-from unic_ds.evaluate.features import FeatureSet, Model
+from unic_ds.evaluate.features import FILLER, FeatureSet, Model
 from unic_ds.evaluate.quarters import Quarters, summarised
 from unic_ds.files import run_files
 from unic_ds.files.printable import printable
@@ -62,7 +63,8 @@ def compare(
         chosen = sample(cfg, images)
         teachers = models.build(list(gflops), cfg, dist.device(), export=lambda run: run)
         found = extract([summarised(x) for x in teachers], chosen, session.feature_store(cfg))
-        features, labels = gathered(found, chosen.classes)
+        place_N, features = gathered(found)
+        labels = Labels(found.label_N[place_N], chosen.classes)
         cosine_TT = conflict.measure(teachers, chosen) if conflict else None
 
         def measure() -> Plain:
@@ -100,17 +102,25 @@ def check_count(images: int, which: str) -> None:
         )
 
 
-def gathered(found: FeatureSet, classes: tuple[str, ...]) -> tuple[dict[str, Tensor], Labels]:
-    """All ranks' features (N, C) of the images that could be read, and their labels.
+def gathered(found: FeatureSet) -> tuple[Tensor, dict[str, Tensor]]:
+    """Places and features (N, C) of all ranks' images, in their order, on rank 0; empty elsewhere.
 
-    ValueError if these are too few.
+    ValueError, on every rank, if the images that could be read are too few.
     """
-    parts = dist.all_gather_objects((found.place_R, dict(found.cls)))
-    place_N = torch.cat([place_R for place_R, _ in parts])
-    check_count(len(place_N), "of the images can be read:")
-    order_N = place_N.argsort()
-    features = {name: torch.cat([rows[name] for _, rows in parts])[order_N] for name in found.cls}
-    return features, Labels(found.label_N[place_N[order_N]], classes)
+    counts = dist.all_gather(torch.tensor(len(found.place_R)))
+    check_count(int(counts.sum()), "of the images can be read:")
+    missing = int(counts.max()) - len(found.place_R)
+    place_WR = dist.gather_to_rank(F.pad(found.place_R, (0, missing), value=FILLER), 0)
+    rows_WRC = {
+        name: dist.gather_to_rank(F.pad(row_RC, (0, 0, 0, missing)), 0)
+        for name, row_RC in found.cls.items()
+    }
+    if place_WR is None:
+        return found.place_R[:0], {}
+    place_N, order_N = place_WR.flatten().sort()
+    order_N = order_N[place_N != FILLER]
+    features = {name: x.flatten(0, 1)[order_N] for name, x in rows_WRC.items() if x is not None}
+    return place_N[place_N != FILLER], features
 
 
 def facts_of(model: Model, cost: TeacherCost, cfg: config.Config) -> Plain:
