@@ -24,7 +24,7 @@ FLOORS: tuple[Collection[str], ...] = (
     GROUND,
     {"data", "teachers", "losses", "engine", "evaluate"},
     {"weights", "planning", "harness", "report", "analysis"},
-    {"training"},
+    {"training", "ablation"},
     {"train", "doctor"},
     {"cli"},
 )

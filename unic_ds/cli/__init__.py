@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from unic_ds.cli import (
+    ablate,
     cache,
     check,
     doctor,
@@ -43,6 +44,7 @@ MODULES = (
     pack_verify,
     cache,
     eval,
+    ablate,
     report,
     export,
     forms,
