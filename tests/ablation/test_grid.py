@@ -63,7 +63,8 @@ MISTAKES: dict[str, tuple[object, str]] = {
     "folder": ({"cells": {"features": {}}}, "not features, eval, pixels"),
     "same values": ({"axes": {"optim.lr": [1, 1]}}, "must be a list of different values"),
     "seeds": ({"cells": {"a": {}}, "seeds": [0, 0]}, "seeds must be different whole numbers"),
-    "seed": ({"axes": {"seed": [0, 1]}}, "seed must be in no cell; give --seeds 0,1,2"),
+    "seed": ({"axes": {"seed": [0, 1]}}, "seed must be given as --seeds 0,1,2, got"),
+    "plugins": ({"cells": {"a": {"plugins": "x"}}}, "plugins must be the same in all cells"),
     "task": ({"cells": {"a": {}}, "tasks": "knm"}, "no task 'knm' (did you mean knn?)"),
     "setting": (
         {"cells": {"a": {}, "b": {"optim.lrr": 1}}},

@@ -27,7 +27,7 @@ def length_of(study: Study) -> str:
     """The length of the runs in words."""
     configs = [study.config(cell, study.grid.seeds[0]) for cell in study.cells]
     found = dict.fromkeys(
-        f"{cfg.optim.steps:,} steps" if cfg.optim.steps else f"{cfg.optim.epochs:g} epochs"
+        f"{cfg.optim.steps:,} step(s)" if cfg.optim.steps else f"{cfg.optim.epochs:g} epoch(s)"
         for cfg in configs
     )
     return " or ".join(list(found)[:5]) + " each"
@@ -55,7 +55,11 @@ def say_what_is_cached(study: Study) -> None:
 def train_and_evaluate(study: Study, start: child.Start = child.start) -> int:
     """Train what is not finished seed by seed, evaluate, write the results; the exit code."""
     announce(study)
-    trainer, failed, measured = run_cells.Trainer(study, start), [], True
+    waiting = sum(not run.finished for run in study.runs())
+    if done := study.grid.runs - waiting:
+        console.say(f"{done} of {study.grid.runs} runs are finished already")
+    trainer, measured = run_cells.Trainer(study, start, total=waiting), True
+    failed: list[Run] = []
     for seed in study.grid.seeds:
         failed += trainer.train([run for run in study.runs() if run.seed == seed])
         measured = run_cells.evaluate(study, seed, start) and measured

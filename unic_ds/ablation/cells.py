@@ -20,7 +20,7 @@ LIVE = "none"
 """Value of teachers.cache for a cell whose teachers run in every step."""
 
 PLACES = ("{out}", "{seed}")
-"""What a value may stand for: the folder of the grid, the seed of a run."""
+"""Parts of a value that are replaced: by the folder of the grid, and the seed of a run."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """What the training prints."""
+        """File with the output of the training."""
         return self.folder / "train.log"
 
     def describe(self) -> str:

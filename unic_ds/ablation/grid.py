@@ -175,17 +175,15 @@ def check_grid(grid: Grid) -> None:
     """Raise ValueError for a grid without cells, or with an illegal name or task."""
     if not grid.count:
         raise ValueError("the grid has no cells; give cells, or axes with values")
-    if not (plugins := grid.settings.get("plugins", "")):  # which may add tasks
+    if not grid.settings.get("plugins"):  # which may add tasks
         eval_spec.tasks(grid.tasks)
     for cell in grid.cells:
         valid = bool(CELL_NAME.fullmatch(cell)) and cell not in RESERVED
         names = f"letters, digits, _, +, - and . (at most 80, not {', '.join(RESERVED)})"
         check(valid, "a cell's name", names, cell)
-    for name in ("seed", *(["plugins"] if not plugins else [])):
-        varied = name in grid.settings or name in grid.axes
-        varied = varied or any(name in options for options in grid.cells.values())
-        remedy = "in no cell; give --seeds 0,1,2" if name == "seed" else "an option for all cells"
-        check(not varied, name, remedy, "a setting of the grid")
+    varied = {*grid.axes, *(name for options in grid.cells.values() for name in options)}
+    check("seed" not in {*varied, *grid.settings}, "seed", "given as --seeds 0,1,2", "a setting")
+    check("plugins" not in varied, "plugins", "the same in all cells", "a setting of cells")
 
 
 def check_count(grid: Grid, *, yes: bool) -> None:

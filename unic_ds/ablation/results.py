@@ -103,7 +103,7 @@ class Unfinished:
     log: str
 
     def describe(self) -> str:
-        """What became of it, in words."""
+        """The run and its error in words."""
         if not self.error:
             return f"{self.cell}, seed {self.seed}: not started"
         return f"{self.cell}, seed {self.seed}: {self.error} ({self.log})"

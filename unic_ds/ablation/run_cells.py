@@ -20,7 +20,7 @@ from unic_ds.report.wording import duration
 
 SETTINGS = "settings.yaml"
 ASKED = "asked.json"
-"""What an evaluation was of: if that is the same, it is not repeated."""
+"""Models and settings of an evaluation: if they are the same, it is not repeated."""
 
 
 @dataclass
@@ -30,7 +30,9 @@ class Trainer:
     study: Study
     start: child.Start = child.start
     total: int = 0
-    """Runs that are to be trained."""
+    """Runs to be trained, all calls together."""
+    tried: int = 0
+    """Runs that were started."""
     seconds: list[float] = field(default_factory=list)
     """Of each run that was trained."""
     live: set[str] = field(default_factory=set)
@@ -38,26 +40,24 @@ class Trainer:
 
     def train(self, runs: Sequence[Run]) -> list[Run]:
         """Train the runs that are not finished; returns those that failed."""
-        waiting = [run for run in runs if not run.finished]
-        if done := len(runs) - len(waiting):
-            console.say(f"{done} of {len(runs)} runs are finished already")
-        self.total, failed = len(waiting), []
-        for i, run in enumerate(waiting):
-            begun = time.monotonic()
-            console.say(f"run {i + 1} of {self.total}: {run.describe()}{self.left(i)}; {run.log}")
-            if not self.train_one(run):
-                failed.append(run)
-                console.say(f"failed: {run.describe()}: {child.last_error(run.log)}")
+        failed = []
+        for run in (run for run in runs if not run.finished):
+            begun, self.tried = time.monotonic(), self.tried + 1
+            count = f"run {self.tried} of {self.total}" if self.total else "run"
+            console.say(f"{count}: {run.describe()}{self.left()}; {run.log}")
+            if self.train_one(run):
+                self.seconds.append(time.monotonic() - begun)
                 continue
-            self.seconds.append(time.monotonic() - begun)
+            failed.append(run)
+            console.say(f"failed: {run.describe()}: {child.last_error(run.log)}")
         return failed
 
-    def left(self, done: int) -> str:
-        """Time that the other runs will take, by those that were trained."""
+    def left(self) -> str:
+        """Time that this and the other runs will take, by those that were trained."""
         if not self.seconds:
             return ""
         mean = sum(self.seconds) / len(self.seconds)
-        return f", about {duration(mean * (self.total - done))} left"
+        return f", about {duration(mean * (self.total - self.tried + 1))} left"
 
     def train_one(self, run: Run) -> bool:
         """Train a run, on cached features if it can be; True if it is finished then."""
@@ -93,6 +93,7 @@ class Trainer:
         with shared_features.locked(folder):
             if done.exists() and folder.is_dir():
                 return True
+            console.say(f"storing the teachers' features; {folder.with_suffix('.log')}")
             settings = write_settings(folder.with_suffix(".yaml"), features.cfg)
             words = ["cache", str(folder), "--recipe", str(settings)]
             words += ["--views", str(self.study.views)]

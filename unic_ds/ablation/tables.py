@@ -110,7 +110,7 @@ def text_of(found: Spread | None, measure: Measure, *, signed: bool = False) -> 
 
 
 def notes(results: Results) -> list[str]:
-    """What stands below the table: signs, protocols, runs without a student."""
+    """Lines below the table: signs, protocols, runs without a student."""
     lines = []
     if any(found.better == "lower" for found in results.measures):
         lines.append("differences are positive if the cell is better, also where less is better")
