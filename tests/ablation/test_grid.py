@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from runs import DEMONSTRATION
+from runs import DEMONSTRATION, ROOT
 
 from unic_ds import cli
 from unic_ds.ablation import grid
@@ -52,6 +53,15 @@ def test_a_file_has_cells_and_axes(tmp_path: Path) -> None:
         "lazy-true": {"drop.lazy": "true"},
         "lazy-false": {"drop.lazy": "false"},
     }
+
+
+@DEMONSTRATION
+def test_the_file_of_the_docs_is_a_grid(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "ablate.md").read_text(), re.S)
+    (tmp_path / "grid.yaml").write_text(text)
+    study = Study(grid=grid.read([str(tmp_path / "grid.yaml")], {}), out=tmp_path / "out")
+    check_cells(study)
+    assert len(study.cells) == 7 and study.compared_with("alone") == "baseline"
 
 
 MISTAKES: dict[str, tuple[object, str]] = {

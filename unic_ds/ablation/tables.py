@@ -44,7 +44,8 @@ class Block:
 def columns(results: Results) -> list[str]:
     """Titles of the columns."""
     others = others_of(results)
-    other = printable(next(iter(others))) if len(others) == 1 else "compared"
+    name = next(iter(others), "baseline")
+    other = "compared" if len(others) > 1 else printable(name)
     value = "mean +- std" if several_seeds(results) else "value"
     return ["measure", "cell", "seeds", value, f"- {other}", "- best teacher"]
 
