@@ -13,7 +13,7 @@ from rich.text import Text
 
 from unic_ds.ablation.results import Measure, Results, Spread, spread
 from unic_ds.evaluate import table
-from unic_ds.evaluate.comparison import Row
+from unic_ds.evaluate.comparison import Comparison, Row
 from unic_ds.files.printable import markdown, printable
 
 WIDTH = 120
@@ -119,8 +119,8 @@ def notes(results: Results) -> list[str]:
         lines.append("+-: sample standard deviation over seeds; differences are taken seed by seed")
     if (count := results.ranks()[1]) > 1:
         lines.append(f"average rank of a cell's means over {count} measures, 1 is best")
-    protocols = (text for measure in results.measures for text in measure.protocols())
-    lines += dict.fromkeys(map(printable, protocols))
+    rows = (row for measure in results.measures for row in measure.rows.values())
+    lines += dict.fromkeys(line for row in rows for line in table.legend(Comparison({}, [row])))
     return lines + [f"without a student: {printable(run.describe())}" for run in results.unfinished]
 
 
