@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,10 @@ def test_gradients_of_a_run_are_those_of_its_losses(made: Path) -> None:
     assert found["teachers"] == ["narrow", "wide"] and found["images"] == IMAGES
     np.testing.assert_allclose(found["cosine"], plain_cosines(file), atol=1e-3)
     assert json.loads((made / "run" / "teachers.json").read_text()).keys() == {"narrow", "wide"}
+    cfg = recipes.read(file)
+    others = tuple(replace(row, source="timm:test_vit") for row in cfg.teachers)
+    with pytest.raises(ValueError, match=r"its teacher narrow is .* not output of timm:test_vit"):
+        gradient_conflict.open_student(made / "run", replace(cfg, teachers=others))
 
 
 def plain_cosines(file: Path) -> list[Any]:

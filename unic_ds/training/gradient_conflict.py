@@ -115,17 +115,37 @@ def open_student(path: Path, cfg: config.Config) -> Conflict:
         if len(names) < 2:
             known = ", ".join(map(printable, description.heads))
             raise ValueError(f"it predicts {known}; name two of these in --teachers")
+        own = recipes.read(folder.run / "config.yaml") if folder.run else cfg
+        check_same_teachers([row for row in cfg.teachers if row.name in names], own)
         statistics = read_statistics(folder, description, dist.device())
     except ValueError as error:
         raise ValueError(f"--student {shown!r}: {error}") from None
     return Conflict(
-        cfg=recipes.read(folder.run / "config.yaml") if folder.run else cfg,
+        cfg=own,
         student=folder.student,
         encoder=encoder.to(dist.device()),
         ladder=folder.ladder(encoder, description).to(dist.device()),
         statistics=statistics,
         names=names,
     )
+
+
+def check_same_teachers(rows: Sequence[config.Teacher], own: config.Config) -> None:
+    """Raise ValueError unless these are the teachers of a run, which all see every image alike."""
+    known = {row.name: row for row in own.teachers}
+    for row in rows:
+        of_run = known.get(row.name, row)
+        if (of_run.source, of_run.block) != (row.source, row.block):
+            raise ValueError(
+                f"its teacher {printable(row.name)} is block {of_run.block} of"
+                f" {printable(of_run.source)}, not {row.block} of {printable(row.source)}; leave"
+                " --teachers out, or give the other one another name"
+            )
+        if of_run.data or own.loss.tokens:
+            raise ValueError(
+                "its losses differ by the source of an image (loss.tokens, teachers.NAME.data),"
+                " which the images of a comparison do not have; leave --student out"
+            )
 
 
 def not_finished(run: Path) -> Path:

@@ -174,8 +174,8 @@ def finite(value: Any) -> Any:
 def write(plain: Plain, out: Path) -> None:
     """Write the comparison and its picture to a folder, each atomically."""
     out.mkdir(parents=True, exist_ok=True)
-    with files.open_atomic(out / run_files.COMPARISON_PICTURE) as stream:
-        comparison_picture.draw(plain, stream)
     text = json.dumps(plain, indent=1, allow_nan=False)
     files.write_atomic(out / run_files.COMPARISON, text + "\n")
+    with files.open_atomic(out / run_files.COMPARISON_PICTURE) as stream:
+        comparison_picture.draw(plain, stream)
     console.say(f"wrote {run_files.COMPARISON} and {run_files.COMPARISON_PICTURE} to {str(out)!r}")
