@@ -34,6 +34,7 @@ setup(
         "open_clip_torch>=3.1",
         "packaging>=24.2",
         "pillow>=10.4",
+        "psutil>=7.2",
         "pyyaml>=6.0",
         "rich>=13.9",
         "safetensors>=0.5",

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from unic_ds.files import open_regular
 from unic_ds.files.printable import printable
 from unic_ds.process import interrupt
@@ -21,6 +23,11 @@ from unic_ds.process import interrupt
 TRAIN = Path(__file__).parent.parent / "train.py"
 ERROR, STARTED = "unic_ds: error: ", "unic_ds: started: "
 """Beginnings of lines of a log."""
+
+FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+"""Signals that torchrun passes on to its ranks."""
+SHUTDOWN_S = 300
+"""Seconds in which ranks save after a signal, before torchrun kills them."""
 
 PATIENCE = 3
 """Signals after which a child is killed."""
@@ -39,11 +46,11 @@ def command(words: Sequence[str], ranks: int) -> list[str]:
     verb, *rest = words
     if ranks == 1:
         return [sys.executable, "-m", "unic_ds.cli", *words]
-    if verb == "train":
-        runner = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), str(TRAIN)]
-        return [sys.executable, *runner, *rest]
+    # As slurm/node.sh. The deepspeed launcher would ignore CUDA_VISIBLE_DEVICES.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [sys.executable, *launcher, "-m", "unic_ds.cli", *words]
+    launcher += [f"--signals-to-handle={','.join(FORWARDED)}", f"--shutdown-timeout={SHUTDOWN_S}"]
+    program = [str(TRAIN), *rest] if verb == "train" else ["-m", "unic_ds.cli", *words]
+    return [sys.executable, *launcher, *program]
 
 
 def start(words: Sequence[str], ranks: int, log: Path) -> int:
@@ -79,10 +86,11 @@ class Signals:
     def forward(self, number: int, _: FrameType | None) -> None:
         """Handler that sends a signal on."""
         self.received.append(number)
-        if self.group:
+        if self.group and len(self.received) >= PATIENCE:
+            kill_all(self.group)
+        elif self.group:
             with suppress(ProcessLookupError):
-                kill = len(self.received) >= PATIENCE
-                os.killpg(self.group, signal.SIGKILL if kill else number)
+                os.killpg(self.group, number)
 
     def send_to(self, group: int) -> None:
         """Name the group, which gets the signals that came before."""
@@ -115,6 +123,24 @@ def group_lives(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def kill_all(leader: int) -> None:
+    """Kill the group of a process and its descendants, since torchrun's ranks are in others."""
+    ranks = []
+    with suppress(psutil.NoSuchProcess):
+        ranks = psutil.Process(leader).children(recursive=True)
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.kill()
+
+
+def log_error(log: Path, sentence: str) -> None:
+    """Add an error to a log, as `last_error` finds it."""
+    with log.open("a") as file:
+        file.write(f"{STARTED}nothing\n{ERROR}{sentence}\n")
 
 
 def last_error(log: Path) -> str:
