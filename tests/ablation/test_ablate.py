@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from pictures import folder
 from PIL import Image
 from runs import ROOT, TINY, start
 
-from unic_ds.ablation import ablate, grid
-from unic_ds.ablation.cells import Study, check_cells
+from unic_ds.ablation import ablate, evaluations, grid, results, run_cells
+from unic_ds.ablation.cells import Study
+from unic_ds.ablation.checks import check_cells
 
 MAIN = str(ROOT / "unic_ds" / "cli" / "__main__.py")
 BROKEN = "python:nowhere:build"
@@ -134,7 +137,7 @@ def test_table_page_and_picture_show_what_the_json_has(
     made: dict[str, Any], written: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = made["study"].out
-    ablate.show_results(made["study"])
+    ablate.show_results(results.collect(made["study"]))
     printed, page = capsys.readouterr().out, Page((out / "ablation.html").read_text())
     text = (out / "ablation.md").read_text()
     for measure in written["measures"]:
@@ -178,6 +181,37 @@ def test_a_run_of_a_number_is_trained_once(made: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"--only must be from 0 to 5, got 6"):
         ablate.train_only(made["study"], 6, starter)
     assert ablate.collect(made["study"], starter) == 1 and not starter.words
+
+
+def test_an_evaluation_of_other_tasks_is_not_taken(made: dict[str, Any]) -> None:
+    study = made["study"]
+    other = replace(study, grid=replace(study.grid, tasks="linear"))
+    assert results.collect(other).not_evaluated == [0, 1] and not results.collect(other).measures
+    weights = study.folder("plain", 1) / "student" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    os.utime(weights, ns=(before, before + 1))  # as if it was trained again
+    try:
+        found = results.collect(study)
+        assert found.not_evaluated == [1] and found.seeds_of("plain") == [0]
+    finally:
+        os.utime(weights, ns=(before, before))
+    assert evaluations.up_to_date(study, 1)
+
+
+def test_features_of_other_images_are_named(made: dict[str, Any], tmp_path: Path) -> None:
+    """The images changed under their path: the stored features are of others."""
+    study = made["study"]
+    trainer, run = run_cells.Trainer(study, Starter()), study.run("plain", 1)
+    added = study.out.parent / "train" / "a" / "new.png"
+    added.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (40, 40)).save(added)
+    try:
+        with pytest.raises(
+            ValueError, match=r"cannot be used \(.*holds a feature cache with other"
+        ):
+            trainer.cache_of(study.config("plain", 1), run)
+    finally:
+        added.unlink()
 
 
 def test_a_folder_of_other_settings_is_refused(made: dict[str, Any]) -> None:

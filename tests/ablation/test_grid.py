@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import yaml
 from runs import DEMONSTRATION, ROOT
 
 from unic_ds import cli
-from unic_ds.ablation import grid
-from unic_ds.ablation.cells import Study, check_cells, shared_images
+from unic_ds.ablation import ablate, grid, job_array, reuse
+from unic_ds.ablation.cells import Study, shared_images
+from unic_ds.ablation.checks import check_cells
 from unic_ds.ablation.shared_features import features_of, live_reason
+from unic_ds.cli.ablate import folder_of
+from unic_ds.config import overrides
 from unic_ds.config.ablations import PRESETS
 from unic_ds.process import entry_point
 
@@ -89,6 +93,17 @@ MISTAKES: dict[str, tuple[object, str]] = {
     "baseline": ({"cells": {"a": {}}, "baseline": "z"}, "one of a, got 'z'"),
     "evaluation": ({"cells": {"a": {"eval.k": 3}}}, "cell a: eval.k must be the same in all cells"),
     "teacher's name": ({"cells": {"dinov2": {}}}, "another than a teacher's, got 'dinov2'"),
+    "length": (
+        {"settings": {"run.extend": True}, "cells": {"a": {}}},
+        "cell a: run.extend must be false in a grid; give the new length and another --out",
+    ),
+    "weights that run live": (
+        {
+            "settings": {"teachers.cache": "none"},
+            "cells": {"a": {"teachers": "x=file:/nowhere#arch=vit_tiny_patch16_224"}},
+        },
+        "cell a: teacher 'x' has no weights at '/nowhere'",
+    ),
     "weights": (
         {"cells": {"a": {"teachers": "x=file:/nowhere#arch=vit_tiny_patch16_224"}}},
         "cell a: teacher 'x' has no weights at '/nowhere'",
@@ -161,7 +176,7 @@ def test_cells_share_features_if_teachers_and_images_agree(tmp_path: Path) -> No
     }
     study = study_of(cells, tmp_path)
     configs = {name: study.config(name, 0) for name in cells}
-    live = {name for name, cfg in configs.items() if live_reason(study, cfg)}
+    live = {name for name, cfg in configs.items() if live_reason(study, name, cfg)}
     assert live == {"shift", "follows", "live"}
     folders = {n: features_of(study, cfg).folder for n, cfg in configs.items() if n not in live}
     shared = {name for name, found in folders.items() if found == folders["all"]}
@@ -171,6 +186,82 @@ def test_cells_share_features_if_teachers_and_images_agree(tmp_path: Path) -> No
         "effnet",
         "dinov2",
     ]
+
+
+@DEMONSTRATION
+def test_all_cells_may_run_live(tmp_path: Path) -> None:
+    found = grid.read(["loss.shift=0,1"], {"teachers.cache": "none"})
+    study = Study(grid=found, out=tmp_path / "out")
+    check_cells(study)
+    assert all(study.live(cell) and not study.config(cell, 0).cache for cell in study.cells)
+
+
+def begun(study: Study, cell: str, cache: str = "") -> Path:
+    """The folder of a run of a cell, as its start leaves it."""
+    run = study.run(cell, 0)
+    run.folder.mkdir(parents=True)
+    reuse.record(study, run)
+    plain = overrides.to_dict(study.config(cell, 0)) | {"cache": cache}
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    return run.folder
+
+
+OTHERS: dict[str, tuple[dict[str, str], str]] = {
+    "images": ({"data.train": "/other"}, r"data\.train was .*, now '/other'"),
+    "validation images": ({"data.val": "/o", "data.val_share": "0"}, r"data\.val was '', now '/o'"),
+    "weights": ({"student.init": "/x"}, r"student\.init was '', now '/x'"),
+    "live": ({"teachers.cache": "none"}, "views was '1', now 'live'"),
+}
+
+
+@DEMONSTRATION
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_run_of_other_inputs_is_not_reused(case: str, tmp_path: Path) -> None:
+    folder = begun(study_of({"a": {}}, tmp_path), "a", cache="/elsewhere/features/x")
+    settings, sentence = OTHERS[case]
+    other = study_of({"a": {}}, tmp_path, **settings)
+    with pytest.raises(ValueError, match=f"{sentence}.*choose another --out") as error:
+        reuse.check(other, other.run("a", 0))
+    assert str(folder) in str(error.value)
+
+
+@DEMONSTRATION
+def test_views_and_ds_config_are_compared_and_speed_is_not(tmp_path: Path) -> None:
+    study = study_of({"a": {}}, tmp_path)
+    begun(study, "a", cache="/elsewhere/features/x")
+    faster = {"data.threads": "3", "teachers.dinov2.micro": "2", "run.save_every": "7"}
+    check_cells(study_of({"a": {}}, tmp_path, **faster))
+    for changed, differs in (
+        (replace(study, views=2), "views was '1', now '2'"),
+        (
+            replace(study, ds_config=str(ROOT / "ds_configs" / "zero1.json")),
+            r"ds_config\.zero_optimization\.stage was '2', now '1'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"cell a: .*{differs}"):
+            check_cells(changed)
+    (study.folder("a", 0) / reuse.FILE).unlink()  # as `unic-ds train` leaves it
+    check_cells(replace(study, views=2))
+
+
+def test_a_copy_of_a_grid_is_the_grid(tmp_path: Path) -> None:
+    found = grid.read(["teachers"], {"data.sizes": "", "optim.lr": "1e-3"}, seeds="3,5")
+    axes = grid.read(["drop.rate=0,0.5", "ladder.rungs=last;5,11"], {})
+    for each in (found, axes):
+        copy = job_array.write_copy(Study(grid=each, out=tmp_path))
+        assert replace(grid.read([str(copy)], {}), name=each.name) == each
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_run_is_found_by_its_number(tmp_path: Path) -> None:
+    study = study_of({"a": {}, "b": {"optim.lr": "1"}}, tmp_path)
+    assert [ablate.find_run(study, i) for i in range(study.grid.runs)] == list(study.runs())
+
+
+def test_the_folder_of_a_home_is_expanded() -> None:
+    assert folder_of("~/grid") == Path.home() / "grid"
+    with pytest.raises(ValueError, match="in the home of no user"):
+        folder_of("~nobody-of-that-name/grid")
 
 
 def test_images_of_training_and_evaluation_are_compared(tmp_path: Path) -> None:

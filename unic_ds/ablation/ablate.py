@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from unic_ds import files
-from unic_ds.ablation import ablation_page, child, plot, results, run_cells, shared_features, tables
+from unic_ds.ablation import (
+    ablation_page,
+    child,
+    evaluations,
+    plot,
+    results,
+    run_cells,
+    shared_features,
+    tables,
+)
 from unic_ds.ablation.cells import Run, Study, shared_images
+from unic_ds.config import job
+from unic_ds.files.printable import printable
 from unic_ds.process import console
 
 MARKDOWN = "ablation.md"
@@ -38,7 +48,7 @@ def say_what_is_cached(study: Study) -> None:
     if not study.views:
         return
     cells = {cell: study.config(cell, study.grid.seeds[0]) for cell in study.cells}
-    live = {c: why for c, cfg in cells.items() if (why := shared_features.live_reason(study, cfg))}
+    live = [c for c, cfg in cells.items() if shared_features.live_reason(study, c, cfg)]
     if len(live) == len(cells):
         return
     console.say(
@@ -58,14 +68,16 @@ def train_and_evaluate(study: Study, start: child.Start = child.start) -> int:
     waiting = sum(not run.finished for run in study.runs())
     if done := study.grid.runs - waiting:
         console.say(f"{done} of {study.grid.runs} runs are finished already")
-    trainer, measured = run_cells.Trainer(study, start, total=waiting), True
+    trainer = run_cells.Trainer(study, start, total=waiting)
     failed: list[Run] = []
+    complete = True
     for seed in study.grid.seeds:
-        failed += trainer.train([run for run in study.runs() if run.seed == seed])
-        measured = run_cells.evaluate(study, seed, start) and measured
-        write_results(study)
-    show_results(study)
-    return 1 if failed or not measured else 0
+        failed += trainer.train(list(study.runs_of(seed)))
+        complete = evaluations.evaluate(study, seed, start) and complete
+        found = results.collect(study)
+        complete = write_results(found) and complete
+    show_results(found)
+    return 1 if failed or not complete else 0
 
 
 def train_only(study: Study, number: int, start: child.Start = child.start) -> int:
@@ -76,43 +88,54 @@ def train_only(study: Study, number: int, start: child.Start = child.start) -> i
 
 def find_run(study: Study, number: int) -> Run:
     """The run of a number; ValueError if there is none."""
-    for run in study.runs():
-        if run.number == number:
-            return run
-    raise ValueError(f"--only must be from 0 to {study.grid.runs - 1}, got {number}")
+    if not 0 <= number < study.grid.runs:
+        raise ValueError(f"--only must be from 0 to {study.grid.runs - 1}, got {number}")
+    seed, place = divmod(number, len(study.cells))
+    return study.run(list(study.cells)[place], study.grid.seeds[seed])
 
 
 def collect(study: Study, start: child.Start = child.start) -> int:
     """Evaluate the students that are there, write the results; the exit code."""
-    measured = [run_cells.evaluate(study, seed, start) for seed in study.grid.seeds]
-    write_results(study)
-    found = show_results(study)
-    return 1 if found.unfinished or not all(measured) else 0
-
-
-def write_results(study: Study) -> None:
-    """Write the files of the results; nothing without an evaluation."""
+    measured = [evaluations.evaluate(study, seed, start) for seed in study.grid.seeds]
     found = results.collect(study)
+    complete = write_results(found) and all(measured)
+    show_results(found)
+    return 1 if found.unfinished or not complete else 0
+
+
+def write_results(found: results.Results) -> bool:
+    """Write the files of the results, numbers first; nothing without an evaluation.
+
+    False, after a line that says why, if the picture or the page cannot be made.
+    """
     if not found.measures:
-        return
-    png = plot.draw(found)
+        return True
+    out = found.study.out
     results.write(found)
-    files.write_atomic(study.out / MARKDOWN, tables.as_markdown(found))
-    plot.write(found, png)
-    ablation_page.write(found, png)
+    files.write_atomic(out / MARKDOWN, tables.as_markdown(found))
+    name = plot.FILE
+    try:
+        png = plot.draw(found)
+        plot.write(found, png)
+        name = ablation_page.FILE
+        ablation_page.write(found, png)
+    except Exception as error:  # of a library that draws: the numbers are written
+        why = printable(f"{type(error).__name__}: {error}")
+        console.say(f"{out / name} cannot be made: {why}; {out / results.FILE} has the numbers")
+        return False
+    return True
 
 
-def show_results(study: Study) -> results.Results:
+def show_results(found: results.Results) -> None:
     """Print the table, or that there is none."""
-    found = results.collect(study)
     if found.measures:
         tables.print_to_terminal(found)
-        console.say(f"results: {study.out / results.FILE}, {study.out / ablation_page.FILE}")
-    else:
-        console.say("no student was evaluated")
-        for run in found.unfinished:
-            console.say(f"without a student: {run.describe()}")
-    return found
+        out = found.study.out
+        console.say(f"results: {out / results.FILE}, {out / ablation_page.FILE}")
+        return
+    console.say("no student was evaluated")
+    for run in found.unfinished:
+        console.say(f"without a student: {run.describe()}")
 
 
 def show_cells(study: Study) -> None:
@@ -120,14 +143,9 @@ def show_cells(study: Study) -> None:
     announce(study)
     for cell, options in study.cells.items():
         pairs = " ".join(f"{name}={text!r}" for name, text in options.items())
-        done = sum(run.finished for run in runs_of(study, cell))
+        done = sum(job.ended(study.folder(cell, seed)) for seed in study.grid.seeds)
         state = f" ({done} of {len(study.grid.seeds)} runs are finished)" if done else ""
         console.say(f"  {cell}: {pairs or 'the settings of all cells'}{state}")
-
-
-def runs_of(study: Study, cell: str) -> Sequence[Run]:
-    """The runs of a cell."""
-    return [run for run in study.runs() if run.cell == cell]
 
 
 def default_folder(name: str) -> Path:

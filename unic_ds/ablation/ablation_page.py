@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from unic_ds import __version__
-from unic_ds.ablation import tables
+from unic_ds.ablation import plot, tables
 from unic_ds.ablation.results import Results
 from unic_ds.process import console
 from unic_ds.report import curves, page, page_pictures, run_record, sections
@@ -38,18 +38,19 @@ def render(results: Results, png: bytes, now: datetime | None = None) -> str:
             columns=tables.columns(results),
             blocks=tables.blocks(results),
             notes=tables.notes(results),
-            picture=picture(png),
+            picture=picture(png, plot.left_out(results)),
             **settings_of(results),
             **curves_of(results),
         )
     )
 
 
-def picture(png: bytes) -> Picture:
-    """The picture with its data."""
+def picture(png: bytes, note: str) -> Picture:
+    """The picture with its data; the note is added to its caption."""
     image, webp = page_pictures.compressed(page_pictures.decoded(png), page_pictures.PAGE_BYTES)
     uri = f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
-    return Picture("", "plot", CAPTION, "plot", uri, image.width, image.height)
+    caption = f"{CAPTION}; {note}" if note else CAPTION
+    return Picture("", "plot", caption, "plot", uri, image.width, image.height)
 
 
 def settings_of(results: Results) -> dict[str, object]:
@@ -58,8 +59,21 @@ def settings_of(results: Results) -> dict[str, object]:
     shown = list(study.cells)[:CELLS]
     configs = [study.config(cell, study.grid.seeds[0]) for cell in shown]
     differing = sections.settings(configs)[0] if len(configs) > 1 else []
-    differing = [row for row in differing if row.name != "recipe"]
-    return {"cells": shown, "differing": differing}
+    differing = [row for row in differing if row.name not in ("recipe", "cache")]
+    caches = [
+        "none" if study.live(cell) else cfg.cache for cell, cfg in zip(shown, configs, strict=True)
+    ]
+    if len(set(caches)) > 1:
+        differing.append(sections.Setting("teachers.cache", caches, ""))
+    of = first_of(len(shown), len(study.cells))
+    return {"cells": shown, "differing": differing, "settings_of": of}
+
+
+def first_of(shown: int, count: int) -> str:
+    """Note on cells that a part of the page leaves out; empty if there are none."""
+    if shown == count:
+        return ""
+    return f"The first {shown} of {count:,} cells; the table of the results has all."
 
 
 def curves_of(results: Results) -> dict[str, object]:
@@ -77,16 +91,18 @@ def curves_of(results: Results) -> dict[str, object]:
         "colours": curves.COLOURS,
         "dashes": curves.DASHES,
         "data": curves.as_json(series, charts),
-        "curves_of": f"Seed {seed}; losses of cells with other losses or teachers do not compare.",
+        "curves_of": f"Seed {seed}; losses of cells with other losses or teachers do not compare."
+        f" {first_of(len(labels), len(results.cells))}".rstrip(),
     }
 
 
 def series_of(results: Results) -> dict[str, Mapping[str, Series]]:
     """Cell -> its curve, of the first cells with one: as many as colour and dashes tell apart."""
     found: dict[str, Mapping[str, Series]] = {}
-    seed = results.study.grid.seeds[0]
-    for run in results.study.runs():
-        if run.seed != seed or not run.finished or len(found) == page.RUNS:
+    for run in results.study.runs_of(results.study.grid.seeds[0]):
+        if len(found) == page.RUNS:
+            break
+        if not run.finished:
             continue
         try:
             series = run_record.read(run.folder).series

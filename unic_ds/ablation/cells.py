@@ -1,23 +1,19 @@
-"""Cells of a grid as Configs: each is checked before anything starts."""
+"""Cells of a grid as Configs, and its runs."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from unic_ds.ablation.grid import Grid, Options
-from unic_ds.config import Config, Teacher, data_spec, eval_spec, extension, job, overrides
+from unic_ds.ablation.grid import Grid, Options, is_live, without_live
+from unic_ds.config import Config, Teacher, data_spec, eval_spec, job, overrides
 from unic_ds.config.option import SHOWN, check
 from unic_ds.files.printable import printable
 
 DEFAULTS = {"probe.pictures": "0"}
 """Settings of all cells unless the grid has others."""
-
-LIVE = "none"
-"""Value of teachers.cache for a cell whose teachers run in every step."""
 
 PLACES = ("{out}", "{seed}")
 """Parts of a value that are replaced: by the folder of the grid, and the seed of a run."""
@@ -72,7 +68,12 @@ class Study:
     @cached_property
     def base(self) -> Config:
         """The Config of the settings of all cells; ValueError as `job.configure`."""
-        return job.configure(self.grid.recipe, self.settings)
+        return job.configure(self.grid.recipe, without_live(self.settings))
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Cell -> its place among the cells."""
+        return {cell: place for place, cell in enumerate(self.cells)}
 
     @cached_property
     def baseline(self) -> str:
@@ -81,10 +82,23 @@ class Study:
 
     def runs(self) -> Iterator[Run]:
         """All runs in their order."""
-        for i, seed in enumerate(self.grid.seeds):
-            for j, cell in enumerate(self.cells):
-                number = i * len(self.cells) + j
-                yield Run(number, cell, seed, self.folder(cell, seed))
+        for seed in self.grid.seeds:
+            yield from self.runs_of(seed)
+
+    def runs_of(self, seed: int) -> Iterator[Run]:
+        """The runs of a seed in their order."""
+        for cell in self.cells:
+            yield self.run(cell, seed)
+
+    def run(self, cell: str, seed: int) -> Run:
+        """The run of a cell with a seed."""
+        number = self.grid.seeds.index(seed) * len(self.cells) + self.places[cell]
+        return Run(number, cell, seed, self.folder(cell, seed))
+
+    def live(self, cell: str) -> bool:
+        """True if the teachers of a cell run in every step by its settings."""
+        given = overrides.by_field(self.settings) | overrides.by_field(self.cells[cell])
+        return any(is_live(name, text) for name, text in given.items())
 
     def folder(self, cell: str, seed: int) -> Path:
         """The folder of a run."""
@@ -101,8 +115,9 @@ class Study:
         """The Config of all cells' settings with some options changed."""
         places = dict(zip(PLACES, (str(self.out.absolute()), str(seed)), strict=True))
         filled = {name: with_places(text, places) for name, text in options.items()}
+        filled = without_live(filled)
         recipe, teachers = filled.pop("recipe", ""), filled.pop("teachers", None)
-        base = job.configure(recipe, self.settings) if recipe else self.base
+        base = job.configure(recipe, without_live(self.settings)) if recipe else self.base
         rows = base.teachers if teachers is None else teachers_of(teachers, base.teachers)
         for name in filled:
             evaluates = name.startswith("eval.")
@@ -115,6 +130,7 @@ class Study:
         other = self.grid.against.get(cell, self.baseline)
         return "" if other == cell else other
 
+    @cached_property
     def teaches_itself(self) -> list[str]:
         """The cells that have a run of this grid as their teacher."""
         return [name for name, row in self.cells.items() if PLACES[0] in row.get("teachers", "")]
@@ -136,63 +152,6 @@ def teachers_of(text: str, rows: Sequence[Teacher]) -> tuple[Teacher, ...]:
         for part in parts
         for row in ([known[part]] if part in known else overrides.parse_teachers(part))
     )
-
-
-def check_cells(study: Study) -> None:
-    """Raise ValueError, one sentence, for a cell that is illegal or equal to another.
-
-    Missing images and weights are errors, too; the demonstration is prepared if it is used.
-    """
-    check_names(study)
-    known: dict[str, str] = {}
-    late = study.teaches_itself()
-    for cell in study.cells:
-        cfg = study.config(cell, study.grid.seeds[0])
-        key = json.dumps(overrides.to_dict(replace(cfg, recipe="")), sort_keys=True)
-        if key in known:
-            raise ValueError(
-                f"the cells {known[key]} and {cell} have equal settings; leave one of them out"
-            )
-        known[key] = cell
-        try:
-            if cell not in late:  # its teachers are trained first
-                job.check_inputs(cfg, study.out / cell)
-            check_folders(study, cell)
-        except ValueError as error:
-            raise ValueError(f"cell {cell}: {error}") from None
-    check_evaluation(study)
-
-
-def check_names(study: Study) -> None:
-    """Raise ValueError for cells that are compared with none, or named like a teacher."""
-    names = list(study.cells)
-    known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    for cell in (study.baseline, *study.grid.against, *study.grid.against.values()):
-        check(cell in study.cells, "a cell of baseline or against", f"one of {known}", cell)
-    clash = study.cells.keys() & {row.name for row in study.base.teachers}
-    check(not clash, "a cell's name", "another than a teacher's", ", ".join(sorted(clash)))
-    check("," not in str(study.out), "--out", "a path without commas", str(study.out))
-
-
-def check_folders(study: Study, cell: str) -> None:
-    """Raise ValueError if a folder of the cell holds a run with other settings."""
-    for seed in study.grid.seeds:
-        folder = study.folder(cell, seed)
-        if (folder / "config.yaml").is_file():
-            extension.check(study.config(cell, seed), folder, resume="auto", last=True)
-
-
-def check_evaluation(study: Study) -> None:
-    """Raise ValueError for a task that would have no images after all the trainings."""
-    cfg = study.base
-    given = eval_spec.folders(cfg.eval.data, plugins=bool(cfg.plugins))
-    for task in study.grid.tasks.split(","):
-        known = "" in given or task.strip() in given or cfg.data.val or cfg.data.val_share
-        if not known:
-            raise ValueError(
-                f"the task {task.strip()} needs validation images; give --eval.data DIR,"
-                " --data.val DIR or --data.val_share"
-            )
 
 
 def shared_images(cfg: Config) -> list[str]:

@@ -28,6 +28,9 @@ KEYS = ("recipe", "settings", "cells", "axes", "seeds", "tasks", "baseline", "ag
 RESERVED = ("features", "eval", "pixels")
 """Names of folders beside those of the cells, and the name of a model."""
 
+LIVE, CACHE = "none", ("cache", "teachers.cache")
+"""Value with which teachers run in every step, which is no folder, and names of its option."""
+
 Options = dict[str, str]
 """Dotted name -> text, as on a command line."""
 
@@ -140,9 +143,19 @@ def of_preset(name: str, recipe: str, options: Mapping[str, str]) -> dict[str, A
     preset = PRESETS[name]
     recipe = recipe or preset.recipe
     settings = dict(preset.settings)
-    cells = preset.cells_of(job.configure(recipe, settings | dict(options)))
+    cells = preset.cells_of(job.configure(recipe, without_live(settings | dict(options))))
     plain = {"recipe": recipe, "settings": settings, "cells": cells, "against": preset.against}
     return plain | ({"tasks": preset.tasks} if preset.tasks else {})
+
+
+def is_live(name: str, text: str) -> bool:
+    """True for the option by which teachers run in every step."""
+    return name in CACHE and text.lower() == LIVE
+
+
+def without_live(options: Mapping[str, str]) -> Options:
+    """The options, with no feature cache in place of `LIVE`."""
+    return {name: "" if is_live(name, text) else text for name, text in options.items()}
 
 
 def parse(plain: Mapping[str, Any], *, name: str, settings: Mapping[str, str]) -> Grid:

@@ -39,9 +39,20 @@ def draw(results: Results) -> bytes:
         draw_panel(panel, measure, cells)
     for panel in list(axes)[len(measures) :]:
         panel.set_axis_off()
+    if note := left_out(results):
+        figure.supxlabel(note, fontsize=9)
     stream = io.BytesIO()
     figure.savefig(stream, dpi=120, format="png")
     return stream.getvalue()
+
+
+def left_out(results: Results) -> str:
+    """Note on the cells and measures that the picture has no place for; empty if it has all."""
+    counts = (("cells", len(results.cells), CELLS), ("measures", len(results.measures), PANELS))
+    parts = [
+        f"the first {most} of {count:,} {what}" for what, count, most in counts if count > most
+    ]
+    return f"{', '.join(parts)}; the table has all" if parts else ""
 
 
 def draw_panel(axes: Axes, measure: Measure, cells: list[str]) -> None:

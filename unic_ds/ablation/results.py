@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from unic_ds.ablation import evaluations
 from unic_ds.ablation.cells import Study
 from unic_ds.ablation.child import last_error
-from unic_ds.ablation.run_cells import evaluation_folder
 from unic_ds.evaluate import comparison
 from unic_ds.evaluate.comparison import Better, Comparison, Row, null_if_not_finite
 from unic_ds.files import write_atomic
@@ -59,6 +60,20 @@ class Measure:
     def values(self, model: str) -> dict[int, float]:
         """The values of a cell or teacher."""
         return {s: row.values[model] for s, row in self.rows.items() if model in row.values}
+
+    def complete(self, cell: str) -> bool:
+        """True if a cell has a finite value of every seed, so that its mean can be compared."""
+        found = spread(self.values(cell))
+        return found is not None and found.count == len(self.rows)
+
+    def means(self, cells: Sequence[str]) -> dict[str, float]:
+        """The means of the cells that are complete: all are over the same seeds."""
+        return {cell: mean(self.values(cell).values()) for cell in cells if self.complete(cell)}
+
+    def best(self, cells: Sequence[str]) -> list[str]:
+        """The complete cells with the best mean; none unless several can be compared."""
+        means = self.means(cells)
+        return Row(self.name, self.unit, self.better, means).best() if len(means) > 1 else []
 
     def gains(self, cell: str) -> dict[int, float]:
         """The cell's value minus its best teacher's of the same seed; positive is better."""
@@ -116,13 +131,15 @@ class Results:
     study: Study
     measures: Sequence[Measure]
     unfinished: Sequence[Unfinished]
+    not_evaluated: Sequence[int] = ()
+    """Seeds with students, but without an evaluation of these students by these settings."""
 
-    @property
+    @cached_property
     def cells(self) -> list[str]:
         """The cells that were evaluated."""
         return [c for c in self.study.cells if any(m.values(c) for m in self.measures)]
 
-    @property
+    @cached_property
     def teachers(self) -> list[str]:
         """The teachers that were evaluated."""
         names = (row.name for row in self.study.base.teachers)
@@ -134,13 +151,19 @@ class Results:
         return [seed for seed in self.study.grid.seeds if seed in known]
 
     def ranks(self) -> tuple[dict[str, float], int]:
-        """Average rank of each cell by its means (1: best), and over how many measures."""
-        rows = []
-        for measure in self.measures:
-            means = {cell: spread(measure.values(cell)) for cell in self.cells}
-            values = {cell: found.mean for cell, found in means.items() if found}
-            rows.append(Row(measure.name, measure.unit, measure.better, values))
-        return Comparison(dict.fromkeys(self.cells, "student"), rows).average_ranks()
+        """Average rank of each cell by its means (1: best), and over how many measures.
+
+        Of the cells with values of all seeds, and over the measures by which all these are known.
+        """
+        seeds = {seed for measure in self.measures for seed in measure.rows}
+        ranked = [cell for cell in self.cells if len(self.seeds_of(cell)) == len(seeds)]
+        rows = [Row(m.name, m.unit, m.better, m.means(ranked)) for m in self.measures]
+        return Comparison(dict.fromkeys(ranked, "student"), rows).average_ranks()
+
+    def incomplete(self) -> list[str]:
+        """The cells without finite values of all seeds by some measure."""
+        ranked = [measure for measure in self.measures if measure.better]
+        return [cell for cell in self.cells if not all(m.complete(cell) for m in ranked)]
 
     def plain(self) -> dict[str, Any]:
         """As JSON; a value that is not finite is null."""
@@ -163,6 +186,7 @@ class Results:
             "measures_of_average_rank": count,
             "measures": list(map(self.measure_plain, self.measures)),
             "unfinished": [vars(run) for run in self.unfinished],
+            "not_evaluated": list(self.not_evaluated),
         }
 
     def measure_plain(self, measure: Measure) -> dict[str, Any]:
@@ -210,13 +234,14 @@ def plain_or_none(values: BySeed) -> dict[str, Any] | None:
 
 
 def collect(study: Study) -> Results:
-    """The results of the evaluations that are there; ValueError for a damaged one."""
-    found = {
-        seed: comparison.read(folder)
-        for seed in study.grid.seeds
-        if ((folder := evaluation_folder(study, seed)) / comparison.FILE).is_file()
-    }
-    return Results(study, measures_of(found), list(unfinished(study)))
+    """The results of the evaluations of the present students; ValueError for a damaged one."""
+    found, missing = {}, []
+    for seed in study.grid.seeds:
+        if evaluations.up_to_date(study, seed):
+            found[seed] = comparison.read(evaluations.folder_of(study, seed))
+        elif evaluations.students(study, seed):
+            missing.append(seed)
+    return Results(study, measures_of(found), list(unfinished(study)), missing)
 
 
 def measures_of(found: Mapping[int, Comparison]) -> list[Measure]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from unic_ds.ablation.cells import LIVE, Study
+from unic_ds.ablation.cells import Study
 from unic_ds.config import Config, Teacher, overrides
 from unic_ds.process import console
 
@@ -26,10 +26,30 @@ class Features:
     folder: Path
     cfg: Config
 
+    @property
+    def log(self) -> Path:
+        """File with the output of `unic-ds cache`."""
+        return self.folder.with_suffix(".log")
 
-def live_reason(study: Study, cfg: Config) -> str:
+    @property
+    def done(self) -> Path:
+        """File that exists once all features are stored."""
+        return self.folder.with_suffix(".done")
+
+    @property
+    def begun(self) -> bool:
+        """True if the folder holds features."""
+        return (self.folder / "manifest.json").exists()
+
+    @property
+    def complete(self) -> bool:
+        """True if all features were stored."""
+        return self.done.exists() and self.begun
+
+
+def live_reason(study: Study, cell: str, cfg: Config) -> str:
     """The reason for which a run's teachers run live; empty if it trains on cached features."""
-    if cfg.cache == LIVE:
+    if study.live(cell):
         return "teachers.cache is none"
     if cfg.cache:
         return f"teachers.cache is {cfg.cache}"

@@ -30,7 +30,7 @@ class Line:
     difference: str
     gain: str
     best: bool = False
-    """True if no cell has a better mean."""
+    """True if no cell has a better mean over the same seeds."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,11 @@ def several_seeds(results: Results) -> bool:
 
 def blocks(results: Results) -> list[Block]:
     """A block for each measure, and one for the average ranks over several measures."""
+    several = len(others_of(results)) > 1
     found = [
-        Block(table.label(Row(m.name, m.unit, m.better)), measure_lines(results, m))
+        Block(
+            table.label(Row(m.name, m.unit, m.better)), measure_lines(results, m, several=several)
+        )
         for m in results.measures
     ]
     ranks, count = results.ranks()
@@ -69,25 +72,22 @@ def blocks(results: Results) -> list[Block]:
     return found
 
 
-def measure_lines(results: Results, measure: Measure) -> list[Line]:
-    """The cells, then the teachers, by one measure."""
-    means = {cell: spread(measure.values(cell)) for cell in results.cells}
-    order = max if measure.better == "higher" else min
-    finite = [found.mean for found in means.values() if found]
-    best = order(finite) if measure.better and len(finite) > 1 else None
+def measure_lines(results: Results, measure: Measure, *, several: bool) -> list[Line]:
+    """The cells, then the teachers, by one measure; `several` if cells have other baselines."""
+    best = set(measure.best(results.cells))
     lines = []
-    for cell, found in means.items():
-        other = results.study.compared_with(cell)
+    for cell in results.cells:
+        found, other = spread(measure.values(cell)), results.study.compared_with(cell)
         difference = text_of(spread(results.differences(measure, cell)), measure, signed=True)
-        several = bool(other) and len(others_of(results)) > 1
+        named = several and bool(other) and difference != "-"
         lines.append(
             Line(
                 cell,
                 str(found.count if found else 0),
                 text_of(found, measure),
-                f"{difference} ({other})" if several and difference != "-" else difference,
+                f"{difference} ({other})" if named else difference,
                 text_of(spread(measure.gains(cell)), measure, signed=True),
-                found is not None and found.mean == best,
+                cell in best,
             )
         )
     for name in results.teachers:
@@ -119,8 +119,18 @@ def notes(results: Results) -> list[str]:
         lines.append("+-: sample standard deviation over seeds; differences are taken seed by seed")
     if (count := results.ranks()[1]) > 1:
         lines.append(f"average rank of a cell's means over {count} measures, 1 is best")
+    if names := results.incomplete():
+        lines.append(
+            "without a finite value of every seed, and neither best nor ranked by such a measure:"
+            f" {', '.join(map(printable, names))}"
+        )
     rows = (row for measure in results.measures for row in measure.rows.values())
     lines += dict.fromkeys(line for row in rows for line in table.legend(Comparison({}, [row])))
+    lines += [
+        f"seed {seed}: not evaluated, or with other students or settings; the same command, or"
+        " --collect true, evaluates it"
+        for seed in results.not_evaluated
+    ]
     return lines + [f"without a student: {printable(run.describe())}" for run in results.unfinished]
 
 

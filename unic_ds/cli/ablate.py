@@ -62,39 +62,31 @@ def run(argv: Sequence[str]) -> int:
     """Train and compare the cells of a grid; return the exit code."""
     call = VERB.read(argv)
     given = call.options
-    from unic_ds.ablation import ablate, cells, grid, job_array
+    from unic_ds.ablation import ablate, cells, checks, grid, job_array
 
     found = grid.read(call.arguments, call.overrides, seeds=given.seeds, tasks=given.tasks)
     grid.check_count(found, yes=given.yes)
     ds_config.read(given.ds_config)
-    out = Path(given.out) if given.out else ablate.default_folder(found.name)
+    out = folder_of(given.out) if given.out else ablate.default_folder(found.name)
     study = cells.Study(
         grid=found, out=out, ds_config=given.ds_config, ranks=given.ranks, views=given.views
     )
-    cells.check_cells(study)
+    checks.check_cells(study)
     if given.dry_run:
         ablate.show_cells(study)
         return 0
     job.check_room(out)
     if given.slurm:
-        job_array.write(study, words_of(argv, out))
+        job_array.write(study)
         return 0
     if given.only is not None:
         return ablate.train_only(study, given.only)
     return ablate.collect(study) if given.collect else ablate.train_and_evaluate(study)
 
 
-def words_of(argv: Sequence[str], out: Path) -> list[str]:
-    """The words of a command line without --slurm, --ranks and --out, then --out."""
-    kept: list[str] = []
-    skip = False
-    for i, word in enumerate(argv):
-        name = word.split("=")[0].replace("-", "_")
-        if skip:
-            skip = False
-        elif name in ("__slurm", "__ranks", "__out"):
-            after = argv[i + 1] if i + 1 < len(argv) else "--"
-            skip = "=" not in word and not after.startswith("--")
-        else:
-            kept.append(word)
-    return [*kept, "--out", str(out)]
+def folder_of(text: str) -> Path:
+    """The path of --out, in which ~ is a home; ValueError for one of nobody."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"--out {text!r} is in the home of no user; give another path") from None
