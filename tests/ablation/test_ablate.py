@@ -24,6 +24,7 @@ from unic_ds.ablation.checks import check_cells
 
 MAIN = str(ROOT / "unic_ds" / "cli" / "__main__.py")
 BROKEN = "python:nowhere:build"
+pytestmark = pytest.mark.slow
 
 
 class Starter:
