@@ -14,6 +14,7 @@ ELSEWHERE = ("make quickstart", "sbatch")
 """First words of the blocks that CI, test_long.py and test_slurm.py run."""
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 @DEMONSTRATION
 def test_the_tutorials_commands_run(finished, tmp_path):
