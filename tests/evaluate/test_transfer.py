@@ -12,28 +12,31 @@ from unic_ds.config import Eval
 SETS = ("cells", "cog/one", "cog/two")
 
 
-def test_each_set_has_the_linear_probe_s_accuracy_and_means_are_unweighted() -> None:
+@pytest.mark.parametrize(("task", "classifier"), [("transfer", "linear"), ("transfer_knn", "knn")])
+def test_each_set_has_the_classifier_s_accuracy_and_means_are_unweighted(
+    task: str, classifier: str
+) -> None:
     models = [columns_model("narrow", slice(4)), columns_model("wide")]
     sets, alone = {}, {}
     for seed, name in enumerate(SETS):
         rows = planted(60 + 30 * seed, 40, 16, 3, gap=2.5, seed=seed)
         sides = {"train": MemoryImages(*rows[:2]), "val": MemoryImages(*rows[2:])}
         sets |= {f"{name}/{side}": images for side, images in sides.items()}
-        for score in scores_of("linear", models, sides):
+        for score in scores_of(classifier, models, sides):
             alone[score.model, name] = score
-    scores = {(s.model, s.name): s for s in scores_of("transfer", models, sets)}
+    scores = {(s.model, s.name): s for s in scores_of(task, models, sets)}
     for model in ("narrow", "wide"):
         values = [alone[model, name].value for name in SETS]
         for name in SETS:
-            score = scores[model, f"transfer {name}"]
+            score = scores[model, f"{task} {name}"]
             assert score.value == alone[model, name].value
-            assert score.protocol == f"transfer {name}: {alone[model, name].protocol}"
-        assert scores[model, "transfer mean"].value == pytest.approx(sum(values) / 3)
-        assert scores[model, "transfer cog mean"].value == pytest.approx(sum(values[1:]) / 2)
-        assert len(set(values)) == 3 and min(values) > 40
+            assert score.protocol == f"{task} {name}: {alone[model, name].protocol}"
+        assert scores[model, f"{task} mean"].value == pytest.approx(sum(values) / 3)
+        assert scores[model, f"{task} cog mean"].value == pytest.approx(sum(values[1:]) / 2)
+        assert len(set(values)) == 3 and min(values) > 100 / 3 + 5
     assert len(scores) == 2 * 5
-    assert scores["wide", "transfer mean"].protocol == (
-        "transfer mean: unweighted, of cells, cog/one, cog/two"
+    assert scores["wide", f"{task} mean"].protocol == (
+        f"{task} mean: unweighted, of cells, cog/one, cog/two"
     )
 
 
@@ -56,3 +59,17 @@ def test_a_published_probe_s_second_number_is_named_after_the_set() -> None:
     scores = scores_of("transfer", [columns_model("m")], sets, Eval(protocol="radio"))
     rows = ["transfer a", "transfer a per class", "transfer mean"]
     assert {score.name: score.value for score in scores} == dict.fromkeys(rows, 100)
+
+
+def test_several_numbers_of_neighbours_have_a_mean_each() -> None:
+    label_N = torch.arange(60) % 3
+    images = MemoryImages(torch.eye(3)[label_N], label_N)
+    sets = {f"{name}/{side}": images for name in "ab" for side in ("train", "val")}
+    scores = scores_of("transfer_knn", [columns_model("m")], sets, Eval(k=(5, 9)))
+    names = ["transfer_knn a k=5", "transfer_knn a k=9", "transfer_knn b k=5", "transfer_knn b k=9"]
+    assert [score.name for score in scores] == [
+        *names,
+        "transfer_knn mean k=5",
+        "transfer_knn mean k=9",
+    ]
+    assert {score.value for score in scores} == {100.0}

@@ -64,12 +64,12 @@ def test_each_set_has_the_accuracy_that_it_has_alone(tmp_path: Path) -> None:
     "change, says",
     [
         ("empty", "has no folders; put each data set into a folder of its own, with train/ and"),
-        ("one class", "set 'pets' of task transfer: .*pets' has 1 class folders with training"),
-        ("one image", "set 'pets' of task transfer: .*pets' has 1 class folders with training"),
-        ("foreign", "set 'pets' of task transfer: .*val' has class folder 'other', which the"),
-        ("no images", "set 'pets' of task transfer: no .jpg, .* below .*train'"),
+        ("one class", "set 'pets': .*pets' has 1 class folders with training"),
+        ("one image", "set 'pets': .*pets' has 1 class folders with training"),
+        ("foreign", "set 'pets': .*val' has class folder 'other', which the"),
+        ("no images", "set 'pets': no .jpg, .* below .*train'"),
         ("mean", "mean' has the name of a mean; rename the folder"),
-        ("held out", "set 'pets' .* has validation images of class 'rare', but no training image"),
+        ("held out", "set 'pets': .* has validation images of class 'rare', but no training image"),
     ],
 )
 def test_a_wrong_set_is_refused(tmp_path: Path, change: str, says: str) -> None:

@@ -14,6 +14,7 @@ from unic_ds.config.evaluation import TASKS
 
 FOLDERS = {
     "transfer": "transfer",
+    "transfer_knn": "transfer",
     "segmentation": "ade20k",
     "depth": "nyu",
     "detection": "coco",

@@ -11,6 +11,7 @@ TASKS = {
     "knn": "k nearest neighbours on CLS features",
     "linear": "linear probe on CLS features",
     "transfer": "linear probe on each class-folder data set of a folder, and the mean",
+    "transfer_knn": "kNN on each class-folder data set of a folder, and the mean",
     "robustness": "one linear probe on several test folders (ImageNet-V2, -R, -A, -Sketch, ReaL)",
     "retrieval": "mAP and recall@k of images of the same class",
     "zeroshot": "classification by class names, with the text tower of a CLIP or SigLIP teacher",

@@ -28,7 +28,8 @@ from unic_ds.process import console
 EVALUATORS: dict[str, Evaluator] = {
     "knn": KNN(),
     "linear": Linear(),
-    "transfer": Transfer(),
+    "transfer": Transfer("transfer", Linear(), "linear"),
+    "transfer_knn": Transfer("transfer_knn", KNN(), "knn"),
     "robustness": Robustness(),
     "retrieval": Retrieval(),
     "zeroshot": ZeroShot(),

@@ -32,6 +32,7 @@ Headers of all files are checked, so that a mistake is reported before any featu
 
 LAYOUTS: dict[str, OpenSets] = {
     "transfer": transfer.open_sets,
+    "transfer_knn": transfer.open_sets,
     "robustness": robustness.open_sets,
     "segmentation": segmentation.open_sets,
     "depth": depth.open_sets,

@@ -26,7 +26,7 @@ def open_sets(folder: Path, cfg: Config) -> dict[str, SampledImages]:
             sets = class_folders.open_sets(where, cfg)
             check_known(sets["train"], sets["val"], where)
         except ValueError as error:
-            raise ValueError(f"set {name!r} of task transfer: {error}") from error
+            raise ValueError(f"set {name!r}: {error}") from error
         found |= {f"{name}/{side}": images for side, images in sets.items()}
     return found
 
