@@ -80,7 +80,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the faults that were injected and what came of them, as a table."""
     results = ("passed", "failed", "error", "skipped")
-    reports = [r for result in results for r in terminalreporter.stats.get(result, [])]
+    found = [r for result in results for r in terminalreporter.stats.get(result, [])]
+    reports = [r for r in found if isinstance(r, pytest.TestReport)]  # none of a collection error
     rows: dict[str, tuple[str, str, str]] = {}
     for report in sorted(reports, key=lambda report: (report.location[0], report.start)):
         for name, value in report.user_properties:

@@ -6,8 +6,7 @@ import io
 import math
 from typing import TYPE_CHECKING
 
-from unic_ds.ablation.results import Measure, Results, spread
-from unic_ds.ablation.tables import finite_values
+from unic_ds.ablation.results import Measure, Results, finite, spread
 from unic_ds.evaluate import table
 from unic_ds.evaluate.comparison import Row
 from unic_ds.files import open_atomic
@@ -58,7 +57,7 @@ def left_out(results: Results) -> str:
 def draw_panel(axes: Axes, measure: Measure, cells: list[str]) -> None:
     """Draw the values of a measure: dots for seeds, a stroke for the mean."""
     for place, cell in enumerate(cells):
-        values = finite_values(measure, cell)
+        values = finite(measure.values(cell))
         axes.plot(values, [place] * len(values), "o", color="C0", alpha=0.6, markersize=5)
         if found := spread(measure.values(cell)):
             axes.plot([found.mean], [place], "|", color="C1", markersize=16, markeredgewidth=2.5)

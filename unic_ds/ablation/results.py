@@ -40,10 +40,15 @@ class Spread:
 
 def spread(values: BySeed) -> Spread | None:
     """The spread of values; None if none is finite."""
-    finite = [value for value in values.values() if math.isfinite(value)]
-    if not finite:
+    found = finite(values)
+    if not found:
         return None
-    return Spread(mean(finite), stdev(finite) if len(finite) > 1 else None, len(finite))
+    return Spread(mean(found), stdev(found) if len(found) > 1 else None, len(found))
+
+
+def finite(values: BySeed) -> list[float]:
+    """The values that are finite."""
+    return [value for value in values.values() if math.isfinite(value)]
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,8 +167,3 @@ def as_markdown(results: Results) -> str:
             after = [value, markdown(line.difference), markdown(line.gain)]
             rows.append(f"| {' | '.join([*map(markdown, texts), *after])} |")
     return "\n".join([*rows, "", *(f"- {markdown(note)}" for note in notes(results))]) + "\n"
-
-
-def finite_values(measure: Measure, cell: str) -> list[float]:
-    """The finite values of a cell by seed."""
-    return [value for value in measure.values(cell).values() if math.isfinite(value)]
