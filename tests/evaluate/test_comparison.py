@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from unic_ds.evaluate import comparison, table
-from unic_ds.evaluate.comparison import Comparison, Role, Score
+from unic_ds.evaluate.comparison import Comparison, Role, Row, Score
 
 ROLES: dict[str, Role] = {
     "pixels": "baseline",
@@ -101,6 +101,11 @@ def test_the_table_has_every_number() -> None:
         "zeroshot",
         "rankme",
     ]
+
+
+def test_a_task_s_name_stays_as_it_is_given_on_the_command_line() -> None:
+    labels = [table.label(Row(name, "%", "higher")) for name in ("knn k=5", "transfer_knn pets")]
+    assert labels == ["kNN k=5 %", "transfer_knn pets %"]
 
 
 def test_names_from_outside_are_printed_plainly() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 TITLE = "Frozen features, unseen images"
 WIDTH = 100
 """Columns of a table that goes to a file."""
+KNN = re.compile(r"\bknn\b")
+"""The word, which is no part of a task's name."""
 
 NEEDS = (
     "it needs class folders, two or more and some in common, and --data.val DIR or --data.val_share"
@@ -76,7 +79,7 @@ def grid(comparison: Comparison) -> Table:
 
 def label(row: Row) -> str:
     """Name and unit of a row."""
-    return printable(f"{row.name.replace('knn', 'kNN')} {row.unit}".rstrip())
+    return printable(f"{KNN.sub('kNN', row.name)} {row.unit}".rstrip())
 
 
 def text_of(row: Row, model: str) -> str:
