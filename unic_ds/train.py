@@ -15,7 +15,7 @@ if __name__ == "__main__":
     # other packages.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from unic_ds.config import args, job, recipes
+from unic_ds.config import args, auto_teachers, job, recipes
 from unic_ds.config.verb import NoOptions, Verb
 from unic_ds.process import console, entry_point, interrupt
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(
             f"{words[0]!r} belongs to no option; write --name value, and quote a value with spaces"
         )
-    task = job.resolve(options)
+    task = job.resolve(auto_teachers.resolve(options))
     if task.finished:
         return show(task)
     stages = waiting(task)  # before anything runs, so that all ranks find the same

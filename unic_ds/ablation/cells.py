@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from unic_ds.ablation.grid import Grid, Options, is_live, without_live
-from unic_ds.config import Config, Teacher, data_spec, eval_spec, job, overrides
+from unic_ds.config import Config, data_spec, eval_spec, job, overrides
 from unic_ds.config.option import SHOWN, check
 from unic_ds.files.printable import printable
 
@@ -118,7 +118,9 @@ class Study:
         filled = without_live(filled)
         recipe, teachers = filled.pop("recipe", ""), filled.pop("teachers", None)
         base = job.configure(recipe, without_live(self.settings)) if recipe else self.base
-        rows = base.teachers if teachers is None else teachers_of(teachers, base.teachers)
+        rows = base.teachers
+        if teachers is not None:
+            rows = overrides.parse_teachers(teachers, rows)
         for name in filled:
             evaluates = name.startswith("eval.")
             check(not evaluates, printable(name, SHOWN), "the same in all cells", filled[name])
@@ -141,17 +143,6 @@ def with_places(text: str, places: Mapping[str, str]) -> str:
     for place, value in places.items():
         text = text.replace(place, value)
     return text
-
-
-def teachers_of(text: str, rows: Sequence[Teacher]) -> tuple[Teacher, ...]:
-    """Teachers by comma-separated names of `rows`, which keep their settings, or sources."""
-    known = {row.name: row for row in rows}
-    parts = filter(None, map(str.strip, text.split(",")))
-    return tuple(
-        row
-        for part in parts
-        for row in ([known[part]] if part in known else overrides.parse_teachers(part))
-    )
 
 
 def shared_images(cfg: Config) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unic_ds import train
-from unic_ds.config import check, job
+from unic_ds.config import auto_teachers, check, job
 from unic_ds.config.option import option
 from unic_ds.config.verb import Verb
 
@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     """Check a training command in one process; return the exit code."""
     call = VERB.read(argv)
     ranks = call.options.ranks
-    task = job.resolve(call.overrides, ranks=ranks)
+    task = job.resolve(auto_teachers.resolve(call.overrides, ranks=ranks), ranks=ranks)
     if not task.finished:
         from unic_ds.training import acceptance
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from unic_ds.cli import plan_tables
-from unic_ds.config import Config, check, ds_config, job
+from unic_ds.config import Config, auto_teachers, check, ds_config, job
 from unic_ds.config.data import IMAGENET
 from unic_ds.config.option import option
-from unic_ds.config.verb import Verb
+from unic_ds.config.verb import Call, Verb
 from unic_ds.planning import gpus
 from unic_ds.planning.gpus import GPUS, Efficiency
 
@@ -31,8 +33,10 @@ class Options:
     )
     search: bool = option(False, "list settings that fit, the fastest first")
     json: bool = option(False, "print one JSON list")
-    out: str = option("", "ignored, so that the options of a training command are accepted")
-    resume: str = option("", "ignored, like --out")
+    out: str = option("", "run folder, which keeps the choice of --teachers auto; else ignored")
+    resume: str = option("", "ignored, so that the options of a training command are accepted")
+    among: str = option("", job.JOB_OPTIONS["among"])
+    budget: str = option("", job.JOB_OPTIONS["budget"])
 
     def __post_init__(self) -> None:
         check(self.gpus is None or self.gpus > 0, "--gpus", "positive", self.gpus)
@@ -51,9 +55,11 @@ VERB = Verb(
 def run(argv: Sequence[str]) -> int:
     """Print a plan for each stage of a run, or the results of a search; return the exit code."""
     call = VERB.read(argv)
-    cfg, options = call.config(), call.options
+    options = call.options
     gpu, rates = gpus.get(options.gpu), Efficiency.parse(options.efficiency)
     count = gpu.per_node if options.gpus is None else options.gpus
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
+        cfg = config_of(call, ranks=count)
     if not cfg.teachers:
         raise ValueError("plan needs teachers; a --recipe has some")
     file = ds_config.read(options.ds_config)
@@ -69,6 +75,14 @@ def run(argv: Sequence[str]) -> int:
     plans = search.plan_stages(cfg, file, gpu, count, images=options.images, efficiency=rates)
     plan_tables.show_stages(plans, as_json=options.json)
     return 0 if all(plan.fits for plan in plans) else 1
+
+
+def config_of(call: Call[Options], ranks: int) -> Config:
+    """The Config of the call, with the teachers that `auto` chooses."""
+    names = [name for name in ("out", "among", "budget") if name in call.given]
+    given = call.overrides | {name: getattr(call.options, name) for name in ["ds_config", *names]}
+    given = auto_teachers.resolve(given, ranks=ranks)
+    return job.configure(given.get("recipe", "quickstart"), job.run_options(given))
 
 
 def accept(cfg: Config) -> None:

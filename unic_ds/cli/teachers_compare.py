@@ -13,6 +13,7 @@ from unic_ds.config import Config, check, data_spec, job
 from unic_ds.config.evaluation import FEWEST_COMPARED
 from unic_ds.config.option import option
 from unic_ds.config.verb import Verb
+from unic_ds.files import run_files
 from unic_ds.files.printable import printable
 from unic_ds.process import console
 
@@ -82,6 +83,8 @@ def run(argv: Sequence[str]) -> int:
     )
     if console.first_rank():
         print(json.dumps(found)) if options.json else comparison_tables.show(found)
+        if out and not options.json:
+            print(f"wrote {run_files.COMPARISON} and its picture to {str(out)!r}")
     return 0
 
 

@@ -66,7 +66,12 @@ class Config:
         " plain torch, to debug",
         machinery=True,
     )
-    teachers: tuple[Teacher, ...] = option((), "comma-separated SOURCE or NAME=SOURCE")
+    teachers: tuple[Teacher, ...] = option(
+        (),
+        "comma-separated SOURCE, NAME=SOURCE or names of the recipe's teachers, which keep their"
+        " settings; auto (train, check, plan): chosen from --among within --budget, by the"
+        " comparison of `unic-ds teachers compare`",
+    )
     stages: str = option(
         "",
         "earlier training stages, separated by ';', each as the options in which it differs, as in"

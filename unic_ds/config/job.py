@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,9 @@ JOB_OPTIONS = {
     "out": "run folder; the same command resumes the run there [runs/RECIPE; for x.yaml runs/x]",
     "resume": "auto (resume the run in --out if there is one), never, or the PATH of a run folder"
     " or checkpoint with the same settings [auto]",
+    "among": "with --teachers auto: the candidates, comma-separated names of the recipe's teachers,"
+    " SOURCE or NAME=SOURCE [the recipe's teachers]",
+    "budget": "with --teachers auto: GFLOPs of an image that the chosen teachers may cost together",
 }
 
 
@@ -71,9 +75,8 @@ def resolve(options: dict[str, str], ranks: int | None = None) -> Job:
     `ranks` None: as in the launcher's environment.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
-    # The deepspeed launcher adds local_rank.
-    options = {k: v for k, v in options.items() if k != "local_rank"}
-    job_options = {k: options.pop(k) for k in list(options) if k in JOB_OPTIONS}
+    job_options = {k: v for k, v in options.items() if k in JOB_OPTIONS}
+    options = run_options(options)
     if "ds_config" not in job_options:
         near = nearest("ds_config", list(options))
         raise ValueError(
@@ -95,7 +98,13 @@ def resolve(options: dict[str, str], ranks: int | None = None) -> Job:
     return replace(jobs[-1], before=tuple(jobs[:-1]))
 
 
-def out_folder(job_options: dict[str, str]) -> Path:
+def run_options(options: Mapping[str, str]) -> dict[str, str]:
+    """The options that are settings of a run."""
+    others = {*JOB_OPTIONS, "local_rank"}  # the deepspeed launcher adds local_rank
+    return {name: text for name, text in options.items() if name not in others}
+
+
+def out_folder(job_options: Mapping[str, str]) -> Path:
     """The run folder of the options, or the recipe's default; ValueError if it cannot be a path."""
     name = (
         recipes.folder_name(job_options.get("recipe", "quickstart"))
@@ -129,12 +138,18 @@ def staged(cfg: Config, out: Path) -> list[tuple[Config, Path]]:
 
 def configure(recipe: str, options: dict[str, str]) -> Config:
     """Import the plugins, and apply the options to the recipe; ValueError for an unknown name."""
-    given = [name for name in map(str.strip, options.get("plugins", "").split(",")) if name]
-    plugins.load(given)
-    cfg = recipes.get(recipe, options.get("teachers", ""), plugins=tuple(given))
+    given = load_plugins(options)
+    cfg = recipes.get(recipe, options.get("teachers", ""), plugins=given)
     plugins.load(cfg.plugins)  # those of a recipe's file
     options = {name: text for name, text in options.items() if name != "teachers"}
     return override_all(cfg, options, others=tuple(JOB_OPTIONS))
+
+
+def load_plugins(options: Mapping[str, str]) -> tuple[str, ...]:
+    """Import the modules of `--plugins`; their names."""
+    given = tuple(filter(None, map(str.strip, options.get("plugins", "").split(","))))
+    plugins.load(given)
+    return given
 
 
 def check_inputs(cfg: Config, out: Path) -> None:

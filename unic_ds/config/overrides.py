@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -19,6 +19,9 @@ from unic_ds.config.teacher_source import TeacherSource
 from unic_ds.files.printable import printable
 
 __all__ = ["coerce", "from_dict", "nearest", "override_all", "science", "to_dict"]
+
+AUTO = "auto"
+"""Word of --teachers: chosen by a comparison (`auto_teachers`)."""
 
 OPTION_ALIASES = {"cache": "teachers.cache"}
 """Fields whose option has another name."""
@@ -59,15 +62,40 @@ def coerce(annotation: Any, text: str, name: str) -> Any:
     return value
 
 
-def parse_teachers(text: str) -> tuple[Teacher, ...]:
-    """Parse comma-separated `SOURCE` or `NAME=SOURCE`; a missing name is made from the source."""
-    rows = []
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, equals, source = part.partition("=")
-        if not equals or not TEACHER_NAME.fullmatch(name):
-            name, source = TeacherSource.parse(part, "--teachers").default_name, part
-        rows.append(Teacher(name=name, source=source))
-    return tuple(rows)
+def split_teachers(text: str) -> list[str]:
+    """The comma-separated words of `--teachers`."""
+    return [word for word in map(str.strip, text.split(",")) if word]
+
+
+def parse_teachers(
+    text: str, known: Sequence[Teacher] = (), option: str = "--teachers"
+) -> tuple[Teacher, ...]:
+    """Parse comma-separated `SOURCE`, `NAME=SOURCE`, or the name of a `known` teacher.
+
+    That one keeps its settings. A missing name is made from the source. ValueError, which names the
+    option, for any other text.
+    """
+    rows = {row.name: row for row in known}
+    return tuple(
+        rows[word] if word in rows else parse_teacher(word, option, tuple(rows))
+        for word in split_teachers(text)
+    )
+
+
+def parse_teacher(word: str, option: str, known: Sequence[str]) -> Teacher:
+    """The teacher of a `SOURCE` or `NAME=SOURCE`; the error for other text names those `known`."""
+    if word == AUTO:
+        raise ValueError(
+            f"{option} auto is understood by train, check and plan alone; name the teachers"
+            " (`unic-ds teachers compare` chooses some)"
+        )
+    name, equals, source = word.partition("=")
+    if not equals or not TEACHER_NAME.fullmatch(name):
+        if known and TEACHER_NAME.fullmatch(word):
+            want = f"of the recipe's teachers ({', '.join(known)}), SOURCE or NAME=SOURCE"
+            check(False, option, want, word)
+        name, source = TeacherSource.parse(word, option).default_name, word
+    return Teacher(name=name, source=source)
 
 
 def override_all(
@@ -80,7 +108,7 @@ def override_all(
     """
     options = by_field(options)
     teachers = options.pop("teachers", None)
-    rows = config.teachers if teachers is None else parse_teachers(teachers)
+    rows = config.teachers if teachers is None else parse_teachers(teachers, config.teachers)
     return build(config, options, rows, others)
 
 

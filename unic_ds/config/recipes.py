@@ -174,22 +174,25 @@ def get(name: str, teachers: str = "", *, plugins: tuple[str, ...] = ()) -> Conf
     """The Config of a recipe's name or of a YAML file (a run's config.yaml); else ValueError.
 
     `BASE+METHOD` keeps a recipe's teachers, student and data, and changes its method. `teachers`,
-    as on the command line, replace the recipe's before a method is applied; so do `plugins`, the
-    modules whose names they may use.
+    as on the command line, replace the recipe's before a method is applied, and may be some of
+    these by name; so do `plugins`, the modules whose names they may use.
     """
-    applied: tuple[str, ...] = ()
-    if Path(name).suffix in YAML:
-        cfg = read(Path(name))
-    else:
-        parsed = RecipeName.parse(name)
-        cfg, applied = replace(RECIPES[parsed.base](), recipe=name), parsed.methods
+    cfg, applied = without_methods(name)
     if plugins:
         cfg = replace(cfg, plugins=plugins)
     if teachers:
-        cfg = replace(cfg, teachers=parse_teachers(teachers))
+        cfg = replace(cfg, teachers=parse_teachers(teachers, cfg.teachers))
     for method in applied:
         cfg = methods.METHODS[method](cfg)
     return cfg
+
+
+def without_methods(name: str) -> tuple[Config, tuple[str, ...]]:
+    """The Config of a recipe before its methods, and their names; errors as `get`."""
+    if Path(name).suffix in YAML:
+        return read(Path(name)), ()
+    parsed = RecipeName.parse(name)
+    return replace(RECIPES[parsed.base](), recipe=name), parsed.methods
 
 
 def read(file: Path) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -14,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from unic_ds.config import extension, job, recipes
-from unic_ds.files import open_regular, run_files
+from unic_ds.files import open_regular, run_files, run_lock
 from unic_ds.files.documents import json_lines, parse_line
 from unic_ds.files.printable import printable
 from unic_ds.process import console
@@ -120,7 +119,7 @@ def state_of(out: Path, steps: int, history: History) -> tuple[str, str]:
     if job.ended(out):
         return "finished", f"It trained {step} steps and exported its student."
     ranks = last_start(out)
-    if is_locked(out) or any(is_running(out, row) for row in ranks):
+    if run_lock.is_held(out) or any(is_running(out, row) for row in ranks):
         written = (out / run_files.LOG).stat().st_mtime if step else time.time()
         return "running", f"Step {progress} was logged {max(0, time.time() - written):.0f} s ago."
     if not ranks:
@@ -158,18 +157,6 @@ def is_running(out: Path, row: Heartbeat) -> bool:
     time.sleep(WATCHED_S)
     now = heartbeat.read(heartbeat.file_of(out, row.rank))
     return now is not None and now.beat != row.beat
-
-
-def is_locked(out: Path) -> bool:
-    """True if a process holds the run's lock."""
-    try:
-        with open_regular(out / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock, no right to read it, or a file system without locks
-        return False
-    return False
 
 
 def problem(folder: Path, hashes: bool) -> str:

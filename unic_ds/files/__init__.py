@@ -14,7 +14,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
@@ -149,6 +149,20 @@ def remove_folder(folder: Path) -> None:
     removed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
     shutil.rmtree(folder.rename(removed))
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Context manager that makes a folder; if it fails, the empty folders that it made are gone."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in missing:  # the innermost first
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+        raise
 
 
 def nearest_existing(path: Path) -> Path:

@@ -28,7 +28,6 @@ from unic_ds.harness import models, session
 from unic_ds.harness.image_sets import SampledImages, scan
 from unic_ds.models.encoder import grid_of
 from unic_ds.planning.trace import TeacherCost, outlined, teacher_cost
-from unic_ds.process import console
 from unic_ds.training import gradient_conflict
 
 TIMEOUT_S = 4 * 3600
@@ -178,4 +177,3 @@ def write(plain: Plain, out: Path) -> None:
     files.write_atomic(out / run_files.COMPARISON, text + "\n")
     with files.open_atomic(out / run_files.COMPARISON_PICTURE) as stream:
         comparison_picture.draw(plain, stream)
-    console.say(f"wrote {run_files.COMPARISON} and {run_files.COMPARISON_PICTURE} to {str(out)!r}")
