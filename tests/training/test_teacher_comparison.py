@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unic_ds import cli, config, data
-from unic_ds.config import recipes
+from unic_ds.cli import trained_check
+from unic_ds.config import job, recipes
 from unic_ds.evaluate.features import Model, Outputs
 from unic_ds.evaluate.quarters import Quarters, summarised
 from unic_ds.harness import models
@@ -90,8 +92,34 @@ def test_the_tables_have_the_numbers_of_the_file(
     steps = found["selection"]["steps"]
     assert {step["teacher"] for step in steps} == {"a", "b"} and steps[-1]["coverage"] == 1
     assert steps[-1]["cost"] == pytest.approx(sum(x["gflops"] for x in found["teachers"].values()))
+    assert "wrote teacher_comparison.json" in printed
     picture = Image.open(made / "out" / "teacher_comparison.png")
     assert picture.width > 600 and len(np.unique(np.asarray(picture))) > 20
+
+
+def test_the_printed_command_trains_students_without_each_teacher(
+    first: tuple[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (line,) = (line for line in first[0].splitlines() if line.startswith("  unic-ds ablate "))
+    assert entry_point.run(cli.dispatch, [*shlex.split(line)[1:], "--dry_run", "true"]) == 0
+    printed = capsys.readouterr().out
+    assert all(cell in printed for cell in ("only-a", "only-b")) and "seed" in printed
+
+
+def test_the_command_is_of_the_chosen_teachers_alone(made: Path) -> None:
+    """The last teacher is left out, with its options; settings that agree are not repeated."""
+    teachers = "a=timm:test_vit,b=timm:test_vit,c=timm:test_vit"
+    given = {"recipe": "unic_b", "teachers": teachers, "data.train": str(made / "images")}
+    given |= {"teachers.b.size": "64", "teachers.c.size": "32", "student.size": "48"}
+    cfg = job.configure("unic_b", {k: v for k, v in given.items() if k != "recipe"})
+    words = shlex.split(trained_check.command(given, cfg, ["b", "a"]))[3:]
+    found = dict(zip(words[::2], words[1::2], strict=True))
+    assert found["--teachers"] == "a=timm:test_vit,b=timm:test_vit"
+    assert found["--teachers.b.size"] == "64" and "--teachers.c.size" not in found
+    assert found["--student.size"] == "48" and "--stages" not in found
+    assert found["--data.val_share"] == "0.25"
+    alone = trained_check.command(given, cfg, ["c"])
+    assert teachers in alone and "--teachers.c.size 32" in alone
 
 
 @pytest.mark.dist

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unic_ds.cli import comparison_tables
+from unic_ds.cli import comparison_tables, trained_check
 from unic_ds.cli.eval import recipe_of
 from unic_ds.config import Config, check, data_spec, job
 from unic_ds.config.evaluation import FEWEST_COMPARED
@@ -18,6 +18,10 @@ from unic_ds.files.printable import printable
 from unic_ds.process import console
 
 MOST = 20_000
+CHECK = (
+    "\nNo student was trained for this. Small students with and without each of the teachers (about"
+    " a minute each on one core, once the teachers' features are stored):"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +87,11 @@ def run(argv: Sequence[str]) -> int:
     )
     if console.first_rank():
         print(json.dumps(found)) if options.json else comparison_tables.show(found)
+        if found["labelled"] and not options.json:
+            chosen = [step["teacher"] for step in found["selection"]["steps"]]
+            print(f"{CHECK}\n  {trained_check.command(call.overrides, cfg, chosen)}")
         if out and not options.json:
-            print(f"wrote {run_files.COMPARISON} and its picture to {str(out)!r}")
+            print(f"\nwrote {run_files.COMPARISON} and its picture to {str(out)!r}")
     return 0
 
 

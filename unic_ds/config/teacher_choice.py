@@ -1,4 +1,4 @@
-"""What `--teachers auto` chooses from, and the choice, which the run folder keeps."""
+"""Candidates and budget of `--teachers auto`, and its choice, which the run folder keeps."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Choice:
 
 
 def settings_of(cfg: Config) -> dict[str, str]:
-    """What a comparison of a Config's teachers depends on."""
+    """Dotted name -> text of the settings that a comparison of a Config's teachers depends on."""
     flat = flatten(to_dict(cfg))
     rows = [f"teachers.{row.name}.{key}" for row in cfg.teachers for key in ROW]
     return {name: flat[name] for name in (*COMPARED, *rows)}
