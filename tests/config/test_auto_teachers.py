@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 import time
 from pathlib import Path
@@ -67,6 +68,7 @@ MISTAKES: dict[str, tuple[dict[str, str | None], str]] = {
     "a word": ({"budget": "much"}, "--budget must be a number, got 'much'"),
     "nothing": ({"budget": "0"}, "--budget must be positive, got '0'"),
     "one": ({"among": "a=timm:x"}, "chooses among two teachers or more, got 1"),
+    "twice": ({"among": "a=timm:x,a=timm:y"}, "--among's names must be different"),
     "none": ({"among": "dino,dinno"}, "--among must be of the recipe's teachers (dino, deit3,"),
     "a source": ({"among": "dino,x=nowhere"}, "teachers.x.source must be timm:, open_clip:"),
     "no images": ({"data__train": None}, "recipe unic_b has no images; give --data.train"),
@@ -165,6 +167,13 @@ def test_a_run_goes_on_with_its_own_choice_alone(images: Path, tmp_path: Path) -
         auto_teachers.resolve(options | {"budget": "3"})
     with pytest.raises(ValueError, match=r"another run \(seed was '0', now '1'\)"):
         job.resolve(auto_teachers.resolve(options | {"seed": "1"}))
+
+
+def test_nothing_is_compared_beside_a_job_that_trains(images: Path, tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another job trains in"):
+            auto_teachers.resolve(given(images, tmp_path))
 
 
 def test_ranks_wait_as_long_as_rank_0_shows_life(images: Path, tmp_path: Path) -> None:

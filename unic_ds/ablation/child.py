@@ -19,10 +19,11 @@ import psutil
 from unic_ds.files import open_regular
 from unic_ds.files.printable import printable
 from unic_ds.process import interrupt
+from unic_ds.process.child_verb import ERROR
 
 TRAIN = Path(__file__).parent.parent / "train.py"
-ERROR, STARTED = "unic_ds: error: ", "unic_ds: started: "
-"""Beginnings of lines of a log."""
+STARTED = "unic_ds: started: "
+"""Beginning of a line of a log, as `ERROR` is of others."""
 
 FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 """Signals that torchrun passes on to its ranks."""

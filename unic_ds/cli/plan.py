@@ -59,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
     gpu, rates = gpus.get(options.gpu), Efficiency.parse(options.efficiency)
     count = gpu.per_node if options.gpus is None else options.gpus
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
-        cfg = config_of(call, ranks=count)
+        cfg = config_of(call)
     if not cfg.teachers:
         raise ValueError("plan needs teachers; a --recipe has some")
     file = ds_config.read(options.ds_config)
@@ -77,11 +77,11 @@ def run(argv: Sequence[str]) -> int:
     return 0 if all(plan.fits for plan in plans) else 1
 
 
-def config_of(call: Call[Options], ranks: int) -> Config:
+def config_of(call: Call[Options]) -> Config:
     """The Config of the call, with the teachers that `auto` chooses."""
     names = [name for name in ("out", "among", "budget") if name in call.given]
     given = call.overrides | {name: getattr(call.options, name) for name in ["ds_config", *names]}
-    given = auto_teachers.resolve(given, ranks=ranks)
+    given = auto_teachers.resolve(given, ranks=1)  # a batch that does not fit is the plan's to say
     return job.configure(given.get("recipe", "quickstart"), job.run_options(given))
 
 

@@ -71,7 +71,10 @@ def candidates(options: Mapping[str, str]) -> dict[str, str]:
             f"--teachers auto chooses among two teachers or more, got {len(rows)}; give --among"
             " A=SOURCE,B=SOURCE"
         )
-    return {row.name: word for row, word in zip(rows, words, strict=True)}
+    names = [row.name for row in rows]
+    distinct = len(set(names)) == len(names)
+    check(distinct, "--among's names", "different (write NAME=SOURCE)", ",".join(names))
+    return dict(zip(names, words, strict=True))
 
 
 def budget_of(options: Mapping[str, str]) -> float:

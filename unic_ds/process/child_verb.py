@@ -15,6 +15,7 @@ from unic_ds.files.printable import printable
 
 ROOT = Path(__file__).resolve().parents[2]
 ERROR = "unic_ds: error: "
+"""Beginning of the line that reports an error."""
 LONGEST = 4000
 """Characters that are shown of a line."""
 END_S = 10.0
