@@ -25,6 +25,7 @@ FOUND = {
         | {"r2_of_first": 0.5, "r2_of_second": -0.01}
     ],
     "selection": {
+        "budget": 30.5,
         "steps": [{"teacher": "b", "coverage": 0.875, "cost": 30.0}],
         "left_out": {SCRIPT: "costs 1.5 GFLOPs an image, but 0 of 30 are left"},
     },
@@ -47,6 +48,7 @@ def test_a_comparison_is_shown_and_escaped(tmp_path: Path) -> None:
         ["b", "0.875", "30"],
     ):
         assert "".join(f"<td>{cell}</td>" for cell in cells) in section
+    assert "Selection within 30.5 GFLOPs" in section
     assert SCRIPT not in text and section.count("&lt;script&gt;") == 3
     assert "left out: it costs 1.5 GFLOPs" in section and 'width="900"' in section
 

@@ -19,8 +19,8 @@ from unic_ds.process import console
 
 MOST = 20_000
 CHECK = (
-    "\nNo student was trained for this. Small students with and without each of the teachers (about"
-    " a minute each on one core, once the teachers' features are stored):"
+    "\nNo student was trained for this. Small students with and without each of the teachers (a"
+    " minute or two each on one core, once the teachers' features are stored):"
 )
 
 

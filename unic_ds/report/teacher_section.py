@@ -86,6 +86,8 @@ def tables_of(found: Mapping[str, Any]) -> list[Table]:
     chosen = found["selection"]
     steps = [[x["teacher"], number(x["coverage"]), number(x["cost"])] for x in chosen["steps"]]
     steps += [[name, f"left out: it {why}", ""] for name, why in chosen["left_out"].items()]
+    budget = chosen.get("budget")
+    within = "" if budget is None else f" within {number(budget)} GFLOPs"
     spectrum = ("Width", "RankMe", "Participation ratio", "Components of 90 %")
     likeness = ("CKA", "Mutual kNN", "R2 of B by A", "R2 of A by B")
     return [
@@ -95,7 +97,7 @@ def tables_of(found: Mapping[str, Any]) -> list[Table]:
             teachers[:MOST],
         ),
         Table("Pairs", ("A", "B", "Tokens", *likeness), pairs[:MOST]),
-        Table("Selection", ("Add", "Coverage", "GFLOPs"), steps[:MOST]),
+        Table(f"Selection{within}", ("Add", "Coverage", "GFLOPs"), steps[:MOST]),
     ]
 
 
