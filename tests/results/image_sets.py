@@ -8,7 +8,8 @@ tuxpaint-stamps-default (GPL-2), a class per folder. `fashion`: Fashion-MNIST of
 dataset-fashion-mnist (MIT), 10 classes. Images of `val` are chosen by a hash of the file's name, in
 Fashion-MNIST they are of its test set. `unlabelled`: the other drawings. `lists` has text files
 with paths of training images: `all`, `quarter`, `sixteenth`, and `more`, with the unlabelled ones.
-The same call writes the same files.
+`quickstart` is a link to the demonstration, whose weights students start from. The same call writes
+the same files.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def write(pictures: Iterator[Picture], out: Path) -> None:
 
 def write_lists(out: Path) -> None:
     """Write the lists of training images."""
-    train = [str(path.resolve()) for path in sorted(out.glob("sets/*/train/*/*.png"))]
+    train = [str(path.resolve()) for path in sorted(out.glob("sets/*/train/*/*"))]
     more = [str(path.resolve()) for path in sorted((out / "unlabelled").glob("*.png"))]
     ranked = sorted(train, key=lambda path: rank(Path(path).name))
     chosen = {
@@ -204,6 +205,8 @@ def main(out: Path) -> None:
         classes = len(list((sets / name / "train").iterdir()))
         print(f"{name}: {count['train']} + {count['val']} images, {classes} classes")
     write(unlabelled(sets), out / "unlabelled")
+    if not (out / "quickstart").is_symlink():
+        (out / "quickstart").symlink_to(demo.root().resolve())
     write_lists(out)
 
 

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Every run of docs/results.md, in runs/results: hours of two CPU cores. The same command goes on
+# where it stopped. Needs Debian's openclipart-png, tuxpaint-stamps-default, dataset-fashion-mnist.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+out=runs/results
+python tests/results/image_sets.py "$out"
+for grid in components curves; do
+  unic-ds ablate "tests/results/$grid.yaml" --out "$out/$grid"
+done
+python tests/results/promise.py "$out/components" "$out/curves"
+python tests/results/curves.py "$out/curves" "$out/curves.png"
