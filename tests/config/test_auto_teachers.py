@@ -179,8 +179,9 @@ def test_nothing_is_compared_beside_a_job_that_trains(images: Path, tmp_path: Pa
 def test_ranks_wait_as_long_as_rank_0_shows_life(images: Path, tmp_path: Path) -> None:
     options = given(images, tmp_path)
     wanted = wanted_by(options)
+    assert wanted == wanted_by(options | {"eval.size": "448", "eval.protocol": "dinov2"})
     with pytest.raises(TimeoutError, match="no sign of life from rank 0"):
-        auto_teachers.wait_for_choice(tmp_path, wanted, silence_s=0.1)
+        auto_teachers.wait_for_choice(tmp_path, wanted, first_s=0.1)
     keep(options | {"budget": "3"}, tmp_path, "wide")  # of an earlier attempt
 
     def choose() -> None:

@@ -43,7 +43,12 @@ def words(root: Path, out: str, **more: object) -> list[str]:
     among = ",".join(f"{x}=file:{root / x}.safetensors#arch=test_vit" for x in "ab")
     options = {"teachers": "auto", "among": f"{among},n=python:small_teacher:narrow"}
     options |= {f"teachers.{name}.precision": "fp32" for name in "abn"}
-    options |= {"budget": "0.0031", "eval.on": "false", "eval.cache": str(root / "cache")}
+    options |= {
+        "budget": "0.0031",
+        "eval.on": "false",
+        "eval.size": "64",
+        "eval.cache": str(root / "cache"),
+    }
     return tiny(root, out, options | {key.replace("__", "."): more[key] for key in more})
 
 
@@ -82,6 +87,8 @@ def test_a_run_of_two_ranks_chooses_once(made: Path) -> None:
     (left,) = choice.left_out
     found = json.loads((out / run_files.COMPARISON).read_text())
     assert found["images"] == IMAGES and found["selection"]["left_out"] == choice.left_out
+    sizes = {teacher["size"] for teacher in found["teachers"].values()}
+    assert 64 not in sizes  # the side of images of the run's table
     assert [x["coverage"] for x in found["selection"]["steps"]] == [
         step.coverage for step in choice.steps
     ]

@@ -111,11 +111,13 @@ def test_the_command_is_of_the_chosen_teachers_alone(made: Path) -> None:
     teachers = "a=timm:test_vit,b=timm:test_vit,c=timm:test_vit"
     given = {"recipe": "unic_b", "teachers": teachers, "data.train": str(made / "images")}
     given |= {"teachers.b.size": "64", "teachers.c.size": "32", "student.size": "48"}
+    given |= {"seed": "3", "teachers.b.rungs": "11"}
     cfg = job.configure("unic_b", {k: v for k, v in given.items() if k != "recipe"})
     words = shlex.split(trained_check.command(given, cfg, ["b", "a"]))[3:]
     found = dict(zip(words[::2], words[1::2], strict=True))
     assert found["--teachers"] == "a=timm:test_vit,b=timm:test_vit"
     assert found["--teachers.b.size"] == "64" and "--teachers.c.size" not in found
+    assert not {"--seed", "--teachers.b.rungs"} & found.keys()
     assert found["--student.size"] == "48" and "--stages" not in found
     assert found["--data.val_share"] == "0.25"
     alone = trained_check.command(given, cfg, ["c"])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 
 from unic_ds.config import Config
 from unic_ds.config.ablations import SMALL
 from unic_ds.config.overrides import flatten, split_teachers, to_dict
+
+NOT_SMALL = re.compile(r"seed|run\.extend|teachers\..*\.rungs")
+"""Options that a grid sets itself, or that are of another student's blocks."""
 
 
 def command(overrides: Mapping[str, str], cfg: Config, chosen: Sequence[str]) -> str:
@@ -17,7 +21,8 @@ def command(overrides: Mapping[str, str], cfg: Config, chosen: Sequence[str]) ->
     all teachers if one alone was chosen.
     """
     flat = flatten(to_dict(cfg))
-    options = dict(overrides) | {name: text for name, text in SMALL.items() if flat[name] != text}
+    options = {name: text for name, text in overrides.items() if not NOT_SMALL.fullmatch(name)}
+    options |= {name: text for name, text in SMALL.items() if flat[name] != text}
     names = [row.name for row in cfg.teachers]
     words = split_teachers(overrides.get("teachers", "")) or names
     if 1 < len(chosen) < len(names) == len(words):  # a method may have made other teachers of them

@@ -29,7 +29,12 @@ BEAT = ".teacher_choice.running"
 BEAT_S = 10.0
 SILENCE_S = 300.0
 """Seconds between two such writes, and those after which the others no longer wait for one."""
-POLL_S = 0.5
+FIRST_BEAT_S = 1200.0
+"""Seconds that they wait for the first: rank 0 looks through all images before."""
+POLL_S = 2.0
+"""Hundreds of ranks may read the files."""
+MEASURED = {"eval.size": "0", "eval.protocol": "quick"}
+"""Options of the run's table that would change size and crop of the compared images."""
 
 Options = dict[str, str]
 """Of a training command, as text."""
@@ -121,7 +126,7 @@ def chosen(given: Options, cfg: Config, wanted: Wanted, ranks: int | None) -> Ch
     check_new(given, cfg)
     job.resolve(given, ranks)  # with all candidates: every mistake that needs no model
     if run_lock.is_held(out):
-        raise ValueError(f"another job trains in {str(out)!r}; end it, or choose another --out")
+        raise run_lock.refusal(out)
     if not console.first_rank():
         return wait_for_choice(out, wanted)
     interrupt.install()
@@ -134,7 +139,10 @@ def choice_of_run(kept: Choice | None, wanted: Wanted, out: Path) -> Choice:
 
     What else differs is found as for any run that is resumed.
     """
-    again = f"choose another --out, or go on with --recipe {str(out / 'config.yaml')!r}"
+    again = (
+        f"choose another --out, or go on with --out {str(out)!r} --recipe"
+        f" {str(out / 'config.yaml')!r}, without --teachers auto"
+    )
     if kept is None:
         raise ValueError(
             f"--out {str(out)!r} holds a run, but no choice of its teachers ({run_files.CHOICE});"
@@ -174,7 +182,7 @@ def compare(given: Options, wanted: Wanted, out: Path) -> Choice:
     )
     with tempfile.TemporaryDirectory(prefix="unic_ds_") as folder:
         options = {"recipe": given.get("recipe", "quickstart"), **job.run_options(given)}
-        options |= {"budget": repr(wanted.budget), "out": folder, "json": "true"}
+        options |= MEASURED | {"budget": repr(wanted.budget), "out": folder, "json": "true"}
         words = [f"--{name}={text}" for name, text in options.items()]
         child_verb.run(["teachers", "compare", *words], console.say)
         text = files.read_text(Path(folder) / run_files.COMPARISON)
@@ -211,8 +219,13 @@ def signs_of_life(out: Path) -> Iterator[None]:
             (out / BEAT).unlink()
 
 
-def wait_for_choice(out: Path, wanted: Wanted, silence_s: float = SILENCE_S) -> Choice:
-    """The choice that rank 0 makes; TimeoutError if it gives no sign of life for `silence_s`."""
+def wait_for_choice(
+    out: Path, wanted: Wanted, silence_s: float = SILENCE_S, first_s: float = FIRST_BEAT_S
+) -> Choice:
+    """The choice that rank 0 makes.
+
+    TimeoutError if it gives no first sign of life for `first_s`, or no further for `silence_s`.
+    """
     seen, since = "", time.monotonic()
     while True:
         kept = teacher_choice.read(out)
@@ -221,10 +234,11 @@ def wait_for_choice(out: Path, wanted: Wanted, silence_s: float = SILENCE_S) -> 
         with suppress(OSError, ValueError):
             if (now := files.read_text(out / BEAT)) != seen:
                 seen, since = now, time.monotonic()
-        if time.monotonic() - since > silence_s:
+        limit_s = silence_s if seen else first_s
+        if time.monotonic() - since > limit_s:
             raise TimeoutError(
                 f"no choice of teachers in {str(out)!r}, and no sign of life from rank 0, which"
-                f" makes it, for {silence_s:.0f} s; see its output, and give an --out that all"
+                f" makes it, for {limit_s:.0f} s; see its output, and give an --out that all"
                 " nodes share"
             )
         time.sleep(POLL_S)

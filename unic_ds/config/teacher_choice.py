@@ -17,7 +17,7 @@ from unic_ds.files import run_files
 from unic_ds.files.documents import read_json
 from unic_ds.files.printable import printable
 
-COMPARED = ("data.train", "seed", "student.model", "student.size", "eval.size")
+COMPARED = ("data.train", "seed", "student.model", "student.size")
 ROW = ("source", "size", "resize", "patch", "mean", "std", "block")
 """Settings, of a run and of a teacher, that a comparison depends on."""
 

@@ -18,8 +18,8 @@ ERROR = "unic_ds: error: "
 """Beginning of the line that reports an error."""
 LONGEST = 4000
 """Characters that are shown of a line."""
-END_S = 10.0
-"""Seconds between SIGTERM and SIGKILL."""
+END_S = 3.0
+"""Seconds between SIGTERM and SIGKILL: fewer than `interrupt` leaves this process to end."""
 SIGNAL_S = 1.0
 """Seconds in which a signal that ended the child reaches this process, too."""
 
@@ -71,14 +71,14 @@ def run(words: Sequence[str], show: Callable[[str], None]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without a launcher's, and with this package to be imported."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in LAUNCHER and not name.startswith("TORCHELASTIC_")
-    }
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return kept | {"PYTHONPATH": path}
+    """This process's environment without a launcher's; what it can import, the child can, too."""
+    elastic = [name for name in os.environ if name.startswith("TORCHELASTIC_")]
+    left_out = {*LAUNCHER, *elastic}
+    if elastic and os.environ.get("OMP_NUM_THREADS") == "1":
+        left_out.add("OMP_NUM_THREADS")  # torchrun's, for ranks that share the cores
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    paths = (str(ROOT), os.environ.get("PYTHONPATH"), sys.path[0])
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def end(process: subprocess.Popen[str]) -> None:

@@ -17,7 +17,7 @@ from unic_ds import dist, files
 from unic_ds.config import extension, overrides, recipes
 from unic_ds.config.job import Job
 from unic_ds.engine import optim
-from unic_ds.files import run_files
+from unic_ds.files import run_files, run_lock
 from unic_ds.process import console
 from unic_ds.teachers.teacher import TeacherFacts
 from unic_ds.teachers.weight_files import known_by
@@ -57,7 +57,7 @@ def write_run_files(run: RunContext, extended: Extension | None, *, parent_job: 
     """
     out = run.out
     out.mkdir(parents=True, exist_ok=True)
-    lock = (out / ".lock").open("a")
+    lock = (out / run_lock.FILE).open("a")
     if dist.rank() != 0:
         return lock
     acquire_lock_or_fail(lock, out)
@@ -89,7 +89,7 @@ def acquire_lock_or_fail(lock: IO[str], out: Path) -> None:
             )
             free = acquire_lock(lock, LEASE_S)
         if not free:
-            raise ValueError(f"another job trains in {str(out)!r}; end it, or choose another --out")
+            raise run_lock.refusal(out)
     except OSError as error:  # Lustre without -o flock, for one
         console.say(f"{str(out)!r} cannot be locked ({error.strerror}): start no second job there")
 

@@ -29,6 +29,7 @@ METRICS = {
     "knn": ("image-classification", "accuracy"),
     "linear": ("image-classification", "accuracy"),
     "transfer": ("image-classification", "accuracy"),
+    "transfer_knn": ("image-classification", "accuracy"),
     "robustness": ("image-classification", "accuracy"),
     "zeroshot": ("zero-shot-image-classification", "accuracy"),
     "retrieval mAP": ("image-feature-extraction", "map"),
