@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-oldest sample-oldest test-long test-slow test-alone test-faults soak test-gpu test-all \
-	first-hour bench-data bench-eval docs lint types clean
+	first-hour bench-data bench-eval results docs lint types clean
 
 help:
 	@echo "make quickstart   install, fetch the demonstration, train it (minutes on two CPU cores)"
@@ -36,6 +36,7 @@ help:
 	@echo "make first-hour   on a machine with a GPU: ten minutes, then a table of what works how fast"
 	@echo "make bench-eval   times of kNN, probes and feature extraction beside targets"
 	@echo "make bench-data   images per second of the data path beside torchvision's own loader"
+	@echo "make results      the runs of docs/results.md again, in runs/results (hours)"
 	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make lint types   ruff; mypy"
 	@echo "make clean        remove .venv, .venv-oldest and caches; runs/ stays"
@@ -111,6 +112,9 @@ bench-data: $(VENV)/.installed
 
 bench-eval: $(VENV)/.dev
 	$(BIN)/python -m unic_ds.evaluate.bench
+
+results: $(VENV)/.demo $(VENV)/.dev
+	tests/results/results.sh
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m unic_ds.cli.reference_pages docs/reference

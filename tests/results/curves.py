@@ -1,4 +1,4 @@
-"""Draw what limits a student: the cells of curves.yaml, each beside others that differ in one way.
+"""Draw what limits a student: cells of results.yaml, each beside others that differ in one way.
 
 python tests/results/curves.py GRID FILE.png
 """
@@ -61,7 +61,7 @@ CURVES = (
         "capacity, as many steps",
         "million parameters",
         parameters,
-        ("baseline", "tiny", "small", FROM_WEIGHTS),
+        ("baseline", "tiny", FROM_WEIGHTS),
     ),
 )
 

@@ -6,8 +6,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 out=runs/results
 python tests/results/image_sets.py "$out"
-for grid in components curves; do
-  unic-ds ablate "tests/results/$grid.yaml" --out "$out/$grid"
-done
-python tests/results/promise.py "$out/components" "$out/curves"
-python tests/results/curves.py "$out/curves" "$out/curves.png"
+unic-ds ablate tests/results/results.yaml --out "$out/grid" "$@"
+python tests/results/promise.py "$out/grid"
+python tests/results/curves.py "$out/grid" docs/results.png
