@@ -93,17 +93,22 @@ def solar() -> Iterator[Picture]:
 def clipart() -> Iterator[Picture]:
     """Drawings on white; equal drawings of a class count once."""
     for folder in sorted(CLIPART.glob("*/*/")):
-        drawings = {}
-        for path in sorted(folder.rglob("*.png")):
-            if not path.is_symlink() and pixels(path) <= LARGEST:
-                drawings.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path)
-        names = {str(path.relative_to(CLIPART)): path for path in drawings.values()}
+        names = {str(path.relative_to(CLIPART)): path for path in drawings(folder)}
         if len(names) < FEWEST:
             continue
         chosen = sorted(names, key=rank)[:MOST]
         for name, side in split(chosen).items():
             label = f"{folder.parent.name}-{folder.name}"
             yield Picture(side, label, rank(name)[:16], on_white(names[name]))
+
+
+def drawings(folder: Path) -> list[Path]:
+    """The drawings below a folder that are not too large; of equal ones the first."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*.png")):
+        if not path.is_symlink() and pixels(path) <= LARGEST:
+            found.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path)
+    return list(found.values())
 
 
 def pixels(path: Path) -> int:
@@ -145,11 +150,7 @@ def fashion() -> Iterator[Picture]:
 def unlabelled(sets: Path) -> Iterator[Picture]:
     """The drawings that are in no set, each once, without a class."""
     used = {path.stem for path in (sets / "clipart").rglob("*.png")}
-    drawings = {}
-    for path in sorted(CLIPART.rglob("*.png")):
-        if not path.is_symlink() and pixels(path) <= LARGEST:
-            drawings.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path)
-    for path in drawings.values():
+    for path in drawings(CLIPART):
         name = rank(str(path.relative_to(CLIPART)))[:16]
         if name not in used:
             yield Picture("", "", name, on_white(path))

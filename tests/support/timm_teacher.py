@@ -1,7 +1,11 @@
 """A teacher of timm's blocks, without weights of its own: `python:timm_teacher:build`."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from unic_ds.tokens import Tokens
@@ -25,3 +29,12 @@ class ViT(nn.Module):
 
 def build():
     return ViT()
+
+
+def save_vits(root: Path, names: Iterable[str]) -> None:
+    """Save timm's smallest ViT as `NAME.safetensors`, of other random weights for each name."""
+    for seed, name in enumerate(names):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            state = timm.create_model("test_vit", num_classes=0).state_dict()
+        save_file(state, root / f"{name}.safetensors")

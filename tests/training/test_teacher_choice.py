@@ -10,12 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import timm
-import torch
 from forked import Forked
 from pictures import folder
 from runs import TRAIN, launch, run, saved, start, tiny, verb
-from safetensors.torch import save_file
+from timm_teacher import save_vits
 
 from unic_ds.config import auto_teachers, recipes, teacher_choice
 from unic_ds.files import run_files
@@ -30,11 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("auto")
     folder(root / "train", IMAGES)
     folder(root / "val", 4)
-    for seed, name in enumerate("ab"):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            state = timm.create_model("test_vit", num_classes=0).state_dict()
-        save_file(state, root / f"{name}.safetensors")
+    save_vits(root, "ab")
     return root
 
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from forked import Forked
 from pictures import folder
 from PIL import Image
 from runs import ROOT, TRAIN, run, tiny
-from safetensors.torch import save_file
+from timm_teacher import save_vits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,11 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("compare")
     folder(root / "images" / "train", IMAGES)
     folder(root / "images" / "val", 4)
-    for seed, name in enumerate("ab"):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            state = timm.create_model("test_vit", num_classes=0).state_dict()
-        save_file(state, root / f"{name}.safetensors")
+    save_vits(root, "ab")
     return root
 
 
