@@ -6,7 +6,8 @@ python tests/results/image_sets.py OUT
 openclipart-png (public domain), a class per folder of the second level. `stamps`: pictures of
 tuxpaint-stamps-default (GPL-2), a class per folder. `fashion`: Fashion-MNIST of Debian's
 dataset-fashion-mnist (MIT), 10 classes. Images of `val` are chosen by a hash of the file's name, in
-Fashion-MNIST they are of its test set. `unlabelled`: the other drawings. `lists` has text files
+Fashion-MNIST they are of its test set. `unlabelled`: the other drawings,
+without those that nearly equal a held-out one. `lists` has text files
 with paths of training images: `all`, `quarter`, `sixteenth`, and `more`, with the unlabelled ones.
 `quickstart` is a link to the demonstration, whose weights students start from. The same call writes
 the same files.
@@ -45,6 +46,8 @@ LARGEST = 4_000_000
 """Pixels of a drawing: some have hundreds of millions, and are left out."""
 SIDE = 128
 """Longer side of a drawing in pixels."""
+THUMBNAIL, NEAR = 16, 4.0
+"""Side of a grey copy, and the RMS difference, of 255, below which two drawings nearly equal."""
 FASHION_TRAIN, FASHION_VAL = 200, 100
 """Images of a class of Fashion-MNIST."""
 GARMENTS = (
@@ -148,12 +151,26 @@ def fashion() -> Iterator[Picture]:
 
 
 def unlabelled(sets: Path) -> Iterator[Picture]:
-    """The drawings that are in no set, each once, without a class."""
+    """The drawings that are in no set, each once, without a class.
+
+    Those that nearly equal a held-out drawing are left out: a student would be trained on it.
+    """
     used = {path.stem for path in (sets / "clipart").rglob("*.png")}
+    held_out = (sets / "clipart" / "val").rglob("*.png")
+    held_out_NC = np.stack([thumbnail(Image.open(path)) for path in held_out])
     for path in drawings(CLIPART):
         name = rank(str(path.relative_to(CLIPART)))[:16]
         if name not in used:
-            yield Picture("", "", name, on_white(path))
+            picture = on_white(path)
+            difference_NC = held_out_NC - thumbnail(picture)
+            if np.sqrt(np.square(difference_NC).mean(1)).min() >= NEAR:
+                yield Picture("", "", name, picture)
+
+
+def thumbnail(image: Image.Image) -> np.ndarray:
+    """Grey values of a small copy."""
+    small = image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return np.asarray(small, np.float32).ravel()
 
 
 def write(pictures: Iterator[Picture], out: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import image_sets
 import pytest
+import start
+import torch
 from pictures import folder
 from promise import Grid, table
 from runs import ROOT, run, verb
@@ -14,19 +16,35 @@ from runs import ROOT, run, verb
 from unic_ds import demo
 
 HERE = ROOT / "tests" / "results"
+ARCH = "vit_small_patch14_dinov2"
 
 
-@pytest.mark.usefixtures("demonstration")
-def test_the_grid_is_accepted(tmp_path: Path) -> None:
+@pytest.fixture
+def images(demonstration: None, tmp_path: Path) -> Path:
+    """As `image_sets` lays them out, but of drawn images."""
     for one in ("solar", "clipart", "stamps", "fashion"):
         for side in ("train", "val"):
             folder(tmp_path / "sets" / one / side, 17)
     (tmp_path / "quickstart").symlink_to(demo.root())
     image_sets.write_lists(tmp_path)
-    grid = (HERE / "results.yaml").read_text().replace("runs/results", str(tmp_path))
-    (tmp_path / "grid.yaml").write_text(grid)
-    words = ("ablate", tmp_path / "grid.yaml", "--out", tmp_path / "out", "--dry_run", "true")
-    assert "tasks: transfer,transfer_knn" in run(verb(*words))
+    return tmp_path
+
+
+def test_the_grids_are_accepted_and_the_start_has_a_teachers_features(images: Path) -> None:
+    weights, written = images / "quickstart" / demo.PARTS[2], images / "start.safetensors"
+    start.main(weights, ARCH, 10, 56, images / "lists" / "all.txt", written)
+    for name in ("results", "start"):
+        grid = (HERE / f"{name}.yaml").read_text().replace("runs/results", str(images))
+        (images / "grid.yaml").write_text(grid)
+        words = ("ablate", images / "grid.yaml", "--out", images / "out", "--dry_run", "true")
+        assert "tasks: transfer,transfer_knn" in run(verb(*words))
+    student, teacher = (start.loaded(path, ARCH, 56) for path in (written, weights))
+    paths = (images / "lists" / "all.txt").read_text().splitlines()
+    cls_NC = start.cls_tokens(student, 56, paths)
+    std_C, mean_C = torch.std_mean(cls_NC, 0)
+    assert mean_C.abs().max() < 1e-3 and std_C.max() < 1.001 and std_C.median() > 0.999
+    teacher.blocks, teacher.norm = teacher.blocks[:11], student.norm
+    torch.testing.assert_close(cls_NC, start.cls_tokens(teacher, 56, paths))
 
 
 @pytest.mark.skipif(not image_sets.STAMPS.is_dir(), reason="needs tuxpaint-stamps-default")
