@@ -91,15 +91,6 @@ def test_help_answers_at_once_and_imports_nothing_heavy(args, tmp_path):
     assert min(wall) < 0.5 or min(cpu) < 4 * min(parser), (wall, cpu, parser)
 
 
-def test_open_clip_is_imported_for_its_own_teachers_alone():
-    # It takes two seconds, with transformers, of every rank and every command.
-    names = "training.loop", "training.teacher_comparison", "harness.session"
-    imported = "; ".join(f"import unic_ds.{name}" for name in names)
-    found = "print(sorted({'open_clip', 'transformers'} & set(sys.modules)))"
-    done = command("-c", f"import sys; {imported}; {found}")
-    assert done.stdout == "[]\n", done.stderr
-
-
 def timed(wall, cpu, *args, **env):
     """Run a command, and append the seconds that it took and those of its CPU time."""
     start, before = time.monotonic(), os.times()

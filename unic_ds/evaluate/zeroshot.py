@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -155,8 +156,6 @@ def imagenet_names(images: ImageSet) -> Texts:
 
     They are found by WordNet ids, or by numbers in the order of these.
     """
-    from open_clip import IMAGENET_CLASSNAMES  # two seconds, for those who ask for it
-
     origin = "open_clip's of ImageNet"
     if numbers := class_numbers(images.classes):
         return Texts(numbered(IMAGENET_CLASSNAMES, numbers, images), origin)
@@ -173,8 +172,6 @@ def imagenet_names(images: ImageSet) -> Texts:
 def templates(options: Eval) -> Texts:
     """Prompts with {} for the name of the class; ValueError for a line without."""
     if not options.templates:
-        from open_clip import OPENAI_IMAGENET_TEMPLATES
-
         lines = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
         return Texts(lines, f"open_clip's {len(lines)}")
     found = lines_of(options.templates, "eval.templates")

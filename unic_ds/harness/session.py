@@ -16,7 +16,7 @@ from unic_ds.evaluate.evaluator import ChecksItsData
 from unic_ds.evaluate.features import Model
 from unic_ds.evaluate.table import NEEDS
 from unic_ds.files.printable import printable
-from unic_ds.harness import classifiers, layouts, models
+from unic_ds.harness import classifiers, layouts, models, text_towers
 from unic_ds.harness.feature_cache import FeatureCache
 from unic_ds.harness.image_sets import SampledImages, can_evaluate, find_images
 from unic_ds.harness.layouts import Sets
@@ -162,11 +162,7 @@ def data_of(
 ) -> dict[int, EvalData]:
     """Data of an evaluation by the id of its sets, with the parts of teachers that tasks need."""
     grid, device = grid_of(cfg.student), dist.device()
-    towers = {}
-    if "zeroshot" in sets:
-        from unic_ds.harness import text_towers  # imports open_clip, which takes two seconds
-
-        towers = text_towers.read_all(rows, grid=grid, device=device)
+    towers = text_towers.read_all(rows, grid=grid, device=device) if "zeroshot" in sets else {}
     heads = classifiers.read_all(rows, grid=grid, device=device) if "plugplay" in sets else {}
     require("zeroshot" not in sets or towers, "zeroshot", TEXT)
     require("plugplay" not in sets or heads, "plugplay", CLASSIFIER)

@@ -1,15 +1,14 @@
-"""Teachers from open_clip: `open_clip:ARCH/TAG`, the visual tower before its projection to text.
-
-Functions import open_clip where they use it: it takes two seconds, with transformers.
-"""
+"""Teachers from open_clip: `open_clip:ARCH/TAG`, the visual tower before its projection to text."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import open_clip
 import timm
 import torch
+from open_clip import CLIP
 
 from unic_ds import config
 from unic_ds.config.overrides import nearest
@@ -20,9 +19,6 @@ from unic_ds.teachers.sources import hub
 from unic_ds.teachers.sources.build import block_of, build, check_patch, vit_size
 from unic_ds.teachers.sources.contract import Source
 from unic_ds.teachers.sources.timm import stride_of, tower_of
-
-if TYPE_CHECKING:
-    from open_clip import CLIP
 
 
 def read(row: config.Teacher, grid: int) -> TeacherModel:
@@ -35,8 +31,6 @@ def read(row: config.Teacher, grid: int) -> TeacherModel:
 
 def whole(row: config.Teacher, size: int) -> CLIP:
     """The model with both towers and its weights, for images of `size` px."""
-    import open_clip
-
     weight_files.check(row, locate(row), "")
     arch, tag = row.parsed_source.model, row.parsed_source.tag
     try:
@@ -69,8 +63,6 @@ def fetch(row: config.Teacher) -> None:
 
 def published(row: config.Teacher) -> hub.Published:
     """The weight file that open_clip publishes for a tag; ValueError for unknown names."""
-    import open_clip
-
     arch, tag = row.parsed_source.model, row.parsed_source.tag
     if arch not in open_clip.list_models():
         near = nearest(arch, open_clip.list_models())
@@ -88,16 +80,12 @@ def published(row: config.Teacher) -> hub.Published:
 
 def own_size(row: config.Teacher) -> int:
     """Side in pixels of the images that the tower's weights were trained on."""
-    import open_clip
-
     published(row)
     return int(open_clip.get_model_config(row.parsed_source.model)["vision_cfg"]["image_size"])
 
 
 def build_outline(row: config.Teacher, grid: int) -> TeacherModel:
     """The visual tower without its weights."""
-    import open_clip
-
     arch = row.parsed_source.model
     cfg = open_clip.get_model_config(arch)
     size, text = image_size(row, grid, cfg["vision_cfg"]), cfg["text_cfg"].get("hf_model_name")
@@ -115,8 +103,6 @@ def build_outline(row: config.Teacher, grid: int) -> TeacherModel:
 
 def visual_tower(row: config.Teacher, size: int, model: CLIP) -> TeacherModel:
     """The visual tower of an open_clip model: its own ViT or ResNet, or a timm trunk."""
-    import open_clip
-
     visual = model.visual
     wants = open_clip.get_model_preprocess_cfg(model)
     tower: adapters.Tower
