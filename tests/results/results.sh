@@ -6,8 +6,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 out=runs/results
 python tests/results/image_sets.py "$out"
-python tests/results/start.py "$out/quickstart/dinov2_s14_focus.safetensors" \
-  vit_small_patch14_dinov2 10 56 "$out/lists/all.txt" "$out/start.safetensors"
+if [ ! -f "$out/start.safetensors" ]; then
+  unic-ds teachers start dinov2 --data.train "$out/lists/all.txt" --student.size 56 \
+    --out "$out/start.safetensors"
+fi
 unic-ds ablate tests/results/start.yaml --out "$out/start" "$@"
 unic-ds ablate tests/results/results.yaml --out "$out/grid" "$@"
 python tests/results/promise.py "$out/start" "$out/grid"

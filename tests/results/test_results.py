@@ -7,8 +7,6 @@ from pathlib import Path
 
 import image_sets
 import pytest
-import start
-import torch
 from pictures import folder
 from promise import Grid, table
 from runs import ROOT, run, verb
@@ -16,7 +14,6 @@ from runs import ROOT, run, verb
 from unic_ds import demo
 
 HERE = ROOT / "tests" / "results"
-ARCH = "vit_small_patch14_dinov2"
 
 
 @pytest.fixture
@@ -30,21 +27,13 @@ def images(demonstration: None, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_grids_are_accepted_and_the_start_has_a_teachers_features(images: Path) -> None:
-    weights, written = images / "quickstart" / demo.PARTS[2], images / "start.safetensors"
-    start.main(weights, ARCH, 10, 56, images / "lists" / "all.txt", written)
-    for name in ("results", "start"):
-        grid = (HERE / f"{name}.yaml").read_text().replace("runs/results", str(images))
-        (images / "grid.yaml").write_text(grid)
-        words = ("ablate", images / "grid.yaml", "--out", images / "out", "--dry_run", "true")
-        assert "tasks: transfer,transfer_knn" in run(verb(*words))
-    student, teacher = (start.loaded(path, ARCH, 56) for path in (written, weights))
-    paths = (images / "lists" / "all.txt").read_text().splitlines()
-    cls_NC = start.cls_tokens(student, 56, paths)
-    std_C, mean_C = torch.std_mean(cls_NC, 0)
-    assert mean_C.abs().max() < 1e-3 and std_C.max() < 1.001 and std_C.median() > 0.999
-    teacher.blocks, teacher.norm = teacher.blocks[:11], student.norm
-    torch.testing.assert_close(cls_NC, start.cls_tokens(teacher, 56, paths))
+@pytest.mark.parametrize("name", ["results", "start"])
+def test_the_grids_are_accepted(name: str, images: Path) -> None:
+    (images / "start.safetensors").touch()
+    grid = (HERE / f"{name}.yaml").read_text().replace("runs/results", str(images))
+    (images / "grid.yaml").write_text(grid)
+    words = ("ablate", images / "grid.yaml", "--out", images / "out", "--dry_run", "true")
+    assert "tasks: transfer,transfer_knn" in run(verb(*words))
 
 
 @pytest.mark.skipif(not image_sets.STAMPS.is_dir(), reason="needs tuxpaint-stamps-default")

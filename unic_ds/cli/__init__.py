@@ -23,6 +23,7 @@ from unic_ds.cli import (
     teachers_check,
     teachers_compare,
     teachers_fetch,
+    teachers_start,
     train,
     watch,
 )
@@ -40,6 +41,7 @@ MODULES = (
     teachers_check,
     teachers_compare,
     teachers_fetch,
+    teachers_start,
     pack,
     pack_verify,
     cache,
