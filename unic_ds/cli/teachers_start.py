@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
         student = cfg.student
         print(
             f"wrote {printable(str(out))!r}; train with --student.model {student.model}"
-            f" --student.size {student.size} --student.init {printable(str(out))}"
+            f" --student.size {student.size} --student.init {printable(shlex.quote(str(out)))}"
             " --optim.layer_decay 0.6 --ladder.projector linear"
         )
     return 0
