@@ -8,8 +8,8 @@ tuxpaint-stamps-default (GPL-2), a class per folder. `fashion`: Fashion-MNIST of
 dataset-fashion-mnist (MIT), 10 classes. Images of `val` are chosen by a hash of the file's name, in
 Fashion-MNIST they are of its test set. `unlabelled`: the other drawings, without those that nearly
 equal a held-out one. `lists` has text files with paths of training images: `all`, `quarter`,
-`sixteenth`, and `more`, with the unlabelled ones. `quickstart` is a link to the demonstration, whose
-weights students start from. The same call writes the same files.
+`sixteenth`, and `more`, with the unlabelled ones. `quickstart` is a link to the demonstration,
+whose weights students start from. The same call writes the same files.
 """
 
 from __future__ import annotations
