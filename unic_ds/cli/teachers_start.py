@@ -32,12 +32,9 @@ class Options:
 VERB = Verb(
     name="teachers start",
     summary="write a student's initial weights: a teacher of its architecture, standardised",
-    arguments={
-        "NAME": "a teacher of the recipe: a ViT of timm with a CLS token",
-    },
+    arguments={"NAME": "a teacher of the recipe: a ViT of timm with a CLS token"},
     options=Options,
     takes="recipe",
-    usage="unic-ds teachers start NAME [--option value ...]",
 )
 
 
@@ -47,8 +44,9 @@ def run(argv: Sequence[str]) -> int:
     (name,), out = call.arguments, Path(call.options.out)
     cfg = call.config()
     row = row_named(name, cfg)
-    if "student.model" not in call.overrides:
-        cfg = replace(cfg, student=replace(cfg.student, model=row.parsed_source.arch))
+    arch = row.parsed_source.arch  # empty for run: and python:
+    if arch and "student.model" not in call.overrides:
+        cfg = replace(cfg, student=replace(cfg.student, model=arch))
     check_inputs(cfg, row, out)
     from unic_ds.training import teacher_start
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -44,12 +44,10 @@ def write(cfg: config.Config, row: config.Teacher, *, images: int, out: Path) ->
     def save() -> None:
         cls_NC = features["start"]
         standardise_norm(encoder, cls_NC, floor=cfg.standardise.std_floor)
-        part = out.with_name(f".{out.name}.{os.getpid()}.part")
-        try:
+        with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+            part = Path(scratch) / out.name
             tensor_files.save(encoder.state_dict(), part, {"format": "pt"})
             part.replace(out)
-        finally:
-            part.unlink(missing_ok=True)
         console.say(f"standardised over {len(cls_NC)} images")
 
     dist.on_rank_0(save)
@@ -66,6 +64,10 @@ def initial_encoder(student: config.Student, row: config.Teacher) -> VisionTrans
         tower = sources.read(whole, grid_of(student)).tower
         if not isinstance(tower, TimmViT) or tower.summary != TOKEN:
             raise ValueError(f"{arch} is no ViT of timm with a CLS token")
+        norm = tower.model.norm
+        if not isinstance(norm, torch.nn.LayerNorm) or norm.bias is None:
+            kind = printable(type(norm).__name__)
+            raise ValueError(f"its final norm is {kind}; choose a ViT with a LayerNorm")
         state, block = tower.model.state_dict(), block_of(row, len(tower.model.blocks))
         return encoder_of(student, state if block < 0 else cut(state, block), arch)
     except ValueError as error:
@@ -75,7 +77,7 @@ def initial_encoder(student: config.Student, row: config.Teacher) -> VisionTrans
 def cut(state: Mapping[str, Tensor], block: int) -> dict[str, Tensor]:
     """The weights of a ViT whose blocks behind `block` add nothing, and a norm without affine."""
     found = dict(state)
-    behind = [name for name in state if (place := block_number(name)) is not None and place > block]
+    behind = [name for name in state if block_number(name) > block]
     scale, last = ([x for x in behind if x.split(".", 2)[2].startswith(e)] for e in BRANCH_ENDS)
     for name in scale or last:
         found[name] = torch.zeros_like(state[name])
@@ -84,23 +86,20 @@ def cut(state: Mapping[str, Tensor], block: int) -> dict[str, Tensor]:
     return found
 
 
-def block_number(name: str) -> int | None:
-    """The block that a weight of a timm ViT belongs to, if to any."""
+def block_number(name: str) -> int:
+    """The block that a weight of a timm ViT belongs to; -1 if to none."""
     first, _, rest = name.partition(".")
-    return int(rest.partition(".")[0]) if first == "blocks" else None
+    return int(rest.partition(".")[0]) if first == "blocks" else -1
 
 
 @torch.no_grad()
 def standardise_norm(encoder: VisionTransformer, cls_NC: Tensor, *, floor: float) -> None:
-    """Have the final norm standardise the channels of its CLS tokens `cls_NC`.
+    """Have the final norm, a LayerNorm, standardise the channels of its CLS tokens `cls_NC`.
 
-    `floor`: smallest deviation, as a part of the median channel's. ValueError for a model whose
-    CLS token does not end in a LayerNorm.
+    `floor`: smallest deviation, as a part of the median channel's.
     """
     norm = encoder.norm
-    if not isinstance(norm, torch.nn.LayerNorm) or norm.bias is None:
-        kind = printable(type(norm).__name__)
-        raise ValueError(f"the student's final norm is {kind}; choose a ViT with a LayerNorm")
+    assert isinstance(norm, torch.nn.LayerNorm)
     std_C, mean_C = torch.std_mean(cls_NC.double().to(norm.weight.device), 0)
     std_C = std_C.clamp(min=max(floor * float(std_C.median()), torch.finfo(torch.float32).tiny))
     norm.weight.copy_(norm.weight / std_C)
